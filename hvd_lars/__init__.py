@@ -1,0 +1,22 @@
+"""hvd_lars: large-batch training of image classifiers with LARS over Horovod and MPI.
+
+``LARS`` and ``parameter_groups`` are usable on their own in any PyTorch program; the command
+``hvd-lars`` is the trainer around them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LARS", "Replicated", "parameter_groups"]
+
+if TYPE_CHECKING:
+    from hvd_lars.optim import LARS, Replicated, parameter_groups
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import; `hvd-lars check` of a mistyped config should not wait for it.
+    if name in __all__:
+        import hvd_lars.optim
+
+        return getattr(hvd_lars.optim, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

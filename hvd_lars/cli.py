@@ -1,0 +1,215 @@
+"""The command ``hvd-lars``: train, eval, check, schema, doctor.
+
+Imports everything, late: a mistyped config is answered before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import hvd_lars
+from hvd_lars.errors import UserError
+
+if TYPE_CHECKING:
+    from hvd_lars.assemble import Plan
+    from hvd_lars.comm import Communicator, Launch
+    from hvd_lars.config import Config
+
+_USER_ERROR = 2
+_GRACE_SECONDS = 3.0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exits with 0, 1 (something broke) or 2 (the user can mend it)."""
+    options = _parser().parse_args(arguments)
+    launch, comm = None, None
+    try:
+        if options.command in ("train", "eval"):
+            launch, comm = _run_on_ranks(options)
+        else:
+            sys.exit({"check": _check, "schema": _schema, "doctor": _doctor}[options.command](options))
+    except UserError as error:
+        _fail_together(str(error))
+    if comm is not None:
+        comm.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hvd-lars",
+        description="Train image classifiers with enormous batches: LARS over Horovod and MPI.",
+        epilog="Start several ranks with: horovodrun -np N hvd-lars train CONFIG",
+    )
+    parser.add_argument("--version", action="version", version=f"hvd-lars {hvd_lars.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add_config(command: argparse.ArgumentParser) -> None:
+        command.add_argument("config", metavar="CONFIG", help="a YAML file or a bundled config's name")
+        command.add_argument(
+            "overrides", metavar="key.sub=value", nargs="*", help="replaces a value of the config"
+        )
+
+    train = commands.add_parser("train", help="train, on every rank that the launcher starts")
+    add_config(train)
+    evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
+    evaluate.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
+    evaluate.add_argument("overrides", metavar="key.sub=value", nargs="*")
+    check = commands.add_parser("check", help="print the resolved plan without training")
+    add_config(check)
+    check.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan for")
+    check.add_argument("--json", action="store_true", help="print the plan as JSON")
+    schema = commands.add_parser("schema", help="write the JSON schema of configs, for editors")
+    schema.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of the terminal")
+    doctor = commands.add_parser("doctor", help="check the installation; exit 1 if it cannot train")
+    doctor.add_argument("--megabytes", type=int, default=64, help="size of the test all-reduce")
+    return parser
+
+
+def _run_on_ranks(options: argparse.Namespace) -> tuple[Launch, Communicator]:
+    """Join the ranks and train or evaluate."""
+    # Read before torch is imported: most mistakes are in the config.
+    if options.command == "train":
+        config = _config(options.config, options.overrides)
+    else:
+        config = _config(str(options.run_folder / "config.yaml"), options.overrides)
+    from hvd_lars.comm import connect, detect_launch
+
+    launch = detect_launch(os.environ)
+    comm = connect(config.comm.backend, config.run.expect_world_size)
+    try:
+        if options.command == "train":
+            _train(config, comm, launch)
+        else:
+            _evaluate(options.run_folder, config, comm, launch)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException:
+        # Any other rank may be waiting for this one: say why, then end them all.
+        comm.abort(traceback.format_exc())
+    return launch, comm
+
+
+def _config(name: str, overrides: list[str]) -> Config:
+    from hvd_lars.config_file import load_config
+
+    return load_config(name, overrides)
+
+
+def _train(config: Config, comm: Communicator, launch: Launch) -> None:
+    from hvd_lars.assemble import build_trainer
+
+    trainer, folder = build_trainer(config, comm, launch)
+    if comm.rank == 0:
+        ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
+        print(f"{config.run.name}: {ranks}, run folder {folder}", flush=True)
+    summary = trainer.run()
+    if comm.rank == 0:
+        result = summary.evaluation
+        print(
+            f"done in {summary.seconds:.1f} s: top-1 {result.top1:.4f} on {result.num_samples} "
+            f"images, {summary.images_per_second:,.0f} images/s, run folder {folder}",
+            flush=True,
+        )
+
+
+def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) -> None:
+    from hvd_lars.assemble import evaluate_run
+
+    result = evaluate_run(folder, config, comm, launch)
+    if comm.rank == 0:
+        print(json.dumps(result.record()), flush=True)
+
+
+def _check(options: argparse.Namespace) -> int:
+    if options.ranks < 1:
+        raise UserError(f"--ranks: found {options.ranks}; must be 1 or more")
+    config = _config(options.config, options.overrides)
+    from hvd_lars.assemble import build_source, make_plan, plan_facts
+    from hvd_lars.models import check_model_name
+
+    check_model_name(config.model.name)
+    source = build_source(config.data, config.run.seed)
+    plan = make_plan(config, source.num_train, options.ranks)
+    if options.json:
+        print(json.dumps(plan_facts(plan), indent=2))
+    else:
+        _print_plan(config, plan)
+    return 0
+
+
+def _print_plan(config: Config, plan: Plan) -> None:
+    from hvd_lars.assemble import plan_facts
+
+    intervals = plan.intervals
+    rates = plan_facts(plan)["lr"]
+    assert isinstance(rates, dict)
+    rows = {
+        "model": config.model.name,
+        "data": f"{config.data.name}, {plan.num_train:,} samples an epoch",
+        "steps": f"{intervals.total:,} of {plan.global_batch:,} samples, "
+        f"{plan.steps_per_epoch:,} an epoch",
+        "ranks": f"{plan.ranks}, each up to {-(-plan.global_batch // plan.ranks):,} samples a step",
+        "accumulation": f"{plan.accumulation} micro-batches of up to {plan.largest_micro_batch:,}",
+        "optimizer": f"{config.optimizer.name}, momentum {config.optimizer.momentum:g}, "
+        f"weight decay {config.optimizer.weight_decay:g}",
+        "learning rate": ", ".join(f"{when} {rate:.6g}" for when, rate in rates.items()),
+        "warmup": f"{config.schedule.warmup}, {plan.warmup_steps:,} steps to {plan.target_lr:g}",
+        "evaluation": f"every {intervals.evaluate:,} steps; checkpoint every "
+        f"{intervals.checkpoint:,}; log every {intervals.log:,}",
+    }
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        print(f"{key:<{width}}  {value}")
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from hvd_lars.config import Config
+
+    schema = Config.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    text = json.dumps(schema, indent=2) + "\n"
+    if options.output is None:
+        print(text, end="")
+        return 0
+    try:
+        options.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{options.output}: cannot be written: {error.strerror}") from None
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from hvd_lars.doctor import diagnose
+
+    return diagnose(options.megabytes)
+
+
+def _fail_together(message: str) -> NoReturn:
+    """Print the message once and exit with 2 on every rank.
+
+    Every rank usually meets the same mistake.  Rank 0 speaks at once; the launcher then ends the
+    others, which take its signal for their turn to leave with the same code.  A rank that nobody
+    ended by then is alone with its mistake, or has no launcher that ends it, and speaks too.
+    """
+    from hvd_lars.comm.launcher import ALONE, detect_launch
+
+    try:
+        launch = detect_launch(os.environ)
+    except UserError:
+        launch = ALONE
+    prefix = "hvd-lars: "
+    if launch.rank != 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(_USER_ERROR))
+        time.sleep(_GRACE_SECONDS)
+        prefix = f"hvd-lars: rank {launch.rank}: "
+    for line in message.splitlines():
+        print(f"{prefix}{line}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(_USER_ERROR)  # an orderly exit would wait for the other ranks in MPI's finalize

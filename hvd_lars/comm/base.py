@@ -1,0 +1,109 @@
+"""The communicator protocol; imports nothing of hvd_lars.
+
+Collectives only sum: dividing by the global batch is the caller's arithmetic.  Every rank calls
+the same collectives in the same order.  After a sum all ranks hold the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn, Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+# What MPI, Gloo and NCCL all reduce; bfloat16 is refused by Horovod 0.28.1 on MPI and Gloo.
+REDUCIBLE = ("float32", "float64", "int32", "int64")
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Return when the tensor holds the result."""
+        ...
+
+
+class Communicator(Protocol):
+    """``size`` processes that sum tensors; ``rank`` is this one, ``local_rank`` within its node.
+
+    All methods but ``abort`` and ``close`` are collective.  A tensor is dense and contiguous, on
+    the CPU or on this rank's GPU, of a dtype in ``REDUCIBLE``; TypeError names it otherwise.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    backend: str
+
+    def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
+        """Begin to sum ``tensor`` over the ranks, in place.
+
+        ``name`` is unique among the reductions under way and the same on all ranks.  The tensor
+        is not to be touched before ``wait``.
+        """
+        ...
+
+    def reduce_scatter_sum(self, flat: Tensor) -> Tensor:
+        """Sum (numel,) over the ranks; returns this rank's (numel / size,) part.
+
+        Raises ValueError where numel is not a multiple of size.
+        """
+        ...
+
+    def all_gather(self, shard: Tensor) -> Tensor:
+        """Concatenate every rank's (n,) tensor, of one length on all ranks: (n · size,)."""
+        ...
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> None:
+        """Overwrite ``tensor`` with that of rank ``root``; any dtype."""
+        ...
+
+    def broadcast_object(self, value: T, root: int = 0) -> T:
+        """Return ``value`` of rank ``root``; small picklable objects, between our own ranks."""
+        ...
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        ...
+
+    def abort(self, reason: str, code: int = 1) -> NoReturn:
+        """Print ``reason`` where it is not empty and end the whole job with ``code``, at once."""
+        ...
+
+    def close(self) -> None:
+        """Leave in good order; every rank calls it last."""
+        ...
+
+
+def check_reducible(tensor: Tensor, name: str) -> None:
+    """Raise TypeError where a backend could not sum the tensor in place."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in REDUCIBLE:
+        raise TypeError(f"{name}: {dtype} cannot be summed over ranks; {', '.join(REDUCIBLE)} can")
+    if not tensor.is_contiguous():
+        raise TypeError(f"{name}: strides {tensor.stride()} are not contiguous")
+
+
+def check_divisible(flat: Tensor, size: int) -> None:
+    """Raise ValueError where a flat tensor cannot be cut into ``size`` equal parts."""
+    if flat.dim() != 1 or flat.numel() % size:
+        raise ValueError(
+            f"reduce_scatter_sum takes one dimension and a multiple of {size} elements, "
+            f"got shape {tuple(flat.shape)}"
+        )
+
+
+def end_process(reason: str, rank: int, code: int) -> NoReturn:
+    """Print ``reason`` and leave without finalising: the launcher then ends the other ranks.
+
+    An orderly exit would wait in the backend's shutdown for ranks that wait for this one.
+    """
+    import os
+    import sys
+
+    if reason:
+        print(f"rank {rank}: {reason}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,51 @@
+"""From the launcher's variables to a working communicator; imports launcher and the backends."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from hvd_lars.comm.base import Communicator
+from hvd_lars.comm.launcher import check_backend_agrees, choose_backend, detect_launch
+from hvd_lars.errors import UserError
+
+
+def connect(backend: str = "auto", expect_world_size: int | None = None) -> Communicator:
+    """Start the backend that fits the launcher.
+
+    Args:
+        backend: ``auto``, ``horovod``, ``mpi`` (mpi4py alone) or ``local`` (one process).
+        expect_world_size: refuse to run at another number of ranks.
+
+    Raises:
+        UserError: launcher, backend and expected size do not fit together.
+    """
+    launch = detect_launch(os.environ)
+    has_horovod = importlib.util.find_spec("horovod") is not None
+    chosen = choose_backend(backend, launch, os.environ, has_horovod)
+    comm = _start(chosen)
+    check_backend_agrees(launch, chosen, comm.rank, comm.size)
+    if expect_world_size not in (None, comm.size):
+        raise UserError(
+            f"run.expect_world_size is {expect_world_size}, but {launch.launcher} gives "
+            f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+        )
+    return comm
+
+
+def _start(backend: str) -> Communicator:
+    try:
+        if backend == "horovod":
+            from hvd_lars.comm.horovod import HorovodCommunicator
+
+            return HorovodCommunicator()
+        if backend == "mpi":
+            from hvd_lars.comm.mpi import MpiCommunicator
+
+            return MpiCommunicator()
+    except (ImportError, RuntimeError) as error:  # a library that is missing or built for another
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"comm.backend {backend} does not start: {first_line}") from error
+    from hvd_lars.comm.local import LocalCommunicator
+
+    return LocalCommunicator()

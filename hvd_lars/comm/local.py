@@ -1,0 +1,61 @@
+"""One process: every collective is the identity; imports base."""
+
+from __future__ import annotations
+
+from typing import NoReturn, TypeVar, final
+
+from torch import Tensor
+
+from hvd_lars.comm.base import Pending, check_divisible, check_reducible, end_process
+
+T = TypeVar("T")
+
+
+@final
+class _Done:
+    """A collective that was complete when it began."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+@final
+class LocalCommunicator:
+    """A communicator of size 1, for a laptop; needs neither Horovod nor MPI."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    backend = "local"
+
+    def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
+        """Leave the tensor as it is."""
+        check_reducible(tensor, name)
+        return _Done()
+
+    def reduce_scatter_sum(self, flat: Tensor) -> Tensor:
+        """Return a copy of the whole."""
+        check_reducible(flat, "reduce_scatter_sum")
+        check_divisible(flat, 1)
+        return flat.clone()
+
+    def all_gather(self, shard: Tensor) -> Tensor:
+        """Return a copy of the only shard."""
+        return shard.clone()
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> None:
+        """Leave the tensor as it is."""
+
+    def broadcast_object(self, value: T, root: int = 0) -> T:
+        """Return the value itself."""
+        return value
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def abort(self, reason: str, code: int = 1) -> NoReturn:
+        """Print the reason and end this process."""
+        end_process(reason, self.rank, code)
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,182 @@
+"""The YAML as frozen models: what may stand in a config file, and nothing of what it does.
+
+Imports durations only.  Reading files and overrides is config_file's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
+
+from hvd_lars.durations import Duration
+
+DurationField = Annotated[
+    Any,  # a Duration: pydantic is kept from looking inside
+    BeforeValidator(lambda v: v if isinstance(v, Duration) else Duration.parse(v)),
+    PlainSerializer(str),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": r"^\s*[0-9.]+([eE][+-]?[0-9]+)?\s*(epoch|step|sample)s?\s*$",
+            "examples": ["5 epochs", "600 steps", "1.28e6 samples"],
+        }
+    ),
+]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Run(Section):
+    """Where a run goes and what makes it repeatable."""
+
+    name: Name = "run"
+    dir: str | None = Field(None, description="run folder; runs/<name>-<time> when absent")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    expect_world_size: Positive | None = Field(None, description="refuse any other rank count")
+
+
+class Comm(Section):
+    """How ranks are joined."""
+
+    backend: Literal["auto", "horovod", "mpi", "local"] = "auto"
+    bucket_mb: Annotated[float, Field(gt=0, le=4096)] = Field(
+        25.0, description="gradients are all-reduced in buckets of this many MiB"
+    )
+
+
+class DigitsData(Section):
+    """scikit-learn's handwritten digits, 8×8: 897 images to train on, 900 to test on."""
+
+    name: Literal["digits"]
+    copies: Positive = Field(12, description="randomly warped copies of an image in an epoch")
+
+
+class SyntheticData(Section):
+    """Random images made on the fly, for trying a model or measuring speed."""
+
+    name: Literal["synthetic"]
+    num_train: Positive = 1024
+    num_eval: Positive = 256
+    num_classes: Annotated[int, Field(ge=2)] = 10
+    image_size: Positive = 32
+    channels: Positive = 3
+
+
+class Model(Section):
+    """The network: ``digits_alexnet`` or any classifier of torchvision by name."""
+
+    name: str = "digits_alexnet"
+
+
+class Optimizer(Section):
+    """LARS, or momentum SGD with the same options; see the docstring of hvd_lars.LARS."""
+
+    name: Literal["lars", "sgd"] = "lars"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Rate = 0.0
+    trust_coefficient: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.001
+    eps: Rate = 0.0
+    nesterov: bool = False
+    lr_position: Literal["momentum", "update"] = "momentum"
+    denominator: Literal["separate", "combined"] = "separate"
+    trust_clip: bool = False
+    zero_norm: Literal["unit", "skip"] = "unit"
+    adapt: Literal["weights", "layer", "all"] = "weights"
+    decay: Literal["weights", "all"] = "weights"
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Optimizer:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov is true with momentum 0; it needs momentum above 0")
+        return self
+
+
+class Schedule(Section):
+    """The learning rate γ over the run."""
+
+    base_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    scaling: Literal["none", "linear", "sqrt"] = "none"
+    reference_batch: Positive = Field(256, description="base_lr is meant for this global batch")
+    policy: Literal["poly", "multistep", "cosine", "constant"] = "poly"
+    poly_power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    poly_span: Literal["post_warmup", "total"] = "post_warmup"
+    end_lr: Rate = 0.0
+    milestones: Annotated[tuple[DurationField, ...], Field(strict=False)] = ()
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    warmup: Literal["none", "gradual", "constant"] = "none"
+    warmup_duration: DurationField = Field("0 epochs", validate_default=True)
+    warmup_start_lr: Rate = 0.0
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Schedule:
+        if self.policy == "multistep" and not self.milestones:
+            raise ValueError("policy multistep needs milestones, such as ['30 epochs', '60 epochs']")
+        if self.warmup != "none" and self.warmup_duration.value == 0:
+            raise ValueError(f"warmup {self.warmup} needs a warmup_duration above 0")
+        if self.warmup == "none" and self.warmup_duration.value > 0:
+            raise ValueError(
+                f"warmup_duration is {self.warmup_duration} but warmup is none; "
+                f"allowed: gradual, constant"
+            )
+        if self.warmup == "constant" and self.warmup_start_lr == 0:
+            raise ValueError("warmup constant needs warmup_start_lr above 0")
+        return self
+
+
+class Train(Section):
+    """How long, in what pieces, and what is written down."""
+
+    duration: DurationField
+    global_batch: Positive
+    micro_batch: Positive = Field(
+        256, description="most samples a rank holds at once; accumulation follows from it"
+    )
+    eval_batch: Positive = 512
+    eval_every: DurationField = Field("1 epochs", validate_default=True)
+    log_every: DurationField = Field("10 steps", validate_default=True)
+    threads: Positive | None = Field(None, description="CPU threads a rank; cores / ranks if absent")
+
+    @model_validator(mode="after")
+    def _durations_are_positive(self) -> Train:
+        for key in ("duration", "eval_every", "log_every"):
+            if getattr(self, key).value <= 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
+        return self
+
+
+class Checkpoint(Section):
+    """When the state of training is kept."""
+
+    every: DurationField = Field("5 epochs", validate_default=True)
+    keep_last: Positive = 2
+
+
+class Config(Section):
+    """A whole training run."""
+
+    run: Run = Field(default_factory=Run)
+    comm: Comm = Field(default_factory=Comm)
+    data: Annotated[DigitsData | SyntheticData, Discriminator("name")]
+    model: Model = Field(default_factory=Model)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule
+    train: Train
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)

@@ -1,0 +1,186 @@
+"""From a YAML file and command-line overrides to a Config, or every mistake in it at once.
+
+Imports config and errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hvd_lars.config import Config
+from hvd_lars.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge" and key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(str(key_node.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The configs that come with hvd_lars, by bare name."""
+    folder = _PACKAGE / "configs"  # inside a wheel; in a checkout it stands beside the package
+    if not folder.is_dir():
+        folder = _PACKAGE.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The file that CONFIG means: a path, or the bare name of a bundled config.
+
+    Raises:
+        UserError: there is neither; the nearest bundled names are given.
+    """
+    path = Path(name)
+    bundled = bundled_configs()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{name}: is a folder; a YAML file or a bundled config's name is needed")
+    if name in bundled:
+        return bundled[name]
+    near = difflib.get_close_matches(path.stem, bundled, n=3) or list(bundled)
+    raise UserError(f"{name}: no such file, nor a bundled config (nearest: {', '.join(near)})")
+
+
+def parse_yaml(text: str | bytes, source: str) -> Any:
+    """One YAML document; UserError names the source, line and column of what is wrong."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain values only
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise UserError(f"{source}:{place} not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read CONFIG and apply ``key.sub=value`` overrides, whose values are YAML.
+
+    Raises:
+        UserError: one line for every mistake in the file and the overrides.
+    """
+    path = find_config(name)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else _SHORT.repr(tree)
+        sections = ", ".join(Config.model_fields)
+        raise UserError(f"{path}: found {found}; the sections {sections} are allowed")
+    overridden = {_override(tree, text) for text in overrides}
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for detail in error.errors(include_url=False):
+            key, message = _explain(detail)  # type: ignore[arg-type]
+            given = any(key == k or key.startswith(f"{k}.") for k in overridden)
+            lines.append(f"{'command line' if given else path}: {message}")
+        raise UserError("\n".join(lines)) from None
+
+
+def _override(tree: dict[Any, Any], text: str) -> str:
+    """Set one ``key.sub=value`` in the tree; returns the key."""
+    key, equals, value = text.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        raise UserError(f"command line: {text!r} is not an override; write key.sub=value")
+    node = tree
+    for name in names[:-1]:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise UserError(f"command line: {key}: {name} is a value, not a section")
+    node[names[-1]] = parse_yaml(value, f"command line: {key}")
+    return key
+
+
+def _explain(detail: dict[str, Any]) -> tuple[str, str]:
+    """Key path, and a line that says what was found there and what is allowed."""
+    # A tagged union puts the tag into the path (data.digits.copies): the file has none there.
+    parts = [str(part) for part in detail["loc"]]
+    if len(parts) > 1 and parts[0] == "data":
+        del parts[1]
+    key = ".".join(parts)
+    kind, context = detail["type"], detail.get("ctx", {})
+    found = f"found {_SHORT.repr(detail['input'])}"
+    if kind == "extra_forbidden":
+        allowed = _fields_at(detail["loc"][:-1])
+        near = difflib.get_close_matches(parts[-1], allowed, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return key, f"{key}: unknown key; {hint}allowed: {', '.join(allowed)}"
+    if kind == "missing":
+        return key, f"{key}: missing; it is required"
+    if kind == "union_tag_invalid":
+        tags = context["expected_tags"].replace("'", "")
+        return f"{key}.name", f"{key}.name: found {context['tag']!r}; allowed: {tags}"
+    if kind == "union_tag_not_found":
+        return f"{key}.name", f"{key}.name: missing; it is required"
+    if kind == "value_error":
+        return key, f"{key}: {context['error']}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return key, f"{key}: {found}; it is a section of keys and values"
+    message = detail["msg"].removeprefix("Input should be ")
+    return key, f"{key}: {found}; must be {message}"
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    """Names that are allowed in the section at a pydantic error location."""
+    model: type[BaseModel] = Config
+    for part in location:
+        field = model.model_fields.get(str(part))
+        candidates = _models_in(field.annotation if field else model)
+        if field is None:  # the tag of the data union
+            continue
+        model = next(
+            (m for m in candidates if len(candidates) == 1 or location[-1] == _tag_of(m)),
+            candidates[0],
+        )
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models of an annotation: itself, or the members of a union."""
+    members = getattr(annotation, "__args__", (annotation,))
+    return [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+
+
+def _tag_of(model: type[BaseModel]) -> str | None:
+    """The value of ``name`` that selects a member of a tagged union."""
+    field = model.model_fields.get("name")
+    return getattr(field.annotation, "__args__", (None,))[0] if field else None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that ``load_config`` reads to the same Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

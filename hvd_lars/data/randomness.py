@@ -1,0 +1,35 @@
+"""Random numbers that depend on (seed, epoch, sample) alone; imports nothing of hvd_lars."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hvd_lars.data.source import Indices
+
+_U64 = np.uint64
+
+
+def _mix(x: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> np.ndarray[
+    tuple[int, ...], np.dtype[np.uint64]
+]:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014)."""
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
+
+
+def uniforms(
+    seed: int, epoch: int, indices: Indices, count: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """(len(indices), count) numbers in [0, 1): a row belongs to its sample, whoever draws it.
+
+    A sample drawn by another rank, in another batch or after a resume gets the same row.
+    """
+    increment = _U64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        key = _mix(np.array([seed], dtype=np.uint64) + increment)
+        key = _mix(key + increment * _U64(epoch + 1))
+        row = _mix(key + increment * (indices.astype(np.uint64) + _U64(1)))
+        columns = increment * np.arange(1, count + 1, dtype=np.uint64)
+        bits = _mix(row[:, None] + columns[None, :])
+    return (bits >> _U64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,62 @@
+"""Which samples make up a global batch, and which of them a rank takes; imports source."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hvd_lars.data.source import Indices
+
+
+class GlobalBatches:
+    """The samples of every step, the same whatever the number of ranks.
+
+    Global batch k of an epoch is permutation(seed, epoch)[k·B : (k+1)·B]; what is left over at
+    the end of an epoch is dropped.  The step is all the state there is.
+
+    Args:
+        num_samples: samples in an epoch.
+        global_batch: B.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: the batch does not fit into an epoch.
+    """
+
+    def __init__(self, num_samples: int, global_batch: int, seed: int) -> None:
+        if not 1 <= global_batch <= num_samples:
+            raise ValueError(
+                f"a global batch of {global_batch} cannot be drawn from {num_samples} samples"
+            )
+        self.num_samples = num_samples
+        self.global_batch = global_batch
+        self.steps_per_epoch = num_samples // global_batch
+        self._seed = seed
+        self._epoch = -1
+        self._permutation: Indices = np.empty(0, dtype=np.int64)
+
+    def indices(self, step: int) -> Indices:
+        """(global_batch,) sample numbers of global step ``step``, counted from 0."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._permutation = generator.permutation(self.num_samples)
+            self._epoch = epoch
+        return self._permutation[k * self.global_batch : (k + 1) * self.global_batch]
+
+    def micro_batches(self, step: int, rank: int, size: int, micro_batch: int) -> list[Indices]:
+        """This rank's samples of a step, [rank::size], in as few even pieces as fit.
+
+        The number of pieces, the accumulation, is the same on all ranks; where the batch does not
+        divide, pieces differ by one sample and a rank's last may be empty.
+        """
+        mine = self.indices(step)[rank::size]
+        return np.array_split(mine, accumulation(self.global_batch, size, micro_batch))
+
+
+def accumulation(global_batch: int, size: int, micro_batch: int) -> int:
+    """Micro-batches of a step: enough that the fullest rank's pieces hold at most micro_batch.
+
+    >>> accumulation(global_batch=8192, size=2, micro_batch=128)
+    32
+    """
+    return -(-(-(-global_batch // size)) // micro_batch)

@@ -1,0 +1,57 @@
+"""Exact evaluation over all ranks; imports replicas and comm.base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hvd_lars.comm.base import Communicator
+from hvd_lars.data.source import Source
+from hvd_lars.replicas import average_buffers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy in nats, fractions that are right, and the samples they were taken over."""
+
+    loss: float
+    top1: float
+    top5: float
+    num_samples: int
+
+    def record(self) -> dict[str, float | int]:
+        """The fields as metrics.jsonl has them."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, source: Source, comm: Communicator, batch: int, device: torch.device
+) -> Evaluation:
+    """Evaluate on every sample exactly once: rank r takes samples r, r + size, …
+
+    Nothing is padded, and counts are summed over ranks, so the result does not depend on their
+    number.  Top-5 is top-C where there are C < 5 classes.  Collective.
+    """
+    average_buffers(model, comm)
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    mine = np.arange(comm.rank, source.num_eval, comm.size)
+    for begin in range(0, len(mine), batch):
+        images, labels = source.eval_batch(mine[begin : begin + batch])
+        images, labels = images.to(device), labels.to(device)
+        logits = model(images).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        sums[0] += functional.cross_entropy(logits, labels, reduction="sum").double()
+        sums[1] += best[:, 0].sum()
+        sums[2] += best.sum()
+        sums[3] += len(labels)
+    model.train(was_training)
+    comm.start_all_reduce_sum(sums, "evaluation").wait()
+    loss, top1, top5, count = sums.tolist()
+    return Evaluation(loss / count, top1 / count, top5 / count, int(count))

@@ -1,0 +1,52 @@
+"""From a name in the config to a network; imports the networks and errors."""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import nn
+
+from hvd_lars.errors import UserError
+from hvd_lars.models.digits_alexnet import DigitsAlexNet
+
+
+def _torchvision_names() -> list[str]:
+    """torchvision's classifiers for single images; none without torchvision."""
+    try:
+        from torchvision import models
+    except ImportError:
+        return []
+    return models.list_models(module=models)
+
+
+def model_names() -> list[str]:
+    """Every name that :func:`build_model` takes."""
+    return ["digits_alexnet", *_torchvision_names()]
+
+
+def check_model_name(name: str) -> None:
+    """Raise UserError for a name that :func:`build_model` does not take; gives the nearest."""
+    names = model_names()
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"nearest: {', '.join(near)}" if near else "digits_alexnet or a torchvision classifier"
+    missing = "" if len(names) > 1 else " (torchvision is not installed)"
+    raise UserError(f"model.name: found {name!r}; {hint}{missing}")
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """A freshly initialised network; torch's global random state decides the weights.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    check_model_name(name)
+    if name == "digits_alexnet":
+        return DigitsAlexNet(num_classes)
+    from torchvision import models
+
+    options: dict[str, object] = {"weights": None, "num_classes": num_classes}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    return models.get_model(name, **options)

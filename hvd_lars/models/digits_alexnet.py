@@ -1,0 +1,46 @@
+"""An AlexNet-shaped network for 8×8 digits; imports nothing of hvd_lars."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class DigitsAlexNet(nn.Module):
+    """Five 3×3 convolutions and three linear layers, without normalisation or dropout.
+
+    Widths 8-16-[pool]-24-24-16-[pool]-128-128-num_classes; weights Xavier-uniform, biases zero.
+    Like AlexNet it depends on each layer's rate: tuned SGD fails on it at a batch of 1,024.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(24, 24, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(24, 16, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(16 * 2 * 2, 128),
+            nn.ReLU(inplace=True),
+            nn.Linear(128, 128),
+            nn.ReLU(inplace=True),
+            nn.Linear(128, num_classes),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, num_classes) of images (n, 1, 8, 8)."""
+        return self.classifier(self.features(images).flatten(1))

@@ -1,0 +1,7 @@
+"""The LARS optimizer and where its blocks live; imports comm.base only."""
+
+from hvd_lars.optim.groups import parameter_groups
+from hvd_lars.optim.lars import LARS
+from hvd_lars.optim.placement import Placement, Replicated
+
+__all__ = ["LARS", "Placement", "Replicated", "parameter_groups"]

@@ -1,0 +1,61 @@
+"""Sums of squares of tensors, and tensors as flat memory; imports nothing of hvd_lars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BLOCK = 4096
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one gapless piece of memory, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """View of a dense tensor as (numel,), in memory order; a gapped one is copied."""
+    if tensor.numel() == 0:
+        return tensor.reshape(-1)
+    if is_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.reshape(-1)
+
+
+def in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
+    """``grad`` with the strides of ``param``, copied only where they differ.
+
+    A channels_last weight may get a contiguous gradient; flat views of both must pair up the
+    same elements.
+    """
+    if grad.stride() == param.stride():
+        return grad
+    return torch.empty_like(param).copy_(grad)
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of squares of each flat tensor: (len(tensors),), float64, on their device.
+
+    float64 tensors are summed in float64; the others in float32 within blocks of 4096 elements
+    and in float64 across blocks, so the error does not grow with the layer.
+    """
+    return torch.stack([_sum_of_squares(tensor) for tensor in tensors])
+
+
+def _sum_of_squares(tensor: Tensor) -> Tensor:
+    """Sum of squares of one (numel,) tensor: 0-dim float64."""
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    blocks = tensor.numel() // _BLOCK
+    whole = tensor[: blocks * _BLOCK].view(blocks, _BLOCK)
+    norms = torch.linalg.vector_norm(whole, dim=1, dtype=dtype).double()
+    rest = torch.linalg.vector_norm(tensor[blocks * _BLOCK :], dtype=dtype).double()
+    return norms.square().sum() + rest.square()

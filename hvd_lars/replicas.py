@@ -1,0 +1,85 @@
+"""Making ranks agree, and proving that they do; imports comm.base.
+
+Horovod's own ``broadcast_optimizer_state`` is not used: where a rank's state is empty it takes an
+optimizer step with zero gradients, and weight decay moves that rank's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hvd_lars.comm.base import Communicator
+
+
+class ReplicasDifferError(RuntimeError):
+    """Ranks that must hold the same bits do not."""
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that training carries from step to step, by name, momentum first.
+
+    ``momentum/NAME`` are the optimizer's buffers, ``model/NAME`` parameters and buffers of the
+    model; the tensors are the live ones.
+    """
+    names = {param: name for name, param in model.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if "momentum_buffer" in optimizer.state[param]:
+                state[f"momentum/{names[param]}"] = optimizer.state[param]["momentum_buffer"]
+    state.update({f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    return state
+
+
+def broadcast_and_verify(state: Mapping[str, Tensor], comm: Communicator) -> None:
+    """Give every rank the tensors of rank 0, then check that all hold the same bits."""
+    for tensor in state.values():
+        comm.broadcast(tensor)
+    verify_agreement(state, comm)
+
+
+def verify_agreement(state: Mapping[str, Tensor], comm: Communicator) -> None:
+    """Compare a checksum of every tensor over the ranks.
+
+    Raises:
+        ReplicasDifferError: on every rank, naming the first tensor that differs and the ranks
+            where it is not what rank 0 holds.
+    """
+    mine = torch.tensor([_checksum(tensor) for tensor in state.values()], dtype=torch.int64)
+    roots = mine.clone()
+    comm.broadcast(roots)
+    differs = torch.zeros(comm.size, len(state), dtype=torch.int64)
+    differs[comm.rank] = mine != roots
+    comm.start_all_reduce_sum(differs, "verify_agreement").wait()
+    tensors = differs.any(dim=0).nonzero().flatten().tolist()
+    if tensors:
+        ranks = differs[:, tensors[0]].nonzero().flatten().tolist()
+        raise ReplicasDifferError(
+            f"{list(state)[tensors[0]]} differs from rank 0's on ranks {ranks} "
+            f"({len(tensors)} of {len(state)} tensors differ)"
+        )
+
+
+def _checksum(tensor: Tensor) -> int:
+    """64 bits of BLAKE2b over the tensor's bytes, as a signed integer."""
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    digest = hashlib.blake2b(data.data, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def average_buffers(model: nn.Module, comm: Communicator) -> None:
+    """Replace floating-point buffers (BatchNorm's running statistics) by their mean over ranks.
+
+    Each rank gathers statistics of its own samples; evaluating and saving want one model.
+    """
+    if comm.size == 1:
+        return
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            total = buffer.detach().to(torch.float64)
+            comm.start_all_reduce_sum(total, f"buffer.{name}").wait()
+            buffer.copy_(total / comm.size)

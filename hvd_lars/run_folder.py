@@ -1,0 +1,97 @@
+"""The folder of one run: config.yaml, environment.json, metrics.jsonl, checkpoints/.
+
+Imports errors only.  Its functions run on rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hvd_lars.errors import UserError
+
+CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoints",
+)
+
+
+def create_run_folder(wanted: str | None, name: str) -> Path:
+    """Make and return the run's folder: ``wanted``, or ``runs/<name>-<time>``.
+
+    Raises:
+        UserError: it cannot be written, or holds a run already.
+    """
+    folder = Path(wanted) if wanted else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / METRICS).exists() or (folder / CONFIG).exists():
+        raise UserError(f"run.dir: {folder} holds a run already; name another folder")
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(f"run.dir: {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def describe_run(
+    folder: Path, config_yaml: str, ranks: dict[str, Any], device: str, threads: int
+) -> None:
+    """Write the resolved config and what it runs on."""
+    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+    facts = environment_facts() | {"device": device, "threads": threads} | ranks
+    (folder / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def environment_facts() -> dict[str, Any]:
+    """Machine, versions and command line, for environment.json and ``doctor``."""
+    packages = ("hvd_lars", "torch", "torchvision", "horovod", "mpi4py", "numpy", "pydantic")
+    return {
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` where files differ; None outside a checkout."""
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -1,0 +1,192 @@
+"""The training loop, read from top to bottom.
+
+Imports optim, data, checkpoint, evaluation, metrics and comm.base; takes no Config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hvd_lars.checkpoint import Checkpointer
+from hvd_lars.comm.base import Communicator
+from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.data.source import Indices, Source
+from hvd_lars.evaluation import Evaluation, evaluate
+from hvd_lars.metrics import Sink
+from hvd_lars.optim import LARS, Replicated
+from hvd_lars.replicas import broadcast_and_verify, named_state
+from hvd_lars.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Lengths in steps: of the run, and between evaluations, log lines and checkpoints."""
+
+    total: int
+    evaluate: int
+    log: int
+    checkpoint: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to; images per second over training alone."""
+
+    evaluation: Evaluation
+    images_per_second: float
+    seconds: float
+
+
+class Trainer:
+    """One rank's part of a training run; ``run`` is collective.
+
+    Args:
+        model: on ``device``; every rank's weights become rank 0's.
+        optimizer: LARS with ``placement``.
+        placement: sums the gradients.
+        schedule: γ of every step.
+        source: the images.
+        batches: which samples make up each step.
+        comm: the ranks.
+        device: where the model is.
+        micro_batch: most samples in one forward and backward pass.
+        eval_batch: most samples in one evaluation pass.
+        intervals: how long, and how often the rest is done.
+        checkpointer: keeps the state.
+        sinks: take the records; empty but on rank 0.
+        seed: of dropout, with step and rank.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: LARS,
+        placement: Replicated,
+        schedule: Schedule,
+        source: Source,
+        batches: GlobalBatches,
+        comm: Communicator,
+        device: torch.device,
+        micro_batch: int,
+        eval_batch: int,
+        intervals: Intervals,
+        checkpointer: Checkpointer,
+        sinks: Sequence[Sink],
+        seed: int,
+    ) -> None:
+        self.model, self.optimizer, self.placement = model, optimizer, placement
+        self.schedule, self.source, self.batches = schedule, source, batches
+        self.comm, self.device = comm, device
+        self.micro_batch, self.eval_batch = micro_batch, eval_batch
+        self.intervals, self.checkpointer, self.sinks = intervals, checkpointer, sinks
+        self.seed = seed
+        self._data_seconds = 0.0
+
+    def run(self) -> Summary:
+        """Train from step 0 to the end and return the last evaluation.
+
+        Raises:
+            ReplicasDifferError: ranks do not start from the same bits.
+            UserError: a checkpoint cannot be written.
+        """
+        broadcast_and_verify(named_state(self.model, self.optimizer), self.comm)
+        self._record("event", 0, event="start", world_size=self.comm.size)
+        self.model.train()
+        started = window_started = time.perf_counter()
+        aside = 0.0  # seconds spent on evaluation and checkpoints
+        window_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        window_steps = 0
+        evaluation: Evaluation | None = None
+        for step in range(self.intervals.total):
+            window_loss += self.train_step(step)
+            window_steps += 1
+            done = step + 1
+            last = done == self.intervals.total
+            if done % self.intervals.log == 0 or last:
+                self._log_window(done, window_loss, window_steps, window_started)
+                window_loss.zero_()
+                window_steps, window_started = 0, time.perf_counter()
+            pause = time.perf_counter()
+            if done % self.intervals.evaluate == 0 or last:
+                evaluation = evaluate(
+                    self.model, self.source, self.comm, self.eval_batch, self.device
+                )
+                self._record("eval", done, **evaluation.record())
+            if done % self.intervals.checkpoint == 0 or last:
+                path = self.checkpointer.save(self.model, self.optimizer, {"step": done})
+                self._record("event", done, event="checkpoint", path=path.name)
+            pause = time.perf_counter() - pause
+            aside += pause
+            window_started += pause
+        assert evaluation is not None
+        seconds = time.perf_counter() - started
+        samples = self.intervals.total * self.batches.global_batch
+        self._record("event", self.intervals.total, event="stop", reason="finished")
+        return Summary(evaluation, samples / (seconds - aside), seconds)
+
+    def train_step(self, step: int) -> Tensor:
+        """One optimizer step on global batch ``step``; returns this rank's share of the loss.
+
+        The loss is a sum over samples divided by the global batch, so that the sum of the ranks'
+        gradients is the gradient of the mean, however unevenly the samples are spread.
+        """
+        torch.manual_seed(_dropout_seed(self.seed, step, self.comm.rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(step)
+        self.optimizer.zero_grad()
+        pieces = self.batches.micro_batches(step, self.comm.rank, self.comm.size, self.micro_batch)
+        pieces = [piece for piece in pieces if len(piece)]
+        share = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, piece in enumerate(pieces):
+            images, labels = self._load(step, piece)
+            with nullcontext() if i == len(pieces) - 1 else self.placement.no_sync():
+                total = functional.cross_entropy(self.model(images), labels, reduction="sum")
+                loss = total / self.batches.global_batch
+                loss.backward()
+            share += loss.detach()
+        self.optimizer.step()
+        return share
+
+    def _load(self, step: int, piece: Indices) -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
+        images, labels = self.source.train_batch(step // self.batches.steps_per_epoch, piece)
+        images, labels = images.to(self.device), labels.to(self.device)
+        self._data_seconds += time.perf_counter() - started
+        return images, labels
+
+    def _log_window(self, done: int, loss: Tensor, steps: int, started: float) -> None:
+        """Record the means since the last log line; the loss is summed over the ranks."""
+        total = loss.clone()
+        self.comm.start_all_reduce_sum(total, "loss").wait()
+        seconds = time.perf_counter() - started
+        self._record(
+            "train",
+            done,
+            samples=done * self.batches.global_batch,
+            loss=total.item() / steps,
+            lr=self.schedule(done - 1),
+            images_per_second=steps * self.batches.global_batch / seconds,
+            data_seconds=self._data_seconds / steps,
+            step_seconds=seconds / steps,
+        )
+        self._data_seconds = 0.0
+
+    def _record(self, kind: str, step: int, **fields: float | int | str) -> None:
+        epoch = round(step / self.batches.steps_per_epoch, 4)
+        for sink in self.sinks:
+            sink.write({"kind": kind, "step": step, "epoch": epoch, **fields})
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """A 64-bit seed of its own for every (seed, step, rank): nothing to save, nothing to drift."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

