@@ -1,4 +1,4 @@
-"""Package metadata; tool settings are in pyproject.toml, exact versions in launch/constraints.txt."""
+"""Package metadata; tools are set in pyproject.toml, exact versions in launch/constraints.txt."""
 
 from pathlib import Path
 

@@ -18,6 +18,7 @@ from hvd_lars.config import Config, DigitsData, SyntheticData
 from hvd_lars.config_file import dump_config
 from hvd_lars.data import Digits, GlobalBatches, Source, Synthetic
 from hvd_lars.data.sampler import accumulation
+from hvd_lars.durations import Duration
 from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.metrics import Console, JsonLines, Sink
@@ -74,14 +75,16 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
         )
     steps_per_epoch = num_train // train.global_batch
 
-    def steps(duration: object, key: str) -> int:
-        found = duration.steps(steps_per_epoch, train.global_batch)  # type: ignore[attr-defined]
+    def steps(duration: Duration, key: str) -> int:
+        found = duration.steps(steps_per_epoch, train.global_batch)
         if found < 1:
             raise UserError(f"{key}: {duration} is less than one step of {train.global_batch}")
         return found
 
     total = steps(train.duration, "train.duration")
-    warmup = 0 if rates.warmup == "none" else steps(rates.warmup_duration, "schedule.warmup_duration")
+    warmup = (
+        0 if rates.warmup == "none" else steps(rates.warmup_duration, "schedule.warmup_duration")
+    )
     if warmup >= total:
         raise UserError(
             f"schedule.warmup_duration: {rates.warmup_duration} is {warmup} steps; the whole run "
@@ -89,7 +92,9 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
         )
     target = scaled_rate(rates.base_lr, rates.scaling, train.global_batch, rates.reference_batch)
     if rates.end_lr > target:
-        raise UserError(f"schedule.end_lr: found {rates.end_lr}; at most the target rate {target:g}")
+        raise UserError(
+            f"schedule.end_lr: found {rates.end_lr}; at most the target rate {target:g}"
+        )
     start = warmup if rates.poly_span == "post_warmup" else 0
     if rates.policy == "poly":
         main = poly(target, total, rates.poly_power, rates.end_lr, start)

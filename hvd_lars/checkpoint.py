@@ -71,7 +71,9 @@ class Checkpointer:
         broadcast_and_verify(live, self._comm)
         return progress
 
-    def _write(self, target: Path, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+    def _write(
+        self, target: Path, state: Mapping[str, Tensor], progress: Mapping[str, Any]
+    ) -> None:
         draft = target.with_suffix(".tmp")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)

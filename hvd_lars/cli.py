@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command in ("train", "eval"):
             launch, comm = _run_on_ranks(options)
         else:
-            sys.exit({"check": _check, "schema": _schema, "doctor": _doctor}[options.command](options))
+            sys.exit(
+                {"check": _check, "schema": _schema, "doctor": _doctor}[options.command](options)
+            )
     except UserError as error:
         _fail_together(str(error))
     if comm is not None:
@@ -52,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_config(command: argparse.ArgumentParser) -> None:
-        command.add_argument("config", metavar="CONFIG", help="a YAML file or a bundled config's name")
+        command.add_argument(
+            "config", metavar="CONFIG", help="a YAML file or a bundled config's name"
+        )
         command.add_argument(
             "overrides", metavar="key.sub=value", nargs="*", help="replaces a value of the config"
         )
@@ -173,7 +177,9 @@ def _print_plan(config: Config, plan: Plan) -> None:
 def _schema(options: argparse.Namespace) -> int:
     from hvd_lars.config import Config
 
-    schema = Config.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    schema = Config.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema"
+    }
     text = json.dumps(schema, indent=2) + "\n"
     if options.output is None:
         print(text, end="")

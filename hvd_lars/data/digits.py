@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hvd_lars.data.randomness import uniforms
+from hvd_lars.data.randomness import Matrix, uniforms
 from hvd_lars.data.source import Batch, Indices
 
 NUM_TRAIN, NUM_EVAL = 897, 900
@@ -66,7 +66,7 @@ class Digits:
         return self._eval[0][which], self._eval[1][which]
 
 
-def _affine(draws: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> Tensor:
+def _affine(draws: Matrix) -> Tensor:
     """(n, 2, 3) affine maps from (n, 6) uniform numbers: rotate · shear · scale, then shift."""
     angle, scale_x, scale_y, shift_x, shift_y, shear = (2.0 * draws - 1.0).T
     cos, sin = np.cos(_ROTATION * angle), np.sin(_ROTATION * angle)

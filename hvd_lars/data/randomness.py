@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from hvd_lars.data.source import Indices
 
+Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
 _U64 = np.uint64
 
 
-def _mix(x: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> np.ndarray[
-    tuple[int, ...], np.dtype[np.uint64]
-]:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014)."""
+def _mix(x: Any) -> Any:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014), on an array of uint64."""
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))
 
 
-def uniforms(
-    seed: int, epoch: int, indices: Indices, count: int
-) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def uniforms(seed: int, epoch: int, indices: Indices, count: int) -> Matrix:
     """(len(indices), count) numbers in [0, 1): a row belongs to its sample, whoever draws it.
 
     A sample drawn by another rank, in another batch or after a resume gets the same row.
@@ -32,4 +32,5 @@ def uniforms(
         row = _mix(key + increment * (indices.astype(np.uint64) + _U64(1)))
         columns = increment * np.arange(1, count + 1, dtype=np.uint64)
         bits = _mix(row[:, None] + columns[None, :])
-    return (bits >> _U64(11)).astype(np.float64) * 2.0**-53
+    draws: Matrix = (bits >> _U64(11)).astype(np.float64) * 2.0**-53
+    return draws

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from hvd_lars.data.source import Indices
@@ -59,4 +61,5 @@ def accumulation(global_batch: int, size: int, micro_batch: int) -> int:
     >>> accumulation(global_batch=8192, size=2, micro_batch=128)
     32
     """
-    return -(-(-(-global_batch // size)) // micro_batch)
+    fullest_rank = math.ceil(global_batch / size)
+    return math.ceil(fullest_rank / micro_batch)

@@ -11,12 +11,13 @@ from hvd_lars.models.digits_alexnet import DigitsAlexNet
 
 
 def _torchvision_names() -> list[str]:
-    """torchvision's classifiers for single images; none without torchvision."""
+    """Names of torchvision's image classifiers; none without torchvision."""
     try:
         from torchvision import models
     except ImportError:
         return []
-    return models.list_models(module=models)
+    names: list[str] = models.list_models(module=models)
+    return names
 
 
 def model_names() -> list[str]:
@@ -49,4 +50,5 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
-    return models.get_model(name, **options)
+    model: nn.Module = models.get_model(name, **options)
+    return model

@@ -43,4 +43,5 @@ class DigitsAlexNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, num_classes) of images (n, 1, 8, 8)."""
-        return self.classifier(self.features(images).flatten(1))
+        logits: Tensor = self.classifier(self.features(images).flatten(1))
+        return logits

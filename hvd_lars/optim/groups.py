@@ -46,7 +46,9 @@ def parameter_groups(
     weights = [(name, param) for name, param in named if param.dim() >= 2]
     others = [(name, param) for name, param in named if param.dim() < 2]
     position = {name: i for i, (name, _) in enumerate(weights)}
-    owner = {name: position.get(f"{name.rpartition('.')[0]}.weight".lstrip(".")) for name, _ in others}
+    owner = {
+        name: position.get(f"{name.rpartition('.')[0]}.weight".lstrip(".")) for name, _ in others
+    }
     sharing = [(n, p) for n, p in others if adapt == "layer" and owner[n] is not None]
     alone = [(n, p) for n, p in others if not (adapt == "layer" and owner[n] is not None)]
 

@@ -14,7 +14,9 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one gapless piece of memory, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(
-        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1
     ):
         if stride != expected:
             return False
@@ -56,6 +58,6 @@ def _sum_of_squares(tensor: Tensor) -> Tensor:
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     blocks = tensor.numel() // _BLOCK
     whole = tensor[: blocks * _BLOCK].view(blocks, _BLOCK)
-    norms = torch.linalg.vector_norm(whole, dim=1, dtype=dtype).double()
-    rest = torch.linalg.vector_norm(tensor[blocks * _BLOCK :], dtype=dtype).double()
+    norms: Tensor = torch.linalg.vector_norm(whole, dim=1, dtype=dtype).double()
+    rest: Tensor = torch.linalg.vector_norm(tensor[blocks * _BLOCK :], dtype=dtype).double()
     return norms.square().sum() + rest.square()

@@ -95,7 +95,7 @@ class Replicated:
                 self._place[param] = (bucket, i)
                 self._owned[param] = overlap(start, param.numel(), begin, end)
                 start += param.numel()
-                param.register_post_accumulate_grad_hook(self._on_gradient)
+                param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         self._next = 0  # the first bucket that was not started yet
         self._synchronizing = True
         self._reduced = False

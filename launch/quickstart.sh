@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# From an empty machine to a trained network: sets everything up, then trains configs/digits.yaml
+# on two Horovod ranks.  Options go to launch/setup.sh: --system-torch, --apt, --no-nccl.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bin=$(bash launch/setup.sh "$@")
+export PATH="$bin:$PATH"
+horovodrun -np 2 hvd-lars train digits
+echo "Next: source $bin/activate; hvd-lars doctor; horovodrun -np 2 hvd-lars train digits-sgd-b1024"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Finds a Python and sets hvd_lars up with it; prints the environment's folder of programs.
+# Options: --system-torch --apt --no-nccl --dev (see launch/install.py).
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+for python in ${PYTHON:-} python3 python python3.13 python3.12 python3.11 python3.10 python3.14; do
+    if command -v "$python" >/dev/null && usable "$python"; then
+        exec "$python" "$here/install.py" "$@"
+    fi
+done
+echo "setup.sh: no Python 3.10 or newer on PATH: Debian/Ubuntu \`apt-get install python3\`," \
+    "RHEL/Rocky \`dnf install python3.11\`, conda \`conda create -n hvd python=3.11\`" >&2
+exit 2

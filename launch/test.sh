@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# From an empty machine to a passed test suite: the same set-up as quickstart.sh, then style,
+# types and tests.  Options go to launch/setup.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bin=$(bash launch/setup.sh --dev "$@")
+export PATH="$bin:$PATH"
+ruff check .
+ruff format --check --quiet .
+mypy
+python -m pytest

@@ -1,0 +1,46 @@
+"""Ranks for tests: ``@pytest.mark.ranks(2, 3)`` tests run where pytest itself is what is launched.
+
+Plain ``pytest`` runs everything: tests/launch/test_rank_suites.py starts the launchers.  To run
+one by hand:  HVD_LARS_TEST_BACKEND=horovod mpirun -np 3 python -m pytest tests/contract
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from hvd_lars.comm import connect, detect_launch
+
+BACKEND = os.environ.get("HVD_LARS_TEST_BACKEND")
+
+
+def pytest_collection_modifyitems(config, items):
+    size = detect_launch(os.environ).size if BACKEND else None
+    kept, dropped = [], []
+    for item in items:
+        mark = item.get_closest_marker("ranks")
+        wanted = size in mark.args if mark and BACKEND else not (mark or BACKEND)
+        (kept if wanted else dropped).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(scope="session")
+def comm():
+    """The communicator of the backend under test, joined once."""
+    torch.set_num_threads(1)
+    communicator = connect(BACKEND)
+    yield communicator
+    communicator.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if BACKEND and report.failed:
+        # The other ranks wait for this one inside a collective: say why and end the job.
+        print(f"\nFAILED on rank {detect_launch(os.environ).rank}: {item.nodeid}", file=sys.stderr)
+        print(report.longreprtext, file=sys.stderr, flush=True)
+        os._exit(1)
+    return report

@@ -1,0 +1,92 @@
+"""A small model and data set for tests of whole steps, in any dtype."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvd_lars.checkpoint import Checkpointer
+from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.optim import LARS, Replicated, parameter_groups
+from hvd_lars.trainer import Intervals, Trainer
+
+GLOBAL_BATCH = 59  # divided by 1, 2, 3, 4 ranks and again by 2 and 5 it is uneven every time
+RATES = [2.0, 3.0, 0.5, 4.0, 0.0, 1.0, 8.0, 0.1]
+
+
+class TinySource:
+    """Images (n, 3, 6, 6) and labels of 5 classes, fixed."""
+
+    num_train, num_eval, num_classes = 2 * GLOBAL_BATCH, 37, 5
+
+    def __init__(self, dtype):
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(200, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
+        self.labels = torch.randint(5, (200,), generator=generator)
+
+    def train_batch(self, epoch, indices):
+        return self.images[indices], self.labels[indices]
+
+    def eval_batch(self, indices):
+        return self.images[indices + 150 - 37], self.labels[indices + 150 - 37]
+
+
+def tiny_model(dtype, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 7, 3),
+        nn.ReLU(),
+        nn.Conv2d(7, 5, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20, 13),
+        nn.Tanh(),
+        nn.Linear(13, 5),
+    ).to(dtype)
+
+
+def tiny_trainer(comm, dtype, micro_batch, folder=None, adapt="weights", seed=0, **options):
+    """A Trainer of the tiny model whose buckets are small enough that there are several."""
+    model = tiny_model(dtype, seed)
+    placement = Replicated(model.parameters(), comm, bucket_bytes=700)
+    groups = parameter_groups(model, 5e-3, adapt=adapt)
+    optimizer = LARS(groups, trust_coefficient=0.02, placement=placement, **options)
+    source = TinySource(dtype)
+    return Trainer(
+        model=model,
+        optimizer=optimizer,
+        placement=placement,
+        schedule=lambda step: RATES[step % len(RATES)],
+        source=source,
+        batches=GlobalBatches(source.num_train, GLOBAL_BATCH, seed=5),
+        comm=comm,
+        device=torch.device("cpu"),
+        micro_batch=micro_batch,
+        eval_batch=8,
+        intervals=Intervals(total=len(RATES), evaluate=4, log=3, checkpoint=5),
+        checkpointer=Checkpointer(folder, comm) if folder else None,
+        sinks=[],
+        seed=3,
+    )
+
+
+def one_device(dtype, adapt="weights", **options):
+    """The same training by one device that holds the whole batch, written out."""
+    model = tiny_model(dtype)
+    groups = parameter_groups(model, 5e-3, adapt=adapt)
+    optimizer = LARS(groups, trust_coefficient=0.02, **options)
+    source = TinySource(dtype)
+    batches = GlobalBatches(source.num_train, GLOBAL_BATCH, seed=5)
+    for step, rate in enumerate(RATES):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        images, labels = source.train_batch(0, np.asarray(batches.indices(step)))
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def assert_same_parameters(model, reference, tolerance):
+    for (name, found), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        distance = (found - wanted).norm() / wanted.norm()
+        assert distance < tolerance, f"{name}: relative distance {distance:.2e}"
