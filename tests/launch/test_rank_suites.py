@@ -1,0 +1,56 @@
+"""Run the tests marked ``ranks`` under every real launcher and backend."""
+
+import re
+import sys
+
+import pytest
+
+from hvd_lars.launchers import run_here
+
+HANG_GUARD = 600
+RANK_TESTS = ["tests/contract", "tests/test_ranks.py", "tests/test_horovod_optimizer.py"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("launcher", "backend"),
+    [
+        ("mpirun", "horovod"),
+        ("mpirun", "mpi"),
+        ("horovodrun --gloo", "horovod"),
+    ],
+)
+def test_suite(request, launcher, backend, ranks):
+    run_suite(request, launcher, backend, ranks)
+
+
+def test_suite_under_horovodrun_on_mpi(request):
+    run_suite(request, "horovodrun", "horovod", 2)
+
+
+def run_suite(request, launcher, backend, ranks):
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
+    program = [
+        *pytest_here,
+        f"--rootdir={request.config.rootpath}",
+        *(str(request.config.rootpath / path) for path in RANK_TESTS),
+    ]
+    environment = {"HVD_LARS_TEST_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+    result = run_here(launcher, ranks, program, HANG_GUARD, environment)
+    assert result.returncode == 0, result.stdout
+    passed = [int(n) for n in re.findall(r"(\d+) passed", result.stdout)]
+    assert len(passed) == ranks, result.stdout
+    assert len(set(passed)) == 1, result.stdout
+
+
+def test_suite_alone(request, monkeypatch):
+    import subprocess
+
+    from hvd_lars.launchers import this_python
+
+    program = this_python("-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *RANK_TESTS)
+    monkeypatch.setenv("HVD_LARS_TEST_BACKEND", "local")
+    result = subprocess.run(
+        program, cwd=request.config.rootpath, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
