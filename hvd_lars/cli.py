@@ -29,7 +29,7 @@ _GRACE_SECONDS = 3.0
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 0, 1 (something broke) or 2 (the user can mend it)."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     launch, comm = None, None
     try:
         if options.command in ("train", "eval"):
@@ -42,6 +42,18 @@ def main(arguments: list[str] | None = None) -> None:
         _fail_together(str(error))
     if comm is not None:
         comm.close()
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse a command line on which overrides and options stand in any order."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(late) < len(rest) or (late and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        options.overrides += late
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +95,10 @@ def _run_on_ranks(options: argparse.Namespace) -> tuple[Launch, Communicator]:
     if options.command == "train":
         config = _config(options.config, options.overrides)
     else:
-        config = _config(str(options.run_folder / "config.yaml"), options.overrides)
+        # How many ranks trained, and over what, does not bind who evaluates.
+        anywhere = ["comm.backend=auto", "run.expect_world_size=null"]
+        path = str(options.run_folder / "config.yaml")
+        config = _config(path, [*anywhere, *options.overrides])
     from hvd_lars.comm import connect, detect_launch
 
     launch = detect_launch(os.environ)

@@ -5,7 +5,7 @@ Imports durations only.  Reading files and overrides is config_file's.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic.json_schema import GenerateJsonSchema
 
 from hvd_lars.durations import Duration
 
@@ -190,3 +191,16 @@ class Config(Section):
     schedule: Schedule
     train: Train
     checkpoint: Checkpoint = Checkpoint()
+
+
+class _Schema(GenerateJsonSchema):
+    """Defaults as the YAML writes them."""
+
+    def encode_default(self, dft: Any) -> Any:
+        return str(dft) if isinstance(dft, Duration) else super().encode_default(dft)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a config file, for editors."""
+    dialect = {"$schema": GenerateJsonSchema.schema_dialect}
+    return dialect | Config.model_json_schema(schema_generator=_Schema)

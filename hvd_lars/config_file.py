@@ -105,7 +105,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         lines = []
         for detail in error.errors(include_url=False):
             key, message = _explain(detail)  # type: ignore[arg-type]
-            given = any(key == k or key.startswith(f"{k}.") for k in overridden)
+            # A section's own error may come from any override inside the section.
+            given = any(
+                f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden
+            )
             lines.append(f"{'command line' if given else path}: {message}")
         raise UserError("\n".join(lines)) from None
 

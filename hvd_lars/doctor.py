@@ -32,7 +32,8 @@ print(json.dumps([horovod.__version__, hvd.mpi_built(), hvd.gloo_built(), hvd.nc
 _MPI_FACTS = """
 import mpi4py
 from mpi4py import MPI
-print(mpi4py.__version__ + ", on " + MPI.Get_library_version().splitlines()[0].split(", package")[0])
+library = MPI.Get_library_version().splitlines()[0].split(", package")[0]
+print(f"{mpi4py.__version__}, on {library}")
 """
 _TORCH_FACTS = """
 import json, torch

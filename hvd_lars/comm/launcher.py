@@ -118,10 +118,14 @@ def choose_backend(
         UserError: the launcher and the backend do not fit; the line says why and what would.
     """
     ranks = f"{launch.launcher} started {launch.size} ranks"
+    if launch.launcher == "torchrun" and launch.size > 1:
+        raise UserError(
+            f"{ranks}, which neither Horovod nor MPI can join; use horovodrun, mpirun or srun"
+        )
     if backend == "auto":
         if launch.size == 1:
             return "local"
-        if has_horovod and launch.launcher != "torchrun":
+        if has_horovod:
             backend = "horovod"
         elif launch.mpi:
             backend = "mpi"
@@ -130,10 +134,6 @@ def choose_backend(
                 f"{ranks}, but Horovod is not installed for this Python: run launch/quickstart.sh "
                 f"or `python launch/build_horovod.py --install`, or use mpirun with mpi4py"
             )
-    if launch.launcher == "torchrun" and launch.size > 1:
-        raise UserError(
-            f"{ranks}, which neither Horovod nor MPI can join; use horovodrun, mpirun or srun"
-        )
     if backend == "local" and launch.size > 1:
         raise UserError(
             f"{ranks}, but comm.backend is local: each would train alone; use auto, horovod or mpi"

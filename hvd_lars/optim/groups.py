@@ -1,10 +1,21 @@
-"""Which tensors of a model are adapted and decayed; imports nothing of hvd_lars."""
+"""Which tensors of a model are adapted and decayed, and what a group may hold.
+
+Imports nothing of hvd_lars.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from torch import nn
+
+CHOICES = {
+    "lr_position": ("momentum", "update"),
+    "denominator": ("separate", "combined"),
+    "zero_norm": ("unit", "skip"),
+    "adapt": ("own", "layer", "none"),
+}
 
 
 def parameter_groups(
@@ -71,3 +82,34 @@ def _group(
         "adapt": adapt,
         "weight_decay": weight_decay,
     }
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError for the first hyper-parameter or tensor of a group that is not allowed."""
+    for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"):
+        value = group[name]
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"LARS: {name} is {value}; it must be finite and not negative")
+    for name, allowed in CHOICES.items():
+        if group[name] not in allowed:
+            raise ValueError(f"LARS: {name} is {group[name]!r}; allowed: {', '.join(allowed)}")
+    if group["nesterov"] and group["momentum"] == 0:
+        raise ValueError("LARS: nesterov needs momentum above 0")
+    for param in group["params"]:
+        if param.is_complex() or param.is_sparse:
+            kind = "complex" if param.is_complex() else "sparse"
+            raise ValueError(
+                f"LARS takes dense real parameters; one of shape {tuple(param.shape)} is {kind}"
+            )
+
+
+def check_ratio_from(group: dict[str, Any], count: int) -> None:
+    """``adapt="layer"`` needs, for each tensor, the position of the one whose ratio it takes."""
+    if group["adapt"] != "layer":
+        return
+    sources = group.get("ratio_from", ())
+    if len(sources) != len(group["params"]) or not all(0 <= s < count for s in sources):
+        raise ValueError(
+            f'LARS: a group with adapt="layer" has {len(group["params"])} tensors and ratio_from '
+            f"{list(sources)}; it needs one position below {count} for each tensor"
+        )

@@ -1,12 +1,11 @@
 """LARS, layer-wise adaptive rate scaling: the mathematics of a step.
 
 Where gradients come from (one device, or the sum over ranks) is the placement's affair.
-Imports placement and norms.
+Imports groups, norms and placement.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -15,20 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hvd_lars.optim.groups import check_group, check_ratio_from
 from hvd_lars.optim.norms import flat, in_layout_of, sums_of_squares
 from hvd_lars.optim.placement import Placement
 
 LrPosition = Literal["momentum", "update"]
 Denominator = Literal["separate", "combined"]
 ZeroNorm = Literal["unit", "skip"]
-Adapt = Literal["own", "layer", "none"]
-
-CHOICES = {
-    "lr_position": ("momentum", "update"),
-    "denominator": ("separate", "combined"),
-    "zero_norm": ("unit", "skip"),
-    "adapt": ("own", "layer", "none"),
-}
 
 
 @dataclass(slots=True)
@@ -128,13 +120,13 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
         count = sum(len(group["params"]) for group in self.param_groups)
         for group in self.param_groups:
-            _check_ratio_from(group, count)
+            check_ratio_from(group, count)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, after checking its hyper-parameters and tensors."""
         super().add_param_group(param_group)
         try:
-            _check_hyper_parameters(param_group)
+            check_group(param_group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -235,11 +227,11 @@ class LARS(Optimizer):
         group, param, grad = layer.group, layer.param, layer.grad
         momentum, decay, lr = group["momentum"], group["weight_decay"], group["lr"]
         inside, outside = (1.0, lr) if group["lr_position"] == "update" else (lr, 1.0)
-        one = torch.ones((), dtype=torch.float64, device=param.device)
-        rate = (one if ratio is None else ratio) * inside  # 0-dim: stays on the device
-        skip = group["zero_norm"] == "skip" and ratio is not None
+        if ratio is None:
+            ratio = torch.ones((), dtype=torch.float64, device=param.device)
+        rate = ratio * inside  # 0-dim: stays on the device
         # λ = 0 marks a layer to skip: elsewhere a zero norm gives λ = 1.
-        live = (rate != 0).to(param.dtype) if skip else None
+        live = ratio != 0 if group["zero_norm"] == "skip" else None
         scale = rate.to(param.dtype)
 
         def add_gradient(target: Tensor) -> Tensor:
@@ -256,7 +248,8 @@ class LARS(Optimizer):
             if live is None:
                 buffer.mul_(momentum)
             else:
-                buffer.mul_(torch.where(live != 0, momentum, 1.0).to(param.dtype))
+                decayed = torch.full_like(ratio, momentum)
+                buffer.mul_(torch.where(live, decayed, 1.0).to(param.dtype))
             add_gradient(buffer)
             step = add_gradient(buffer * momentum) if group["nesterov"] else buffer
         if live is not None:
@@ -267,49 +260,21 @@ class LARS(Optimizer):
 def _ratios(layers: list[_Layer], weight_norms: Tensor, gradient_norms: Tensor) -> Tensor:
     """λ from the two norms; all (len(layers),), float64.
 
-    Hyper-parameters may differ by layer, so they enter as vectors made on the host.
+    Hyper-parameters may differ by layer, so they enter as one matrix made on the host.
     """
-
-    def of(value: Callable[[dict[str, Any]], float]) -> Tensor:
-        values = [float(value(layer.group)) for layer in layers]
-        return torch.tensor(values, dtype=torch.float64).to(weight_norms.device, non_blocking=True)
-
-    decay = of(lambda g: g["weight_decay"] if g["denominator"] == "separate" else 0.0)
-    denominator = gradient_norms + decay * weight_norms + of(lambda g: g["eps"])
-    ratio = of(lambda g: g["trust_coefficient"]) * weight_norms / denominator
-    if any(layer.group["trust_clip"] for layer in layers):
-        clipped = (ratio / of(lambda g: g["lr"])).clamp(max=1.0)
-        ratio = torch.where(of(lambda g: g["trust_clip"]) != 0, clipped, ratio)
-    at_zero = of(lambda g: g["zero_norm"] == "unit")
-    return torch.where((weight_norms > 0) & (gradient_norms > 0), ratio, at_zero)
-
-
-def _check_hyper_parameters(group: dict[str, Any]) -> None:
-    """Raise ValueError for the first hyper-parameter or tensor of a group that is not allowed."""
-    for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"):
-        value = group[name]
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"LARS: {name} is {value}; it must be finite and not negative")
-    for name, allowed in CHOICES.items():
-        if group[name] not in allowed:
-            raise ValueError(f"LARS: {name} is {group[name]!r}; allowed: {', '.join(allowed)}")
-    if group["nesterov"] and group["momentum"] == 0:
-        raise ValueError("LARS: nesterov needs momentum above 0")
-    for param in group["params"]:
-        if param.is_complex() or param.is_sparse:
-            kind = "complex" if param.is_complex() else "sparse"
-            raise ValueError(
-                f"LARS takes dense real parameters; one of shape {tuple(param.shape)} is {kind}"
-            )
-
-
-def _check_ratio_from(group: dict[str, Any], count: int) -> None:
-    """``adapt="layer"`` needs, for each tensor, the position of the one whose ratio it takes."""
-    if group["adapt"] != "layer":
-        return
-    sources = group.get("ratio_from", ())
-    if len(sources) != len(group["params"]) or not all(0 <= s < count for s in sources):
-        raise ValueError(
-            f'LARS: a group with adapt="layer" has {len(group["params"])} tensors and ratio_from '
-            f"{list(sources)}; it needs one position below {count} for each tensor"
-        )
+    rows = [
+        [
+            group["weight_decay"] if group["denominator"] == "separate" else 0.0,
+            group["eps"],
+            group["trust_coefficient"],
+            group["lr"],
+            group["trust_clip"],
+            group["zero_norm"] == "unit",
+        ]
+        for group in (layer.group for layer in layers)
+    ]
+    table = torch.tensor(rows, dtype=torch.float64).to(weight_norms.device, non_blocking=True)
+    decay, eps, coefficient, lr, clip, ratio_at_zero = table.unbind(1)
+    ratio = coefficient * weight_norms / (gradient_norms + decay * weight_norms + eps)
+    ratio = torch.where(clip != 0, (ratio / lr).clamp(max=1.0), ratio)
+    return torch.where((weight_norms > 0) & (gradient_norms > 0), ratio, ratio_at_zero)

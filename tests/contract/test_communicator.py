@@ -102,7 +102,9 @@ def test_reduce_scatter_refuses_what_does_not_divide(comm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
 def test_all_gather_is_in_the_order_of_the_ranks(comm, dtype):
     whole = comm.all_gather(rank_values(comm, 11, dtype))
-    assert torch.equal(whole, torch.cat([rank_values(comm, 11, dtype, r) for r in range(comm.size)]))
+    assert torch.equal(
+        whole, torch.cat([rank_values(comm, 11, dtype, r) for r in range(comm.size)])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])

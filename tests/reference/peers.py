@@ -23,8 +23,8 @@ class LarcSgd:
             p_norm, g_norm = param.norm(), param.grad.norm()
             if p_norm == 0 or g_norm == 0:
                 continue
-            rate = self.trust_coefficient * p_norm / (
-                g_norm + self.weight_decay * p_norm + self.eps
+            rate = (
+                self.trust_coefficient * p_norm / (g_norm + self.weight_decay * p_norm + self.eps)
             )
             if self.clip:
                 rate = min(rate / self.sgd.param_groups[0]["lr"], 1)

@@ -1,0 +1,182 @@
+"""A user's mistake ends every rank with code 2 and one clear line; nothing hangs or is left."""
+
+import os
+import re
+import shlex
+import sys
+
+import pytest
+
+from hvd_lars.launchers import run_here
+from launch.test_training import HANG_GUARD, hvd_lars
+
+CORRUPT = "train: {duration: [\n"
+
+
+@pytest.fixture
+def mistakes(tmp_path):
+    """Arguments by mistake, and what the line must say."""
+    corrupt = tmp_path / "corrupt.yaml"
+    corrupt.write_text(CORRUPT)
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    return {
+        "missing config": (["no/such.yaml"], "no/such.yaml: no such file, nor a bundled config"),
+        "wrong key": (
+            ["digits", "train.globl_batch=64"],
+            "train.globl_batch: unknown key; did you mean global_batch?",
+        ),
+        "batch of 0": (
+            ["digits", "train.global_batch=0"],
+            "train.global_batch: found 0; must be greater than or equal to 1",
+        ),
+        "unwritable run folder": (
+            ["digits", f"run.dir={file}/run"],
+            f"run.dir: {file}/run cannot be written: Not a directory",
+        ),
+        "corrupt YAML": ([str(corrupt)], f"{corrupt}: line 2, column 1: not valid YAML"),
+        "batch beyond the data": (
+            ["digits", "train.global_batch=20000"],
+            "train.global_batch: found 20000; an epoch of digits has 10764 samples",
+        ),
+        "unknown model": (["digits", "model.name=resnet5"], "model.name: found 'resnet5'; nearest"),
+        "world size": (["digits", "run.expect_world_size=7"], "run.expect_world_size is 7, but"),
+    }
+
+
+NAMES = [
+    "missing config",
+    "wrong key",
+    "batch of 0",
+    "unwritable run folder",
+    "corrupt YAML",
+    "batch beyond the data",
+    "unknown model",
+    "world size",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alone(mistakes, name):
+    arguments, message = mistakes[name]
+    code, output = hvd_lars("train", *arguments)
+    assert code == 2, output
+    assert output.startswith("hvd-lars: ")
+    assert message in output
+    assert len(output.splitlines()) == 1, output
+
+
+def run_with_codes(launcher, arguments, tmp_path, environment=None):
+    """Run over 2 ranks in shells that write each rank's own exit code to a file."""
+    command = shlex.join([sys.executable, "-m", "hvd_lars", "train", *arguments])
+    rank = "${OMPI_COMM_WORLD_RANK:-$HOROVOD_RANK}"
+    script = f"{command}; code=$?; echo $code > {tmp_path}/code.{rank}; exit $code"
+    result = run_here(launcher, 2, ["sh", "-c", script], HANG_GUARD, environment)
+    codes = [path.read_text().strip() for path in sorted(tmp_path.glob("code.*"))]
+    return result, codes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_under_mpirun(mistakes, name, tmp_path):
+    arguments, message = mistakes[name]
+    result, codes = run_with_codes("mpirun", arguments, tmp_path)
+    assert result.returncode == 2, result.stdout
+    lines = [line for line in result.stdout.splitlines() if "hvd-lars: " in line]
+    assert len(lines) == 1, result.stdout
+    assert message in lines[0]
+    assert "Traceback" not in result.stdout
+    assert codes[0] == "2"
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo"])
+@pytest.mark.parametrize("name", ["wrong key", "unwritable run folder"])
+def test_two_ranks_under_horovodrun(mistakes, name, launcher, tmp_path):
+    arguments, message = mistakes[name]
+    result, codes = run_with_codes(launcher, arguments, tmp_path)
+    assert result.returncode != 0
+    assert message in result.stdout
+    assert codes[0] == "2"
+
+
+def test_both_ranks_leave_with_2_where_no_launcher_ends_them(mistakes, tmp_path):
+    """The shells here exit with 0, so mpirun ends nobody: the second rank speaks for itself."""
+    arguments, message = mistakes["wrong key"]
+    command = shlex.join([sys.executable, "-m", "hvd_lars", "train", *arguments])
+    script = f"{command}; echo code=$?"
+    result = run_here("mpirun", 2, ["sh", "-c", script], HANG_GUARD)
+    assert re.findall(r"code=(\d+)", result.stdout) == ["2", "2"]
+    assert result.stdout.count(message) == 2
+    assert "hvd-lars: rank 1: " in result.stdout
+
+
+def test_n_solo_runs_are_refused(tmp_path):
+    environment = {"HOROVOD_CONTROLLER": "gloo"}
+    result, codes = run_with_codes("mpirun", ["digits"], tmp_path, environment)
+    assert result.returncode == 2
+    assert "HOROVOD_CONTROLLER=gloo makes each of them a job of its own" in result.stdout
+    result, _ = run_with_codes("mpirun", ["digits", "comm.backend=local"], tmp_path)
+    assert "each would train alone" in result.stdout
+    result, _ = run_with_codes("horovodrun --gloo", ["digits", "comm.backend=mpi"], tmp_path)
+    assert "each would see itself alone" in result.stdout
+
+
+def test_a_rank_that_raises_ends_the_others(tmp_path):
+    """An exception that is nobody's mistake: a traceback with its rank, code 1, no hang."""
+    program = tmp_path / "broken.py"
+    program.write_text("""
+import sys
+from hvd_lars import trainer
+step = trainer.Trainer.train_step
+def breaks(self, number):
+    if number == 3 and self.comm.rank == 1:
+        raise ArithmeticError("broken on purpose")
+    return step(self, number)
+trainer.Trainer.train_step = breaks
+from hvd_lars.cli import main
+main(["train", "digits", "run.dir=" + sys.argv[1]])
+""")
+    for launcher in ("mpirun", "horovodrun --gloo"):
+        folder = str(tmp_path / launcher.replace(" ", ""))
+        result = run_here(launcher, 2, [sys.executable, str(program), folder], HANG_GUARD)
+        assert result.returncode not in (0, 124), result.stdout
+        assert "rank 1: Traceback" in result.stdout
+        assert "ArithmeticError: broken on purpose" in result.stdout
+
+
+def test_a_run_folder_is_never_written_over(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("precious\n")
+    code, output = hvd_lars("train", "digits", f"run.dir={folder}")
+    assert code == 2
+    assert "holds a run already; name another folder" in output
+    assert (folder / "metrics.jsonl").read_text() == "precious\n"
+    assert os.listdir(folder) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "/no/such/run"], "/no/such/run/config.yaml: no such file"),
+        (["check", "digits", "--ranks", "0"], "--ranks: found 0; must be 1 or more"),
+        (["check", "digits", "train.duration=0.01 epochs"], "train.duration: 0.01 epochs is less"),
+        (["check", "digits", "schedule.warmup_duration=30 epochs"], "the whole run has 200"),
+        (["schema", "-o", "/no/such/file"], "/no/such/file: cannot be written: No such file"),
+    ],
+)
+def test_other_commands(arguments, message):
+    code, output = hvd_lars(*arguments)
+    assert code == 2
+    assert message in output
+    assert len(output.splitlines()) == 1, output
+
+
+def test_check_prints_the_plan():
+    code, output = hvd_lars("check", "digits", "--ranks", "3", "train.micro_batch=100")
+    assert code == 0
+    plan = dict(re.split(r"  +", line, maxsplit=1) for line in output.splitlines())
+    assert plan["steps"] == "200 of 1,024 samples, 10 an epoch"
+    assert plan["accumulation"] == "4 micro-batches of up to 86"
+    assert plan["ranks"] == "3, each up to 342 samples a step"
+    wanted = "start 0, after warmup 32, middle 14.2222, last step 0.00142222"
+    assert plan["learning rate"] == wanted

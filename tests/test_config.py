@@ -1,0 +1,161 @@
+"""Config files: what is read, and how mistakes are told."""
+
+import json
+
+import pytest
+
+from hvd_lars.config import json_schema
+from hvd_lars.config_file import bundled_configs, dump_config, find_config, load_config
+from hvd_lars.errors import UserError
+
+MINIMAL = """
+data: {name: digits}
+schedule: {base_lr: 0.1}
+train: {duration: 2 epochs, global_batch: 64}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="c.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def lines_of(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("name", bundled_configs())
+def test_bundled_configs_load_by_bare_name_and_dump_to_themselves(name, write):
+    config = load_config(name)
+    assert config.run.name == name
+    assert load_config(write(dump_config(config))) == config
+
+
+def test_the_embedded_default_is_there():
+    assert {"digits", "digits-sgd-b32", "digits-sgd-b1024"} <= set(bundled_configs())
+
+
+def test_defaults_and_overrides(write):
+    overrides = ["train.global_batch=128", "schedule.base_lr=1e-4", "run.dir=/x/y", "run.seed=3"]
+    config = load_config(write(MINIMAL), overrides)
+    assert config.train.global_batch == 128
+    assert config.schedule.base_lr == 1e-4
+    assert config.run.dir == "/x/y"
+    assert config.run.seed == 3
+    assert str(config.train.duration) == "2 epochs"
+    assert config.optimizer.trust_coefficient == 0.001
+
+
+def test_a_config_is_frozen(write):
+    config = load_config(write(MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.global_batch = 1
+
+
+def test_all_errors_are_told_together_with_their_keys(write):
+    path = write("""
+data: {name: digits}
+optimizer: {momentun: 0.9, eps: -1, adapt: some}
+schedule: {base_lr: fast, warmup: gradual}
+train: {duration: 20, global_batch: 0, micro_batch: 1.5}
+extra: 1
+""")
+    lines = lines_of(path)
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    told = {line.split(": ")[1]: line for line in lines}
+    assert told.keys() == {
+        "optimizer.momentun",
+        "optimizer.eps",
+        "optimizer.adapt",
+        "schedule.base_lr",
+        "train.duration",
+        "train.global_batch",
+        "train.micro_batch",
+        "extra",
+    }
+    assert "unknown key; did you mean momentum?" in told["optimizer.momentun"]
+    assert "found -1" in told["optimizer.eps"]
+    assert "'weights', 'layer' or 'all'" in told["optimizer.adapt"]
+    assert "found 'fast'; must be a valid number" in told["schedule.base_lr"]
+    assert "20 is not a duration; write it as '5 epochs'" in told["train.duration"]
+    assert "found 0; must be greater than or equal to 1" in told["train.global_batch"]
+    assert "found 1.5; must be a valid integer" in told["train.micro_batch"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.globl_batch=3", "train.globl_batch: unknown key; did you mean global_batch?"),
+        ("data.copis=3", "data.copis: unknown key; did you mean copies? allowed: name, copies"),
+        ("data.name=imagenet", "data.name: found 'imagenet'; allowed: digits, synthetic"),
+        ("data={}", "data.name: missing; it is required"),
+        ("data=3", "data: found 3; it is a section of keys and values"),
+        ("train=3", "train: found 3; it is a section of keys and values"),
+        ("schedule.base_lr=.nan", "schedule.base_lr: found nan"),
+        ("schedule.warmup=gradual", "needs a warmup_duration above 0"),
+        ("schedule.warmup_duration=5 epochs", "warmup is none; allowed: gradual, constant"),
+        ("schedule.policy=multistep", "policy multistep needs milestones"),
+        ("optimizer.nesterov=yes please", "must be a valid boolean"),
+        ("run.name=../up", "run.name: found '../up'"),
+        ("train.eval_every=0 epochs", "eval_every is 0 epochs; it must be above 0"),
+        ("comm.backend=nccl", "must be 'auto', 'horovod', 'mpi' or 'local'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_told_as_such(write, change, message):
+    (line,) = lines_of(write(MINIMAL), change)
+    assert line.startswith("command line: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("override", ["train", "=3", "train.=3", "run.seed.x=3"])
+def test_what_is_no_override_is_refused(write, override):
+    (line,) = lines_of(write(MINIMAL), "run.seed=1", override)
+    assert line.startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "line 1, column 6: not valid YAML"),
+        ("train: {a: 1}\ntrain: {b: 2}", "line 2, column 1: not valid YAML: key 'train' is given"),
+        (b"run: \x80", "not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML: could not determine"),
+        ("", "found nothing; the sections run, comm, data"),
+        ("- 1", "found [1]; the sections"),
+        ("train: &a {x: *a}", "unknown key"),
+    ],
+)
+def test_files_that_are_no_config(write, text, message):
+    lines = lines_of(write(text))
+    assert any(message in line for line in lines), lines
+
+
+def test_missing_sections_are_named(write):
+    assert [line.split(": ", 1)[1] for line in lines_of(write("run: {seed: 1}"))] == [
+        "data: missing; it is required",
+        "schedule: missing; it is required",
+        "train: missing; it is required",
+    ]
+
+
+def test_a_config_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"digit: no such file, nor a bundled config \(nearest: di"):
+        find_config("digit")
+    with pytest.raises(UserError, match="is a folder"):
+        find_config(str(tmp_path))
+
+
+def test_the_schema_accepts_what_the_models_accept():
+    schema = json_schema()
+    assert schema["additionalProperties"] is False
+    train = schema["$defs"]["Train"]["properties"]
+    assert train["duration"]["type"] == "string"
+    assert train["eval_every"]["default"] == "1 epochs"
+    json.dumps(schema)

@@ -1,0 +1,102 @@
+"""Which samples make up a batch, and that they do not depend on who draws them."""
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_lars.data import Digits, GlobalBatches, Synthetic
+from hvd_lars.data.randomness import uniforms
+from hvd_lars.data.sampler import accumulation
+
+
+def test_an_epoch_draws_every_sample_at_most_once_and_epochs_differ():
+    batches = GlobalBatches(103, 20, seed=1)
+    assert batches.steps_per_epoch == 5
+    first = np.concatenate([batches.indices(step) for step in range(5)])
+    second = np.concatenate([batches.indices(step) for step in range(5, 10)])
+    assert len(set(first.tolist())) == 100
+    assert set(first.tolist()) <= set(range(103))
+    assert first.tolist() != second.tolist()
+    assert batches.indices(2).tolist() == first[40:60].tolist()  # going back is the same
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 30])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 1000])
+def test_ranks_and_micro_batches_share_out_the_global_batch_exactly(size, micro_batch):
+    batches = GlobalBatches(50, 23, seed=0)
+    pieces = [batches.micro_batches(1, rank, size, micro_batch) for rank in range(size)]
+    taken = np.concatenate([piece for mine in pieces for piece in mine])
+    assert sorted(taken.tolist()) == sorted(batches.indices(1).tolist())
+    assert {len(mine) for mine in pieces} == {accumulation(23, size, micro_batch)}
+    assert max(len(piece) for mine in pieces for piece in mine) <= micro_batch
+    sizes = [len(piece) for piece in pieces[0]]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_seed_papers_8192_is_cut_into_32_pieces():
+    assert accumulation(global_batch=8192, size=1, micro_batch=256) == 32
+
+
+@pytest.mark.parametrize("global_batch", [0, 51])
+def test_a_batch_that_cannot_be_drawn_is_refused(global_batch):
+    with pytest.raises(ValueError, match=f"batch of {global_batch} cannot be drawn from 50"):
+        GlobalBatches(50, global_batch, seed=0)
+
+
+def test_random_numbers_belong_to_their_sample():
+    indices = np.arange(1000)
+    whole = uniforms(3, 2, indices, 6)
+    assert np.array_equal(uniforms(3, 2, indices[7::13], 6), whole[7::13])
+    assert np.array_equal(uniforms(3, 2, indices[[999]], 6)[0], whole[999])
+    assert not np.array_equal(uniforms(3, 3, indices, 6), whole)
+    assert not np.array_equal(uniforms(4, 2, indices, 6), whole)
+
+
+def test_random_numbers_are_uniform_and_independent():
+    draws = uniforms(0, 0, np.arange(50_000), 4)
+    assert draws.min() >= 0.0
+    assert draws.max() < 1.0
+    counts, _ = np.histogram(draws[:, 1], bins=20, range=(0, 1))
+    assert ((counts - 2500) ** 2 / 2500).sum() < 45  # χ² of 19 degrees: P < 0.001
+    correlation = np.corrcoef(np.vstack([draws.T, draws[1:, 0].tolist() + [0.5]]))
+    assert np.abs(correlation - np.eye(5)).max() < 0.02
+
+
+def test_digits_are_a_fixed_split_of_real_images():
+    digits = Digits(copies=12, seed=0)
+    assert (digits.num_train, digits.num_eval, digits.num_classes) == (10_764, 900, 10)
+    images, labels = digits.eval_batch(np.arange(900))
+    assert images.shape == (900, 1, 8, 8)
+    assert torch.bincount(labels, minlength=10).min() > 70
+    again, _ = Digits(copies=1, seed=9).eval_batch(np.arange(900))
+    assert torch.equal(images, again)
+
+
+def test_digit_warps_depend_on_seed_epoch_and_sample_alone():
+    digits = Digits(copies=12, seed=0)
+    indices = np.array([5, 5 + 897, 5000, 10_763])
+    images, labels = digits.train_batch(1, indices)
+    alone, _ = digits.train_batch(1, indices[2:3])
+    torch.testing.assert_close(alone[0], images[2])
+    assert labels[0] == labels[1]
+    assert not torch.allclose(images[0], images[1])
+    assert not torch.allclose(digits.train_batch(2, indices)[0], images)
+    assert not torch.allclose(Digits(copies=12, seed=1).train_batch(1, indices)[0], images)
+
+
+def test_a_warp_moves_ink_but_does_not_make_it():
+    digits = Digits(copies=12, seed=0)
+    images, _ = digits.train_batch(0, np.arange(897))
+    plain, _ = digits.eval_batch(np.arange(900))
+    assert images.min() >= plain.min() - 1e-5
+    assert abs(images.mean().item()) < 0.15  # normalised images have mean 0
+
+
+def test_synthetic_images_are_repeatable_and_tell_their_class():
+    source = Synthetic(100, 20, num_classes=4, image_size=6, channels=3, seed=0)
+    images, labels = source.train_batch(0, np.arange(100))
+    assert images.shape == (100, 3, 6, 6)
+    assert torch.equal(source.train_batch(0, np.array([17]))[0][0], images[17])
+    assert not torch.equal(source.eval_batch(np.arange(20))[0], images[:20])
+    means = torch.stack([images[labels == c].mean() for c in range(4)])
+    assert means.diff().min() > 0.5
