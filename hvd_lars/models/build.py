@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from hvd_lars.errors import UserError
+from hvd_lars.models.alexnet import CaffeAlexNet
 from hvd_lars.models.digits_alexnet import DigitsAlexNet
+
+OWN: dict[str, Callable[[int], nn.Module]] = {
+    "digits_alexnet": DigitsAlexNet,
+    "alexnet_caffe": CaffeAlexNet,
+    "alexnet_bn": partial(CaffeAlexNet, batch_norm=True),
+}
 
 
 def _torchvision_names() -> list[str]:
@@ -22,7 +31,7 @@ def _torchvision_names() -> list[str]:
 
 def model_names() -> list[str]:
     """Every name that :func:`build_model` takes."""
-    return ["digits_alexnet", *_torchvision_names()]
+    return [*OWN, *_torchvision_names()]
 
 
 def check_model_name(name: str) -> None:
@@ -31,8 +40,8 @@ def check_model_name(name: str) -> None:
     if name in names:
         return
     near = difflib.get_close_matches(name, names, n=3)
-    hint = f"nearest: {', '.join(near)}" if near else "digits_alexnet or a torchvision classifier"
-    missing = "" if len(names) > 1 else " (torchvision is not installed)"
+    hint = f"nearest: {', '.join(near)}" if near else f"{', '.join(OWN)} or one of torchvision's"
+    missing = "" if len(names) > len(OWN) else " (torchvision is not installed)"
     raise UserError(f"model.name: found {name!r}; {hint}{missing}")
 
 
@@ -43,8 +52,8 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         UserError: the name is unknown.
     """
     check_model_name(name)
-    if name == "digits_alexnet":
-        return DigitsAlexNet(num_classes)
+    if name in OWN:
+        return OWN[name](num_classes)
     from torchvision import models
 
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
