@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,6 +44,26 @@ def build_source(data: DigitsData | SyntheticData, seed: int) -> Source:
         return Digits(data.copies, seed)
     options = data.model_dump(exclude={"name"})
     return Synthetic(**options, seed=seed)
+
+
+def build_model_for(name: str, source: Source, device: torch.device) -> nn.Module:
+    """The named network, after it has been seen to take the images of ``source``.
+
+    Raises:
+        UserError: the name is unknown, or the network does not take images of that shape.
+    """
+    model = build_model(name, source.num_classes).to(device)
+    images, _ = source.eval_batch(np.arange(min(2, source.num_eval)))
+    try:
+        with torch.no_grad():
+            model.eval()(images.to(device))
+    except (RuntimeError, AssertionError) as error:
+        shape = "×".join(str(n) for n in images.shape[1:])
+        raise UserError(
+            f"model.name: {name} does not take the {shape} images of the data: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    return model.train()
 
 
 @dataclass(frozen=True)
@@ -150,6 +171,8 @@ def set_threads(wanted: int | None, launch: Launch) -> int:
     if wanted is None and "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     share = len(os.sched_getaffinity(0)) // launch.local_size if launch.local_size else 1
+    if launch.launcher == "srun" and os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        share = int(os.environ["SLURM_CPUS_PER_TASK"])  # the affinity is one task's already
     threads = wanted or max(1, share)
     torch.set_num_threads(threads)
     return threads
@@ -175,7 +198,7 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
     source = build_source(config.data, config.run.seed)
     plan = make_plan(config, source.num_train, comm.size)
     torch.manual_seed(config.run.seed)
-    model = build_model(config.model.name, source.num_classes).to(device)
+    model = build_model_for(config.model.name, source, device)
     placement = Replicated(model.parameters(), comm, int(config.comm.bucket_mb * 2**20))
     optimizer = build_optimizer(model, config, plan.schedule(0), placement)
 
@@ -219,7 +242,7 @@ def evaluate_run(folder: Path, config: Config, comm: Communicator, launch: Launc
     set_threads(config.train.threads, launch)
     device = choose_device(comm)
     source = build_source(config.data, config.run.seed)
-    model = build_model(config.model.name, source.num_classes).to(device)
+    model = build_model_for(config.model.name, source, device)
     Checkpointer(folder / run_folder.CHECKPOINTS, comm).restore(model)
     return evaluate(model, source, comm, config.train.eval_batch, device)
 

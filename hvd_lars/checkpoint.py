@@ -78,7 +78,10 @@ class Checkpointer:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         try:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            # Copies, since safetensors refuses tensors that share memory (tied weights).
+            tensors = {
+                name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()
+            }
             save_file(tensors, draft / _TENSORS)
             (draft / _PROGRESS).write_text(json.dumps(dict(progress), indent=2))
             manifest = {name: _fingerprint(draft / name) for name in (_TENSORS, _PROGRESS)}
@@ -89,10 +92,6 @@ class Checkpointer:
             raise UserError(f"{draft}: cannot be written: {error}") from None
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
-        latest = self._folder / "latest.tmp"
-        latest.write_text(target.name + "\n")
-        _sync(latest)
-        latest.rename(self._folder / "latest")
         _sync(self._folder)
         for old in _steps(self._folder)[: -self._keep_last]:
             shutil.rmtree(old, ignore_errors=True)

@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
             )
     except UserError as error:
         _fail_together(str(error))
+    except KeyboardInterrupt:
+        print("hvd-lars: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
     if comm is not None:
         comm.close()
 
@@ -110,6 +113,8 @@ def _run_on_ranks(options: argparse.Namespace) -> tuple[Launch, Communicator]:
             _evaluate(options.run_folder, config, comm, launch)
     except (UserError, KeyboardInterrupt):
         raise
+    except OSError as error:  # on rank 0 alone: a full disk under metrics.jsonl
+        comm.abort(f"{error.filename or 'file system'}: {error.strerror or error}")
     except BaseException:
         # Any other rank may be waiting for this one: say why, then end them all.
         comm.abort(traceback.format_exc())
@@ -151,11 +156,12 @@ def _check(options: argparse.Namespace) -> int:
     if options.ranks < 1:
         raise UserError(f"--ranks: found {options.ranks}; must be 1 or more")
     config = _config(options.config, options.overrides)
-    from hvd_lars.assemble import build_source, make_plan, plan_facts
-    from hvd_lars.models import check_model_name
+    import torch
 
-    check_model_name(config.model.name)
+    from hvd_lars.assemble import build_model_for, build_source, make_plan, plan_facts
+
     source = build_source(config.data, config.run.seed)
+    build_model_for(config.model.name, source, torch.device("cpu"))
     plan = make_plan(config, source.num_train, options.ranks)
     if options.json:
         print(json.dumps(plan_facts(plan), indent=2))
@@ -190,12 +196,9 @@ def _print_plan(config: Config, plan: Plan) -> None:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    from hvd_lars.config import Config
+    from hvd_lars.config import json_schema
 
-    schema = Config.model_json_schema() | {
-        "$schema": "https://json-schema.org/draft/2020-12/schema"
-    }
-    text = json.dumps(schema, indent=2) + "\n"
+    text = json.dumps(json_schema(), indent=2) + "\n"
     if options.output is None:
         print(text, end="")
         return 0
@@ -209,6 +212,8 @@ def _schema(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from hvd_lars.doctor import diagnose
 
+    if options.megabytes < 1:
+        raise UserError(f"--megabytes: found {options.megabytes}; must be 1 or more")
     return diagnose(options.megabytes)
 
 

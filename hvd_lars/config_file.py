@@ -29,11 +29,15 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.tag != "tag:yaml.org,2002:merge" and key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(str(key_node.value))
+            problem = None
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be plain text"
+            elif key_node.tag != "tag:yaml.org,2002:merge" and key_node.value in seen:
+                problem = f"key {key_node.value!r} is given twice"
+            if problem:
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, problem, mark)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
@@ -58,12 +62,15 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: there is neither; the nearest bundled names are given.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     bundled = bundled_configs()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f"{name}: is a folder; a YAML file or a bundled config's name is needed")
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise UserError(f"{name}: is a folder; a YAML file or a bundled config is needed")
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     if name in bundled:
         return bundled[name]
     near = difflib.get_close_matches(path.stem, bundled, n=3) or list(bundled)
@@ -142,6 +149,8 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
         near = difflib.get_close_matches(parts[-1], allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         return key, f"{key}: unknown key; {hint}allowed: {', '.join(allowed)}"
+    if kind == "invalid_key":
+        return key, f"{key}: found a key that is not text"
     if kind == "missing":
         return key, f"{key}: missing; it is required"
     if kind == "union_tag_invalid":

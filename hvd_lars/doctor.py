@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
+from hvd_lars.errors import UserError
 from hvd_lars.launchers import (
     LAUNCHERS,
     find_program,
@@ -196,7 +198,11 @@ def _probe(backend: str, megabytes: int) -> None:
 
     from hvd_lars.comm import connect
 
-    comm = connect(backend, expect_world_size=2)
+    try:
+        comm = connect(backend, expect_world_size=2)
+    except UserError as error:
+        print(f"hvd-lars: {error}", flush=True)
+        os._exit(2)
     torch.set_num_threads(1)
     tensor = torch.zeros(megabytes * 2**18)
     seconds = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -23,9 +24,9 @@ class Duration:
             if match is None:
                 raise ValueError
             value = float(match.group(1))
-            if match.group(2) != "epoch" and value != int(value):
+            if not math.isfinite(value) or (match.group(2) != "epoch" and value != int(value)):
                 raise ValueError
-        except (ValueError, OverflowError):
+        except ValueError:
             raise ValueError(
                 f"{text!r} is not a duration; write it as '5 epochs', '600 steps' or "
                 f"'1.28e6 samples'"
@@ -34,7 +35,8 @@ class Duration:
 
     def __str__(self) -> str:
         """The form that :meth:`parse` reads."""
-        return f"{self.value:g} {self.unit}" if self.value < 1e6 else f"{self.value!r} {self.unit}"
+        value = int(self.value) if self.value == int(self.value) else self.value
+        return f"{value} {self.unit}"
 
     def steps(self, steps_per_epoch: int, global_batch: int) -> int:
         """The nearest number of optimizer steps."""

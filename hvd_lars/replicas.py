@@ -74,12 +74,22 @@ def _checksum(tensor: Tensor) -> int:
 def average_buffers(model: nn.Module, comm: Communicator) -> None:
     """Replace floating-point buffers (BatchNorm's running statistics) by their mean over ranks.
 
-    Each rank gathers statistics of its own samples; evaluating and saving want one model.
+    Each rank gathers statistics of its own samples; evaluating and saving want one model.  A rank
+    whose layer has seen no batch, because there are more ranks than samples in a step, has nothing
+    to say about it.
     """
     if comm.size == 1:
         return
-    for name, buffer in model.named_buffers():
-        if buffer.is_floating_point():
-            total = buffer.detach().to(torch.float64)
-            comm.start_all_reduce_sum(total, f"buffer.{name}").wait()
-            buffer.copy_(total / comm.size)
+    for prefix, module in model.named_modules():
+        seen = getattr(module, "num_batches_tracked", None)
+        weight = 1.0 if seen is None else (seen > 0).to(torch.float64)
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_floating_point():
+                continue
+            total = torch.empty(buffer.numel() + 1, dtype=torch.float64, device=buffer.device)
+            total[:-1] = buffer.detach().flatten() * weight
+            total[-1] = weight
+            comm.start_all_reduce_sum(total, f"buffer.{prefix}.{name}").wait()
+            # Where no rank has seen a batch, all hold the initial values.
+            mean = (total[:-1] / total[-1]).view_as(buffer).to(buffer.dtype)
+            buffer.copy_(torch.where(total[-1] > 0, mean, buffer))

@@ -32,7 +32,8 @@ def create_run_folder(wanted: str | None, name: str) -> Path:
     Raises:
         UserError: it cannot be written, or holds a run already.
     """
-    folder = Path(wanted) if wanted else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    unnamed = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(wanted).expanduser() if wanted else unnamed
     if (folder / METRICS).exists() or (folder / CONFIG).exists():
         raise UserError(f"run.dir: {folder} holds a run already; name another folder")
     try:
@@ -87,11 +88,14 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The checkout's commit, with ``-dirty`` where files differ; None outside a checkout."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git on this machine
+        return None
     return result.stdout.strip() or None if result.returncode == 0 else None

@@ -127,6 +127,8 @@ def test_what_is_no_override_is_refused(write, override):
         ("train: {a: 1}\ntrain: {b: 2}", "line 2, column 1: not valid YAML: key 'train' is given"),
         (b"run: \x80", "not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML: could not determine"),
+        ("[a]: 1", "line 1, column 1: not valid YAML: a key must be plain text"),
+        ("run: {1: 2}", "found a key that is not text"),
         ("", "found nothing; the sections run, comm, data"),
         ("- 1", "found [1]; the sections"),
         ("train: &a {x: *a}", "unknown key"),
@@ -148,6 +150,8 @@ def test_missing_sections_are_named(write):
 def test_a_config_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"digit: no such file, nor a bundled config \(nearest: di"):
         find_config("digit")
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        find_config("x" * 300)
     with pytest.raises(UserError, match="is a folder"):
         find_config(str(tmp_path))
 

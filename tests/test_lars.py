@@ -362,6 +362,16 @@ def test_bad_tensors_and_groups_are_named():
         parameter_groups(embedding.requires_grad_(False))
 
 
+def test_a_copy_of_the_optimizer_steps():
+    param = nn.Parameter(torch.ones(2, 2))
+    twin = copy.deepcopy(LARS([param], weight_decay=0.1))
+    (copied,) = twin.param_groups[0]["params"]
+    copied.grad = torch.ones(2, 2)
+    twin.step()
+    assert torch.equal(param.detach(), torch.ones(2, 2))
+    assert not torch.equal(copied.detach(), torch.ones(2, 2))
+
+
 def test_a_refused_group_is_not_kept():
     optimizer = LARS([nn.Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match="eps"):

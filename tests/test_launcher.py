@@ -41,7 +41,8 @@ TORCHRUN = Launch("torchrun", 1, 2, 1, 2, mpi=False)
         (
             {
                 "SLURM_PROCID": "5",
-                "SLURM_NTASKS": "6",
+                "SLURM_NTASKS": "8",
+                "SLURM_STEP_NUM_TASKS": "6",
                 "SLURM_LOCALID": "2",
                 "SLURM_STEP_ID": "0",
                 "SLURM_STEP_TASKS_PER_NODE": "3(x2)",

@@ -92,6 +92,17 @@ def test_reducing_twice_does_not_sum_twice(comm):
         assert torch.equal(param.grad, gradient)
 
 
+def test_backward_returns_with_the_sums(comm):
+    model = tiny_model(torch.float64)
+    Replicated(model.parameters(), comm, bucket_bytes=500)
+    images = torch.ones(1, 3, 6, 6, dtype=torch.float64)
+    model(images).sum().backward()
+    reference = tiny_model(torch.float64)
+    reference(images).sum().backward()
+    for found, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, comm.size * wanted.grad, rtol=1e-12, atol=1e-12)
+
+
 def test_a_second_backward_outside_no_sync_is_refused(comm):
     model = tiny_model(torch.float32)
     placement = Replicated(model.parameters(), comm)
@@ -99,27 +110,75 @@ def test_a_second_backward_outside_no_sync_is_refused(comm):
     model(images).sum().backward()
     with pytest.raises(RuntimeError, match="no_sync"):
         model(images).sum().backward()
-    placement.reduce_gradients()
+    placement.zero_gradients()  # a step that is given up
+    model(images).sum().backward()
+    reference = tiny_model(torch.float32)
+    reference(images).sum().backward()
+    torch.testing.assert_close(model[0].bias.grad, comm.size * reference[0].bias.grad)
 
 
-def test_grad_scaler_steps_after_the_reduction(comm):
-    model = tiny_model(torch.float32)
+def test_a_rank_without_samples_joins_in_the_step(comm):
+    """And gradients may be forgotten through the model: they are None on the idle ranks."""
+    model, reference = tiny_model(torch.float64), tiny_model(torch.float64)
+    placement = Replicated(model.parameters(), comm)
+    optimizer = LARS(parameter_groups(model, 5e-3), lr=1.0, placement=placement)
+    plain = LARS(parameter_groups(reference, 5e-3), lr=1.0)
+    for step in range(4):
+        images = torch.full((1, 3, 6, 6), 1.0 + step, dtype=torch.float64)
+        model.zero_grad()
+        if comm.rank == step % comm.size:
+            model(images).square().sum().backward()
+        optimizer.step()
+        plain.zero_grad()
+        reference(images).square().sum().backward()
+        plain.step()
+    assert_same_parameters(model, reference, 1e-12)
+
+
+def test_grad_scaler_sees_the_summed_gradient_and_an_overflow_on_one_rank(comm):
+    model, reference = tiny_model(torch.float32), tiny_model(torch.float32)
     placement = Replicated(model.parameters(), comm)
     optimizer = LARS(parameter_groups(model, 5e-3), lr=0.5, placement=placement)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    reference = tiny_model(torch.float32)
     plain = LARS(parameter_groups(reference, 5e-3), lr=0.5)
-    for step in range(4):
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+    for step in range(5):
         images = torch.full((1, 3, 6, 6), 0.1 * step + 1.0)
+        factor = 1e38 if step == 2 else 1.0
+        mine = factor if comm.rank == comm.size - 1 else 1.0
         optimizer.zero_grad()
-        scaler.scale(model(images).square().mean() / comm.size).backward()
-        placement.reduce_gradients()
-        scaler.step(optimizer)
-        scaler.update()
+        scalers[0].scale(mine * model(images).square().mean() / comm.size).backward()
+        scalers[0].step(optimizer)
+        scalers[0].update()
         plain.zero_grad()
-        reference(images).square().mean().backward()
-        plain.step()
+        scalers[1].scale(factor * reference(images).square().mean()).backward()
+        scalers[1].step(plain)
+        scalers[1].update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+    assert scalers[0].get_scale() == 512.0
     assert_same_parameters(model, reference, 1e-6)
+
+
+def test_a_parameter_outside_the_placement_is_refused(comm):
+    model = tiny_model(torch.float32)
+    placement = Replicated(model[0].parameters(), comm)
+    with pytest.raises(ValueError, match="not in its placement"):
+        LARS(model.parameters(), placement=placement)
+
+
+def test_a_frozen_parameter_stays(comm):
+    model = tiny_model(torch.float32)
+    placement = Replicated(model.parameters(), comm)
+    optimizer = LARS(parameter_groups(model, 0.1), lr=29.0, placement=placement)
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    model(torch.ones(1, 3, 6, 6)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_dtype_that_cannot_be_summed_is_told_at_once(comm):
+    with pytest.raises(TypeError, match="gradients: bfloat16 cannot be summed over ranks"):
+        Replicated(tiny_model(torch.bfloat16).parameters(), comm)
 
 
 def test_evaluation_counts_every_sample_once(comm):
@@ -148,12 +207,17 @@ def test_a_differing_tensor_is_named_with_its_ranks(comm):
     assert "2 of 3" in str(caught.value)
 
 
-def test_buffers_become_their_mean_over_ranks(comm):
+def test_buffers_become_their_mean_over_the_ranks_that_saw_a_batch(comm):
     norm = torch.nn.BatchNorm1d(3)
-    norm.running_mean.fill_(float(comm.rank))
     average_buffers(norm, comm)
-    assert norm.running_mean.tolist() == [(comm.size - 1) / 2] * 3
-    assert norm.num_batches_tracked.item() == 0
+    assert norm.running_mean.tolist() == [0.0] * 3  # nobody has seen a batch
+    idle = comm.size - 1
+    if comm.size == 1 or comm.rank < idle:
+        norm.running_mean.fill_(float(comm.rank))
+        norm.num_batches_tracked.fill_(5)
+    average_buffers(norm, comm)
+    assert norm.running_mean.tolist() == [max(0, comm.size - 2) / 2] * 3
+    assert norm.num_batches_tracked.item() == (0 if comm.size > 1 and comm.rank == idle else 5)
 
 
 def test_a_run_starts_from_rank_0s_weights(comm, tmp_path):

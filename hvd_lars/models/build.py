@@ -23,7 +23,7 @@ def _torchvision_names() -> list[str]:
     """Names of torchvision's image classifiers; none without torchvision."""
     try:
         from torchvision import models
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # absent, or built for another torch
         return []
     names: list[str] = models.list_models(module=models)
     return names
@@ -36,12 +36,11 @@ def model_names() -> list[str]:
 
 def check_model_name(name: str) -> None:
     """Raise UserError for a name that :func:`build_model` does not take; gives the nearest."""
-    names = model_names()
-    if name in names:
+    if name in OWN or name in (names := model_names()):
         return
     near = difflib.get_close_matches(name, names, n=3)
     hint = f"nearest: {', '.join(near)}" if near else f"{', '.join(OWN)} or one of torchvision's"
-    missing = "" if len(names) > len(OWN) else " (torchvision is not installed)"
+    missing = "" if len(names) > len(OWN) else " (torchvision is not there or does not import)"
     raise UserError(f"model.name: found {name!r}; {hint}{missing}")
 
 

@@ -58,7 +58,8 @@ def parameter_groups(
     others = [(name, param) for name, param in named if param.dim() < 2]
     position = {name: i for i, (name, _) in enumerate(weights)}
     owner = {
-        name: position.get(f"{name.rpartition('.')[0]}.weight".lstrip(".")) for name, _ in others
+        name: position.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
+        for name, _ in others
     }
     sharing = [(n, p) for n, p in others if adapt == "layer" and owner[n] is not None]
     alone = [(n, p) for n, p in others if not (adapt == "layer" and owner[n] is not None)]
@@ -84,8 +85,11 @@ def _group(
     }
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for the first hyper-parameter or tensor of a group that is not allowed."""
+def check_group(group: dict[str, Any], count: int) -> None:
+    """Raise ValueError for the first hyper-parameter or tensor of a group that is not allowed.
+
+    ``count`` tensors are in this group and those before it: where ``ratio_from`` may point.
+    """
     for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"):
         value = group[name]
         if not math.isfinite(value) or value < 0:
@@ -101,15 +105,10 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"LARS takes dense real parameters; one of shape {tuple(param.shape)} is {kind}"
             )
-
-
-def check_ratio_from(group: dict[str, Any], count: int) -> None:
-    """``adapt="layer"`` needs, for each tensor, the position of the one whose ratio it takes."""
-    if group["adapt"] != "layer":
-        return
-    sources = group.get("ratio_from", ())
-    if len(sources) != len(group["params"]) or not all(0 <= s < count for s in sources):
-        raise ValueError(
-            f'LARS: a group with adapt="layer" has {len(group["params"])} tensors and ratio_from '
-            f"{list(sources)}; it needs one position below {count} for each tensor"
-        )
+    if group["adapt"] == "layer":
+        sources = group.get("ratio_from", ())
+        if len(sources) != len(group["params"]) or not all(0 <= s < count for s in sources):
+            raise ValueError(
+                f'LARS: a group with adapt="layer" has {len(group["params"])} tensors and '
+                f"ratio_from {list(sources)}; it needs one position below {count} for each"
+            )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hvd_lars.optim.groups import check_group, check_ratio_from
+from hvd_lars.optim.groups import check_group
 from hvd_lars.optim.norms import flat, in_layout_of, sums_of_squares
 from hvd_lars.optim.placement import Placement
 
@@ -88,6 +88,8 @@ class LARS(Optimizer):
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1.
     """
 
+    placement: Placement | None = None  # a copy of the optimizer has none
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -118,15 +120,16 @@ class LARS(Optimizer):
         }
         self.placement = placement
         super().__init__(params, defaults)
-        count = sum(len(group["params"]) for group in self.param_groups)
-        for group in self.param_groups:
-            check_ratio_from(group, count)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, after checking its hyper-parameters and tensors."""
         super().add_param_group(param_group)
+        count = sum(len(group["params"]) for group in self.param_groups)
         try:
-            check_group(param_group)
+            check_group(param_group, count)
+            if self.placement is not None:
+                for param in param_group["params"]:
+                    self.placement.owned(param)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -160,17 +163,19 @@ class LARS(Optimizer):
         for layer in layers:
             ratio = ratios[layer.source] if layer.source >= 0 else None
             self._update(layer, ratio)
+        if self.placement is not None:
+            self.placement.publish_parameters()
         return loss
 
     def _layers(self) -> list[_Layer]:
-        """Parameters that have a gradient, in the order of the groups."""
+        """Parameters that have a gradient and are not frozen, in the order of the groups."""
         layers: list[_Layer] = []
         index_of: dict[int, int] = {}  # position over all groups -> position among the layers
         wanted: list[int] = []
         position = 0
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
-                if param.grad is not None:
+                if param.grad is not None and param.requires_grad:
                     if param.grad.is_sparse:
                         raise RuntimeError(
                             f"LARS takes dense gradients; a parameter of shape "

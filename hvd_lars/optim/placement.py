@@ -3,12 +3,13 @@
 Replicated, on 2 ranks with 2 buckets (each rank holds every parameter):
 
     backward:  … grad of the last layers ready → bucket 0 starts; … first layers → bucket 1 starts
-    step:      wait 0, 1 │ rank 0: Σ² of ▓▓░░ ▓▓░░ │ sums over ranks │ rank 0: update ▓▓▓▓ ▓▓▓▓
-                         │ rank 1: Σ² of ░░▓▓ ░░▓▓ │ 2·layers values │ rank 1: update ▓▓▓▓ ▓▓▓▓
+    step:                │ rank 0: Σ² of ▓▓░░ ▓▓░░ │ sums over ranks │ rank 0: update ▓▓▓▓ ▓▓▓▓
+    (sums are there)     │ rank 1: Σ² of ░░▓▓ ░░▓▓ │ 2·layers values │ rank 1: update ▓▓▓▓ ▓▓▓▓
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 
-from hvd_lars.comm.base import Communicator, Pending
+from hvd_lars.comm.base import Communicator, Pending, check_reducible
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.optim.shard_plan import fill_buckets, overlap, part_of
 
@@ -31,6 +32,10 @@ class Placement(Protocol):
 
     def reduce_gradients(self) -> None:
         """Return when every ``param.grad`` holds the sum over the ranks; again is a no-op."""
+        ...
+
+    def publish_parameters(self) -> None:
+        """The step is done: give every rank the parameters that it updated."""
         ...
 
     def owned(self, param: Tensor) -> tuple[int, int]:
@@ -59,9 +64,11 @@ class Replicated:
 
     ``param.grad`` are views of the buckets.  A bucket's all-reduce starts from a hook in backward
     as soon as it and those before it are full, in an order that is the same on all ranks: the
-    reverse of the parameters', about that in which backward finishes them.  Gradients are summed,
-    not averaged: scale each rank's loss by 1 / global batch.  A parameter without a gradient in a
-    window counts as zero.
+    reverse of the parameters', about that in which backward finishes them.  ``backward()`` returns
+    when all are summed, so that clipping and ``torch.amp.GradScaler`` see the whole gradient; a
+    rank that has no backward pass in a window joins in ``LARS.step``.  Gradients are summed, not
+    averaged: scale each rank's loss by 1 / global batch.  A parameter that got no gradient in a
+    window has a gradient of zero.
 
     Args:
         params: parameters to train; those that need no gradient are left out.
@@ -70,7 +77,10 @@ class Replicated:
 
     Raises:
         ValueError: no parameter, or one that is not dense in memory.
+        TypeError: a parameter's dtype cannot be summed over ranks.
     """
+
+    _instances = itertools.count()  # all ranks make the same placements in the same order
 
     def __init__(
         self, params: Iterable[nn.Parameter], comm: Communicator, bucket_bytes: int = 25 * 2**20
@@ -85,7 +95,10 @@ class Replicated:
                     f"{param.stride()}, which leave gaps in memory"
                 )
         self._comm = comm
+        self._name = f"gradients.{next(Replicated._instances)}"
         self._buckets = list(_make_buckets(trained, bucket_bytes))
+        for bucket in self._buckets:
+            check_reducible(bucket.flat, "gradients")
         self._place: dict[Tensor, tuple[_Bucket, int]] = {}
         self._owned: dict[Tensor, tuple[int, int]] = {}
         for bucket in self._buckets:
@@ -98,7 +111,8 @@ class Replicated:
                 param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         self._next = 0  # the first bucket that was not started yet
         self._synchronizing = True
-        self._reduced = False
+        self._reduced = False  # the gradients are sums already and wait for the step
+        self._callback_queued = False
         self.zero_gradients()
 
     @contextmanager
@@ -120,6 +134,7 @@ class Replicated:
 
     def reduce_gradients(self) -> None:
         """Start the buckets that backward did not fill, then wait for all of them."""
+        self._callback_queued = False
         if self._reduced:
             return
         for bucket in self._buckets[self._next :]:
@@ -134,6 +149,10 @@ class Replicated:
         self._begin_window()
         self._reduced = True
 
+    def publish_parameters(self) -> None:
+        """Every rank has updated every parameter: only the window ends."""
+        self._reduced = False
+
     def owned(self, param: Tensor) -> tuple[int, int]:
         """This rank's elements of ``param``; ValueError where it is not among the parameters."""
         if param not in self._owned:
@@ -145,7 +164,7 @@ class Replicated:
 
     def complete_sums(self, sums: Tensor) -> Tensor:
         """Sum over the ranks in place and return ``sums``."""
-        self._comm.start_all_reduce_sum(sums, "sums_of_squares").wait()
+        self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
         return sums
 
     def _begin_window(self) -> None:
@@ -157,22 +176,26 @@ class Replicated:
     def _on_gradient(self, param: Tensor) -> None:
         """Autograd's hook: the gradient of ``param`` for this backward pass is complete."""
         bucket, i = self._place[param]
-        if bucket.pending is not None:
+        if self._reduced or bucket.pending is not None:
             raise RuntimeError(
-                "a second backward pass began while the gradients of the first are being "
-                "reduced; wrap all but the last backward of a step in placement.no_sync()"
+                "a gradient arrived after those of its step were summed over the ranks: wrap all "
+                "but the last backward of a step in placement.no_sync(), and begin the next step "
+                "with optimizer.zero_grad()"
             )
-        self._reduced = False
         self._adopt(bucket, i, param)
         if not self._synchronizing:
             return
+        if not self._callback_queued:
+            self._callback_queued = True
+            engine = torch.autograd.Variable._execution_engine  # as FSDP does
+            engine.queue_callback(self.reduce_gradients)
         bucket.missing.discard(i)
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
             self._start_next()
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]
-        bucket.pending = self._comm.start_all_reduce_sum(bucket.flat, f"gradients.{self._next}")
+        bucket.pending = self._comm.start_all_reduce_sum(bucket.flat, f"{self._name}.{self._next}")
         self._next += 1
 
     @staticmethod

@@ -1,8 +1,11 @@
 """A user's mistake ends every rank with code 2 and one clear line; nothing hangs or is left."""
 
+import json
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -41,6 +44,10 @@ def mistakes(tmp_path):
         ),
         "unknown model": (["digits", "model.name=resnet5"], "model.name: found 'resnet5'; nearest"),
         "world size": (["digits", "run.expect_world_size=7"], "run.expect_world_size is 7, but"),
+        "model and data": (
+            ["digits", "model.name=resnet18"],
+            "model.name: resnet18 does not take the 1×8×8 images of the data",
+        ),
     }
 
 
@@ -53,6 +60,7 @@ NAMES = [
     "batch beyond the data",
     "unknown model",
     "world size",
+    "model and data",
 ]
 
 
@@ -98,12 +106,12 @@ def test_two_ranks_under_horovodrun(mistakes, name, launcher, tmp_path):
     assert codes[0] == "2"
 
 
-def test_both_ranks_leave_with_2_where_no_launcher_ends_them(mistakes, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ranks_leave_with_2_where_no_launcher_ends_them(mistakes, name):
     """The shells here exit with 0, so mpirun ends nobody: the second rank speaks for itself."""
-    arguments, message = mistakes["wrong key"]
+    arguments, message = mistakes[name]
     command = shlex.join([sys.executable, "-m", "hvd_lars", "train", *arguments])
-    script = f"{command}; echo code=$?"
-    result = run_here("mpirun", 2, ["sh", "-c", script], HANG_GUARD)
+    result = run_here("mpirun", 2, ["sh", "-c", f"{command}; echo code=$?"], HANG_GUARD)
     assert re.findall(r"code=(\d+)", result.stdout) == ["2", "2"]
     assert result.stdout.count(message) == 2
     assert "hvd-lars: rank 1: " in result.stdout
@@ -180,3 +188,37 @@ def test_check_prints_the_plan():
     assert plan["ranks"] == "3, each up to 342 samples a step"
     wanted = "start 0, after warmup 32, middle 14.2222, last step 0.00142222"
     assert plan["learning rate"] == wanted
+
+
+def test_the_schema_command_writes_defaults_as_the_yaml_does(tmp_path):
+    code, output = hvd_lars("schema", "-o", tmp_path / "schema.json")
+    assert code == 0, output
+    schema = json.loads((tmp_path / "schema.json").read_text())
+    assert schema["$defs"]["Train"]["properties"]["eval_every"]["default"] == "1 epochs"
+
+
+def test_it_trains_on_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = subprocess.run(
+        [sys.executable, "-m", "hvd_lars", "train", "digits", f"run.dir={tmp_path / 'run'}"]
+        + ["train.duration=2 steps", "schedule.warmup_duration=1 steps"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run/environment.json").read_text())["commit"] is None
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hvd_lars", "train", "digits", f"run.dir={tmp_path / 'run'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=HANG_GUARD)
+    assert process.returncode == 130
+    assert errors == "hvd-lars: interrupted\n"

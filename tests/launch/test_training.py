@@ -115,7 +115,7 @@ def test_the_run_folder_holds_what_it_should(finished):
         environment["versions"]["torch"] == torch.__version__
     )
     steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert steps == ["latest", "step-00000150", "step-00000200"]
+    assert steps == ["step-00000150", "step-00000200"]
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [(None, 1), ("mpirun", 3), ("horovodrun", 2)])
