@@ -81,7 +81,7 @@ def diagnose(megabytes: int) -> int:
 
 
 def _row(name: str, value: str) -> None:
-    print(f"{name:<18}  {value}", flush=True)
+    print(f"{name:<27}  {value}", flush=True)
 
 
 def _ask(program: str) -> tuple[str | None, str]:
