@@ -15,9 +15,16 @@ from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.launcher import Launch
-from hvd_lars.config import Config, DigitsData, SyntheticData
+from hvd_lars.config import Config, DigitsData, ImageFolderData, SyntheticData
 from hvd_lars.config_file import dump_config
-from hvd_lars.data import Digits, GlobalBatches, Source, Synthetic
+from hvd_lars.data import (
+    Digits,
+    GlobalBatches,
+    ImageFolder,
+    Source,
+    Synthetic,
+    list_folder,
+)
 from hvd_lars.data.sampler import accumulation
 from hvd_lars.durations import Duration
 from hvd_lars.errors import UserError
@@ -38,12 +45,30 @@ from hvd_lars.schedules import (
 from hvd_lars.trainer import Intervals, Trainer
 
 
-def build_source(data: DigitsData | SyntheticData, seed: int) -> Source:
-    """The data set that the config names."""
+def build_source(config: Config, comm: Communicator) -> Source:
+    """The data set that the config names; collective, only rank 0 lists files.
+
+    Raises:
+        UserError: on every rank alike, where the folder is not laid out as it should be.
+    """
+    data, seed = config.data, config.run.seed
     if isinstance(data, DigitsData):
         return Digits(data.copies, seed)
-    options = data.model_dump(exclude={"name"})
-    return Synthetic(**options, seed=seed)
+    if isinstance(data, SyntheticData):
+        return Synthetic(**data.model_dump(exclude={"name"}), seed=seed)
+    listing = on_root(comm, lambda: list_folder(data.root, _listing_cache()))
+    return ImageFolder(listing, data.image_size, data.eval_resize, seed)
+
+
+def _listing_cache() -> Path | None:
+    """Where lists of image folders are kept; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "hvd_lars/listings" if not base.startswith("~") else None
+
+
+def workers_of(config: Config) -> int:
+    """Processes a rank that make batches; images made from memory need none."""
+    return config.data.workers if isinstance(config.data, ImageFolderData) else 0
 
 
 def build_model_for(name: str, source: Source, device: torch.device) -> nn.Module:
@@ -56,7 +81,7 @@ def build_model_for(name: str, source: Source, device: torch.device) -> nn.Modul
     images, _ = source.eval_batch(np.arange(min(2, source.num_eval)))
     try:
         with torch.no_grad():
-            model.eval()(images.to(device))
+            model.eval()(source.on_device(images.to(device)))
     except (RuntimeError, AssertionError) as error:
         shape = "×".join(str(n) for n in images.shape[1:])
         raise UserError(
@@ -195,7 +220,7 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
     """
     threads = set_threads(config.train.threads, launch)
     device = choose_device(comm)
-    source = build_source(config.data, config.run.seed)
+    source = build_source(config, comm)
     plan = make_plan(config, source.num_train, comm.size)
     torch.manual_seed(config.run.seed)
     model = build_model_for(config.model.name, source, device)
@@ -229,6 +254,8 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
         ),
         sinks=sinks,
         seed=config.run.seed,
+        workers=workers_of(config),
+        label_smoothing=config.train.label_smoothing,
     )
     return trainer, folder
 
@@ -241,10 +268,10 @@ def evaluate_run(folder: Path, config: Config, comm: Communicator, launch: Launc
     """
     set_threads(config.train.threads, launch)
     device = choose_device(comm)
-    source = build_source(config.data, config.run.seed)
+    source = build_source(config, comm)
     model = build_model_for(config.model.name, source, device)
     Checkpointer(folder / run_folder.CHECKPOINTS, comm).restore(model)
-    return evaluate(model, source, comm, config.train.eval_batch, device)
+    return evaluate(model, source, comm, config.train.eval_batch, device, workers_of(config))
 
 
 def plan_facts(plan: Plan) -> dict[str, object]:

@@ -159,8 +159,9 @@ def _check(options: argparse.Namespace) -> int:
     import torch
 
     from hvd_lars.assemble import build_model_for, build_source, make_plan, plan_facts
+    from hvd_lars.comm.local import LocalCommunicator
 
-    source = build_source(config.data, config.run.seed)
+    source = build_source(config, LocalCommunicator())
     build_model_for(config.model.name, source, torch.device("cpu"))
     plan = make_plan(config, source.num_train, options.ranks)
     if options.json:

@@ -85,6 +85,26 @@ class SyntheticData(Section):
     channels: Positive = 3
 
 
+class ImageFolderData(Section):
+    """A folder in ImageNet's layout: root/train/CLASS/image and root/val/CLASS/image."""
+
+    name: Literal["imagefolder"]
+    root: str
+    image_size: Positive = Field(default=224, description="side of the crop, in pixels")
+    eval_resize: Positive = Field(default=256, description="shorter side before the centre crop")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        default=4, description="processes a rank that decode images ahead of time"
+    )
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ImageFolderData:
+        if self.eval_resize < self.image_size:
+            raise ValueError(
+                f"eval_resize is {self.eval_resize}; at least image_size {self.image_size}"
+            )
+        return self
+
+
 class Model(Section):
     """The network: ``digits_alexnet`` or any classifier of torchvision by name."""
 
@@ -159,6 +179,7 @@ class Train(Section):
         default=256, description="most samples a rank holds at once; accumulation follows from it"
     )
     eval_batch: Positive = 512
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     eval_every: DurationField = Duration(1, "epochs")
     log_every: DurationField = Duration(10, "steps")
     threads: Positive | None = Field(
@@ -185,7 +206,7 @@ class Config(Section):
 
     run: Run = Run()
     comm: Comm = Comm()
-    data: Annotated[DigitsData | SyntheticData, Discriminator("name")]
+    data: Annotated[DigitsData | SyntheticData | ImageFolderData, Discriminator("name")]
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule

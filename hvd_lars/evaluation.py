@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from hvd_lars.comm.base import Communicator
-from hvd_lars.data.source import Source
+from hvd_lars.data import Request, Source, stream
 from hvd_lars.replicas import average_buffers
 
 
@@ -30,7 +30,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, source: Source, comm: Communicator, batch: int, device: torch.device
+    model: nn.Module,
+    source: Source,
+    comm: Communicator,
+    batch: int,
+    device: torch.device,
+    workers: int = 0,
 ) -> Evaluation:
     """Evaluate on every sample exactly once: rank r takes samples r, r + size and so on.
 
@@ -42,10 +47,10 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     mine = np.arange(comm.rank, source.num_eval, comm.size)
-    for begin in range(0, len(mine), batch):
-        images, labels = source.eval_batch(mine[begin : begin + batch])
-        images, labels = images.to(device), labels.to(device)
-        logits = model(images).float()
+    requests = [Request(None, mine[i : i + batch]) for i in range(0, len(mine), batch)]
+    for images, labels in stream(source, requests, workers):
+        labels = labels.to(device)
+        logits = model(source.on_device(images.to(device))).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         sums[0] += functional.cross_entropy(logits, labels, reduction="sum").double()
         sums[1] += best[:, 0].sum()

@@ -5,9 +5,8 @@ Imports optim, data, checkpoint, evaluation, metrics and comm.base; takes no Con
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,8 +16,9 @@ from torch.nn import functional
 
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.base import Communicator
-from hvd_lars.data.sampler import GlobalBatches
-from hvd_lars.data.source import Indices, Source
+from hvd_lars.data import GlobalBatches, Request, Source, stream
+from hvd_lars.data.randomness import seed_of
+from hvd_lars.data.source import Batch, Indices
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.metrics import Sink
 from hvd_lars.optim import LARS, Replicated
@@ -59,6 +59,8 @@ class Trainer:
         device: where the model is.
         micro_batch: most samples in one forward and backward pass.
         eval_batch: most samples in one evaluation pass.
+        workers: processes that make batches ahead of time; 0 for none.
+        label_smoothing: share of the target spread over all classes.
         intervals: how long, and how often the rest is done.
         checkpointer: keeps the state.
         sinks: take the records; empty but on rank 0.
@@ -82,13 +84,15 @@ class Trainer:
         checkpointer: Checkpointer,
         sinks: Sequence[Sink],
         seed: int,
+        workers: int = 0,
+        label_smoothing: float = 0.0,
     ) -> None:
         self.model, self.optimizer, self.placement = model, optimizer, placement
         self.schedule, self.source, self.batches = schedule, source, batches
         self.comm, self.device = comm, device
         self.micro_batch, self.eval_batch = micro_batch, eval_batch
         self.intervals, self.checkpointer, self.sinks = intervals, checkpointer, sinks
-        self.seed = seed
+        self.seed, self.workers, self.label_smoothing = seed, workers, label_smoothing
         self._data_seconds = 0.0
 
     def run(self) -> Summary:
@@ -106,8 +110,9 @@ class Trainer:
         window_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         window_steps = 0
         evaluation: Evaluation | None = None
+        batches = self.batches_from(0)
         for step in range(self.intervals.total):
-            window_loss += self.train_step(step)
+            window_loss += self.train_step(step, batches)
             window_steps += 1
             done = step + 1
             last = done == self.intervals.total
@@ -118,7 +123,7 @@ class Trainer:
             pause = time.perf_counter()
             if done % self.intervals.evaluate == 0 or last:
                 evaluation = evaluate(
-                    self.model, self.source, self.comm, self.eval_batch, self.device
+                    self.model, self.source, self.comm, self.eval_batch, self.device, self.workers
                 )
                 self._record("eval", done, **evaluation.record())
             if done % self.intervals.checkpoint == 0 or last:
@@ -133,35 +138,55 @@ class Trainer:
         self._record("event", self.intervals.total, event="stop", reason="finished")
         return Summary(evaluation, samples / (seconds - aside), seconds)
 
-    def train_step(self, step: int) -> Tensor:
+    def batches_from(self, start: int) -> Iterator[Batch]:
+        """This rank's micro-batches of step ``start`` and all later ones, in order."""
+        requests = (
+            Request(step // self.batches.steps_per_epoch, piece)
+            for step in range(start, self.intervals.total)
+            for piece in self._pieces(step)
+        )
+        return stream(self.source, requests, self.workers, self.device.type == "cuda")
+
+    def _pieces(self, step: int) -> list[Indices]:
+        pieces = self.batches.micro_batches(step, self.comm.rank, self.comm.size, self.micro_batch)
+        return [piece for piece in pieces if len(piece)]
+
+    def train_step(self, step: int, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step on global batch ``step``; returns this rank's share of the loss.
 
         The loss is a sum over samples divided by the global batch, so that the sum of the ranks'
         gradients is the gradient of the mean, however unevenly the samples are spread.
+        ``batches`` stand at the step's first micro-batch.
         """
-        torch.manual_seed(_dropout_seed(self.seed, step, self.comm.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step)
         self.optimizer.zero_grad()
-        pieces = self.batches.micro_batches(step, self.comm.rank, self.comm.size, self.micro_batch)
-        pieces = [piece for piece in pieces if len(piece)]
         share = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, piece in enumerate(pieces):
-            images, labels = self._load(step, piece)
-            with nullcontext() if i == len(pieces) - 1 else self.placement.no_sync():
-                total = functional.cross_entropy(self.model(images), labels, reduction="sum")
+        num_pieces = len(self._pieces(step))
+        torch.manual_seed(seed_of(self.seed, step, self.comm.rank))  # dropout's
+        for i in range(num_pieces):
+            images, labels = self._next(batches)
+            with nullcontext() if i == num_pieces - 1 else self.placement.no_sync():
+                total = functional.cross_entropy(
+                    self.model(images),
+                    labels,
+                    reduction="sum",
+                    label_smoothing=self.label_smoothing,
+                )
                 loss = total / self.batches.global_batch
                 loss.backward()  # type: ignore[no-untyped-call]
             share += loss.detach()
         self.optimizer.step()
         return share
 
-    def _load(self, step: int, piece: Indices) -> tuple[Tensor, Tensor]:
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro-batch on the device, images ready for the model."""
         started = time.perf_counter()
-        images, labels = self.source.train_batch(step // self.batches.steps_per_epoch, piece)
-        images, labels = images.to(self.device), labels.to(self.device)
+        images, labels = next(batches)
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
         self._data_seconds += time.perf_counter() - started
-        return images, labels
+        return self.source.on_device(images), labels
 
     def _log_window(self, done: int, loss: Tensor, steps: int, started: float) -> None:
         """Record the means since the last log line; the loss is summed over the ranks."""
@@ -184,9 +209,3 @@ class Trainer:
         epoch = round(step / self.batches.steps_per_epoch, 4)
         for sink in self.sinks:
             sink.write({"kind": kind, "step": step, "epoch": epoch, **fields})
-
-
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    """A 64-bit seed of its own for every (seed, step, rank): nothing to save, nothing to drift."""
-    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

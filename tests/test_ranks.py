@@ -40,7 +40,7 @@ def micro_batch_for(comm, pieces):
 def test_ranks_times_accumulation_equal_one_device(comm, dtype, pieces, options):
     trainer = tiny_trainer(comm, dtype, micro_batch_for(comm, pieces), **options)
     for step in range(len(RATES)):
-        trainer.train_step(step)
+        trainer.train_step(step, trainer.batches_from(step))
         verify_agreement(named_state(trainer.model, trainer.optimizer), comm)
     reference, reference_optimizer = one_device(dtype, **options)
     assert_same_parameters(trainer.model, reference, TOLERANCE[dtype])
@@ -57,7 +57,7 @@ def test_the_same_ranks_end_with_the_same_bits_every_time(comm):
     for _ in range(3):
         trainer = tiny_trainer(comm, torch.float32, 7)
         for step in range(len(RATES)):
-            trainer.train_step(step)
+            trainer.train_step(step, trainer.batches_from(step))
         ends.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
@@ -233,7 +233,7 @@ def test_restore_gives_all_ranks_rank_0s_checkpoint(comm, tmp_path):
     folder = comm.broadcast_object(tmp_path)
     trainer = tiny_trainer(comm, torch.float32, 16, folder)
     for step in range(3):
-        trainer.train_step(step)
+        trainer.train_step(step, trainer.batches_from(step))
     checkpointer = Checkpointer(folder, comm)
     checkpointer.save(trainer.model, trainer.optimizer, {"step": 3})
     saved = {name: t.clone() for name, t in named_state(trainer.model, trainer.optimizer).items()}
@@ -243,7 +243,7 @@ def test_restore_gives_all_ranks_rank_0s_checkpoint(comm, tmp_path):
     restored = named_state(other.model, other.optimizer)
     assert restored.keys() == saved.keys()
     assert all(torch.equal(restored[name], saved[name]) for name in saved)
-    other.train_step(3)
-    trainer.train_step(3)
+    other.train_step(3, other.batches_from(3))
+    trainer.train_step(3, trainer.batches_from(3))
     for a, b in zip(other.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(a, b)

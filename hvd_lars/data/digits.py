@@ -65,6 +65,10 @@ class Digits:
         which = torch.from_numpy(indices)
         return self._eval[0][which], self._eval[1][which]
 
+    def on_device(self, images: Tensor) -> Tensor:
+        """Nothing: the images are ready."""
+        return images
+
 
 def _affine(draws: Matrix) -> Tensor:
     """(n, 2, 3) affine maps from (n, 6) uniform numbers: rotate · shear · scale, then shift."""

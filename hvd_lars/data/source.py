@@ -9,11 +9,14 @@ from torch import Tensor
 
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 Batch = tuple[Tensor, Tensor]
-"""Images (n, channels, height, width) float32 and labels (n,) int64."""
+"""Images (n, channels, height, width) and labels (n,) int64."""
 
 
 class Source(Protocol):
-    """A data set.  What a sample looks like depends on (seed, epoch, index) alone."""
+    """A data set.  What a sample looks like depends on (seed, epoch, index) alone.
+
+    It is pickled to worker processes, which make the batches.
+    """
 
     num_train: int
     num_eval: int
@@ -25,4 +28,8 @@ class Source(Protocol):
 
     def eval_batch(self, indices: Indices) -> Batch:
         """The evaluation samples ``indices``, each below num_eval, unaugmented."""
+        ...
+
+    def on_device(self, images: Tensor) -> Tensor:
+        """What is left to do to a batch's images once they are on the model's device."""
         ...

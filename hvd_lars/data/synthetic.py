@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import final
 
 import torch
+from torch import Tensor
 
 from hvd_lars.data.randomness import uniforms
 from hvd_lars.data.source import Batch, Indices
@@ -34,6 +35,10 @@ class Synthetic:
     def eval_batch(self, indices: Indices) -> Batch:
         """The same from a draw that no epoch uses."""
         return self._draw(0, indices)
+
+    def on_device(self, images: Tensor) -> Tensor:
+        """Nothing: the images are ready."""
+        return images
 
     def _draw(self, stream: int, indices: Indices) -> Batch:
         channels, height, width = self._shape

@@ -75,10 +75,13 @@ def test_alone(mistakes, name):
 
 
 def run_with_codes(launcher, arguments, tmp_path, environment=None):
-    """Run over 2 ranks in shells that write each rank's own exit code to a file."""
+    """Run over 2 ranks in shells that write each rank's own exit code to a file.
+
+    The shells outlive the launcher's SIGTERM by long enough to write it.
+    """
     command = shlex.join([sys.executable, "-m", "hvd_lars", "train", *arguments])
     rank = "${OMPI_COMM_WORLD_RANK:-$HOROVOD_RANK}"
-    script = f"{command}; code=$?; echo $code > {tmp_path}/code.{rank}; exit $code"
+    script = f"trap '' TERM; {command}; code=$?; echo $code > {tmp_path}/code.{rank}; exit $code"
     result = run_here(launcher, 2, ["sh", "-c", script], HANG_GUARD, environment)
     codes = [path.read_text().strip() for path in sorted(tmp_path.glob("code.*"))]
     return result, codes
@@ -87,13 +90,17 @@ def run_with_codes(launcher, arguments, tmp_path, environment=None):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_under_mpirun(mistakes, name, tmp_path):
     arguments, message = mistakes[name]
-    result, codes = run_with_codes("mpirun", arguments, tmp_path)
-    assert result.returncode == 2, result.stdout
-    lines = [line for line in result.stdout.splitlines() if "hvd-lars: " in line]
-    assert len(lines) == 1, result.stdout
-    assert message in lines[0]
-    assert "Traceback" not in result.stdout
-    assert codes[0] == "2"
+    for _ in range(3):  # on a loaded machine the second rank may be killed before it is told
+        result, codes = run_with_codes("mpirun", arguments, tmp_path)
+        assert result.returncode == 2, result.stdout
+        lines = [line for line in result.stdout.splitlines() if "hvd-lars: " in line]
+        assert len(lines) == 1, result.stdout
+        assert message in lines[0]
+        assert "Traceback" not in result.stdout
+        assert set(codes) == {"2"}
+        if len(codes) == 2:
+            return
+    pytest.fail("rank 1 never left by itself")
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo"])
@@ -106,9 +113,12 @@ def test_two_ranks_under_horovodrun(mistakes, name, launcher, tmp_path):
     assert codes[0] == "2"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["missing config", "batch of 0"])
 def test_both_ranks_leave_with_2_where_no_launcher_ends_them(mistakes, name):
-    """The shells here exit with 0, so mpirun ends nobody: the second rank speaks for itself."""
+    """The shells here exit with 0, so mpirun ends nobody: the second rank speaks for itself.
+
+    (After MPI has started, mpirun ends the job of a rank that leaves, whatever its code.)
+    """
     arguments, message = mistakes[name]
     command = shlex.join([sys.executable, "-m", "hvd_lars", "train", *arguments])
     result = run_here("mpirun", 2, ["sh", "-c", f"{command}; echo code=$?"], HANG_GUARD)
@@ -135,10 +145,10 @@ def test_a_rank_that_raises_ends_the_others(tmp_path):
 import sys
 from hvd_lars import trainer
 step = trainer.Trainer.train_step
-def breaks(self, number):
+def breaks(self, number, batches):
     if number == 3 and self.comm.rank == 1:
         raise ArithmeticError("broken on purpose")
-    return step(self, number)
+    return step(self, number, batches)
 trainer.Trainer.train_step = breaks
 from hvd_lars.cli import main
 main(["train", "digits", "run.dir=" + sys.argv[1]])

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import torch
+from test_image_folder import make_folder
 
 from hvd_lars.launchers import launcher_environment, run_here, this_python
 
@@ -186,3 +187,42 @@ train: {duration: 3 steps, global_batch: 8, micro_batch: 2, log_every: 1 steps}
     train = records_of(tmp_path / "run", "train")
     assert [r["lr"] for r in train] == pytest.approx([0.5, 2.0, 0.5])
     assert records_of(tmp_path / "run", "eval")[-1]["num_samples"] == 10
+
+
+def test_an_image_folder_trains_and_evaluates_over_two_ranks_with_workers(tmp_path):
+    root = make_folder(tmp_path / "images", train=12, val=5)
+    config = tmp_path / "folder.yaml"
+    config.write_text(f"""
+data: {{name: imagefolder, root: {root}, image_size: 32, eval_resize: 36, workers: 1}}
+model: {{name: resnet18}}
+optimizer: {{weight_decay: 1.0e-4}}
+schedule: {{base_lr: 4.0, warmup: gradual, warmup_duration: 1 epochs}}
+train:
+  {{duration: 3 epochs, global_batch: 12, micro_batch: 4, log_every: 1 steps, label_smoothing: 0.1}}
+""")
+    run = tmp_path / "run"
+    environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    program = this_python("-m", "hvd_lars", "train", str(config), f"run.dir={run}")
+    result = run_here("mpirun", 2, program, HANG_GUARD, environment)
+    assert result.returncode == 0, result.stdout
+    logged = records_of(run, "eval")[-1]
+    assert logged["num_samples"] == 15
+    assert len(records_of(run, "train")) == 9
+    assert len(list((tmp_path / "cache/hvd_lars/listings").iterdir())) == 1
+    code, output = hvd_lars("eval", run, "data.workers=0")
+    assert code == 0, output
+    assert json.loads(output)["top1"] == logged["top1"]
+
+
+def test_a_bad_image_ends_both_ranks_with_its_path(tmp_path):
+    root = make_folder(tmp_path / "images", train=12, val=5)
+    (root / "train/cat/3.png").write_bytes(b"no image")
+    options = [f"data={{name: imagefolder, root: {root}, image_size: 32, eval_resize: 36}}"]
+    options += ["data.workers=1", "model.name=resnet18", "train.global_batch=12"]
+    options += [f"run.dir={tmp_path / 'run'}", "train.duration=3 epochs"]
+    options += ["schedule.warmup_duration=1 epochs", "comm.backend=mpi"]
+    program = this_python("-m", "hvd_lars", "train", "digits", *options)
+    result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2, result.stdout
+    assert f"{root}/train/cat/3.png: not a readable image" in result.stdout
+    assert "Traceback" not in result.stdout

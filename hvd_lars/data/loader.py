@@ -1,0 +1,79 @@
+"""Batches in a given order, made by worker processes ahead of time; imports source and errors."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, final
+
+from torch.utils.data import DataLoader, Dataset
+
+from hvd_lars.data.source import Batch, Indices, Source
+from hvd_lars.errors import UserError
+
+
+class Request(NamedTuple):
+    """Samples ``indices`` of a training epoch, or of the evaluation set where epoch is None."""
+
+    epoch: int | None
+    indices: Indices
+
+
+@final
+class _Answers(Dataset[Batch | UserError]):
+    """A source as a map from requests to batches, which is what a DataLoader's workers run.
+
+    A DataLoader would wrap a worker's exception in two tracebacks: it is passed on as a value.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitem__(self, request: Any) -> Batch | UserError:
+        try:
+            return answer(self._source, request)
+        except UserError as error:
+            return error
+
+
+def answer(source: Source, request: Request) -> Batch:
+    """The batch of one request."""
+    if request.epoch is None:
+        return source.eval_batch(request.indices)
+    return source.train_batch(request.epoch, request.indices)
+
+
+def stream(
+    source: Source, requests: Iterable[Request], workers: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The batches of ``requests``, in their order, whoever makes them.
+
+    Args:
+        source: the data set; sent to the workers once.
+        requests: read lazily, two batches a worker ahead.
+        workers: processes; 0 makes each batch when it is asked for.  They come from a fork
+            server, as a fork of a process that runs MPI is not safe.
+        pin_memory: put batches into page-locked memory, for copies to a GPU beside its work.
+
+    Raises:
+        UserError: from a worker too, an image cannot be read.
+    """
+    if workers == 0:
+        for request in requests:
+            yield answer(source, request)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "hvd_lars.data"])
+    loader = DataLoader(
+        _Answers(source),
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        prefetch_factor=2,
+        multiprocessing_context=context,
+        pin_memory=pin_memory,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

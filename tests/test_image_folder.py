@@ -1,0 +1,160 @@
+"""Image folders: what is listed, cropped and refused, and that workers change nothing."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hvd_lars.data import GlobalBatches, ImageFolder, Request, list_folder, stream
+from hvd_lars.errors import UserError
+
+
+def make_folder(root, classes=("ant", "bee", "cat"), train=4, val=2, size=(40, 30)):
+    """Noise around a brightness that tells the class; PNG and JPEG, one of them grey."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(0, 50, (size[1], size[0], 3))
+                image = Image.fromarray((noise + 80 * label).astype(np.uint8))
+                if i == 0:
+                    image = image.convert("L")
+                image.save(root / split / name / f"{i}.{'png' if i % 2 else 'JPEG'}")
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "images")
+
+
+def source_of(folder, seed=0, cache=None):
+    return ImageFolder(list_folder(str(folder), cache), 16, 20, seed)
+
+
+def test_a_folder_is_listed_by_class(folder):
+    (folder / "train/ant/readme.txt").write_text("no image")
+    listing = list_folder(str(folder), None)
+    assert listing.classes == ("ant", "bee", "cat")
+    assert listing.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert listing.val.paths[3] == b"val/bee/1.png"
+    assert (source_of(folder).num_train, source_of(folder).num_eval) == (12, 6)
+
+
+def test_the_list_is_remembered_until_a_class_folder_changes(folder, tmp_path, monkeypatch):
+    from hvd_lars.data import listing
+
+    cache = tmp_path / "cache"
+    first = list_folder(str(folder), cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(listing, "_scan", lambda *_: pytest.fail("scanned again"))
+        again = list_folder(str(folder), cache)
+    assert again.train.paths.tolist() == first.train.paths.tolist()
+    assert again.classes == first.classes
+    os.remove(folder / "train/bee/2.JPEG")
+    assert len(list_folder(str(folder), cache).train.paths) == 11
+    assert not list(cache.glob("*.tmp*"))
+    for file in cache.iterdir():
+        file.write_bytes(b"torn")
+    assert len(list_folder(str(folder), cache).train.paths) == 11
+
+
+def test_a_cache_that_cannot_be_written_is_no_loss(folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert len(list_folder(str(folder), tmp_path / "file/cache").train.paths) == 12
+
+
+def test_crops_depend_on_seed_epoch_and_sample_alone(folder):
+    source = source_of(folder)
+    images, labels = source.train_batch(1, np.array([3, 7, 11]))
+    assert images.shape == (3, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    assert labels.tolist() == [0, 1, 2]
+    alone, _ = source.train_batch(1, np.array([7]))
+    assert torch.equal(alone[0], images[1])
+    assert not torch.equal(source.train_batch(2, np.array([7]))[0], alone)
+    assert not torch.equal(source_of(folder, seed=1).train_batch(1, np.array([7]))[0], alone)
+
+
+def test_making_a_batch_leaves_the_random_state_alone(folder):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    source_of(folder).train_batch(0, np.array([1, 2]))
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_evaluation_resizes_the_shorter_side_and_takes_the_centre(tmp_path):
+    root = make_folder(tmp_path / "images", size=(60, 30))
+    picture = np.zeros((30, 60, 3), np.uint8)
+    picture[:, 20:40] = 255  # a square of 20 in the centre after the resize to 20×40: 13 wide
+    Image.fromarray(picture).save(root / "val/ant/1.png")
+    images, _ = source_of(root).eval_batch(np.array([1]))
+    row = images[0, 0, 8]
+    assert row[4:12].eq(255).all()
+    assert row[0] == 0
+    assert row[-1] == 0
+
+
+def test_images_are_normalised_on_the_device(folder):
+    source = source_of(folder)
+    images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    found = source.on_device(images)[0, :, 0, 0]
+    wanted = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_workers_give_the_same_batches_in_the_same_order(folder):
+    batches = GlobalBatches(12, 5, seed=3)
+    requests = [Request(step // 2, batches.indices(step)) for step in range(6)]
+    requests.append(Request(None, np.arange(6)))
+    source = source_of(folder)
+    alone = list(stream(source, requests))
+    helped = list(stream(source, iter(requests), workers=2))
+    assert len(alone) == len(helped) == 7
+    for (images, labels), (images_2, labels_2) in zip(alone, helped, strict=True):
+        assert torch.equal(images, images_2)
+        assert torch.equal(labels, labels_2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(folder, workers):
+    bad = folder / "train/bee/2.JPEG"
+    bad.write_bytes(bad.read_bytes()[:200])
+    batches = stream(source_of(folder), [Request(0, np.arange(12))], workers)
+    with pytest.raises(UserError, match="train/bee/2.JPEG: not a readable image") as caught:
+        list(batches)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def break_by(folder, how):
+    if how == "no train":
+        os.rename(folder / "train", folder / "training")
+    elif how == "no classes":
+        for name in ("ant", "bee", "cat"):
+            os.rename(folder / "val" / name, folder / name)
+    elif how == "classes differ":
+        os.rename(folder / "val/cat", folder / "val/dog")
+    elif how == "no images":
+        for path in (folder / "val/bee").iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no train", "train: No such file or directory; a folder with one folder of images a"),
+        ("no classes", "val: no class folders in it"),
+        ("classes differ", r"class cat is in train but not in val \(2 such classes\)"),
+        ("no images", "val/bee: no images in it"),
+    ],
+)
+def test_bad_layouts_get_one_line(folder, how, message):
+    break_by(folder, how)
+    with pytest.raises(UserError, match=message) as caught:
+        list_folder(str(folder), None)
+    assert str(caught.value).startswith(f"data.root: {folder}")
+    assert len(str(caught.value).splitlines()) == 1
