@@ -5,7 +5,9 @@ one by hand:  HVD_LARS_TEST_BACKEND=horovod mpirun -np 3 python -m pytest tests/
 """
 
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -13,6 +15,18 @@ import torch
 from hvd_lars.comm import connect, detect_launch
 
 BACKEND = os.environ.get("HVD_LARS_TEST_BACKEND")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if BACKEND:
+        # pytest tidies its shared folder up at exit, which ranks would do at once.
+        config.option.basetemp = tempfile.mkdtemp(prefix="hvd_lars-ranks-")
+
+
+def pytest_unconfigure(config):
+    if BACKEND:
+        shutil.rmtree(config.option.basetemp, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
