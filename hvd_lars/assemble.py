@@ -134,7 +134,7 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
     if warmup >= total:
         raise UserError(
             f"schedule.warmup_duration: {rates.warmup_duration} is {warmup} steps; the whole run "
-            f"has {total}"
+            f"has {total}; give a shorter one, or warmup none and warmup_duration '0 epochs'"
         )
     target = scaled_rate(rates.base_lr, rates.scaling, train.global_batch, rates.reference_batch)
     if rates.end_lr > target:

@@ -98,6 +98,8 @@ def _run_on_ranks(options: argparse.Namespace) -> tuple[Launch, Communicator]:
     if options.command == "train":
         config = _config(options.config, options.overrides)
     else:
+        if not (options.run_folder / "config.yaml").is_file():
+            raise UserError(f"{options.run_folder}: not a run folder: no config.yaml in it")
         # How many ranks trained, and over what, does not bind who evaluates.
         anywhere = ["comm.backend=auto", "run.expect_world_size=null"]
         path = str(options.run_folder / "config.yaml")
@@ -146,10 +148,11 @@ def _train(config: Config, comm: Communicator, launch: Launch) -> None:
 
 def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) -> None:
     from hvd_lars.assemble import evaluate_run
+    from hvd_lars.metrics import finite
 
     result = evaluate_run(folder, config, comm, launch)
     if comm.rank == 0:
-        print(json.dumps(result.record()), flush=True)
+        print(json.dumps(finite(result.record())), flush=True)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -183,7 +186,7 @@ def _print_plan(config: Config, plan: Plan) -> None:
         "steps": f"{intervals.total:,} of {plan.global_batch:,} samples, "
         f"{plan.steps_per_epoch:,} an epoch",
         "ranks": f"{plan.ranks}, each up to {-(-plan.global_batch // plan.ranks):,} samples a step",
-        "accumulation": f"{plan.accumulation} micro-batches of up to {plan.largest_micro_batch:,}",
+        "accumulation": f"{plan.accumulation} × micro-batches of up to {plan.largest_micro_batch:,}",
         "optimizer": f"{config.optimizer.name}, momentum {config.optimizer.momentum:g}, "
         f"weight decay {config.optimizer.weight_decay:g}",
         "learning rate": ", ".join(f"{when} {rate:.6g}" for when, rate in rates.items()),

@@ -3,6 +3,7 @@
 # on two Horovod ranks.  Options go to launch/setup.sh: --system-torch, --apt, --no-nccl.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case " $* " in *" -h "* | *" --help "*) exec bash launch/setup.sh --help ;; esac
 bin=$(bash launch/setup.sh "$@")
 export PATH="$bin:$PATH"
 horovodrun -np 2 hvd-lars train digits

@@ -3,6 +3,7 @@
 # types and tests.  Options go to launch/setup.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case " $* " in *" -h "* | *" --help "*) exec bash launch/setup.sh --help ;; esac
 bin=$(bash launch/setup.sh --dev "$@")
 export PATH="$bin:$PATH"
 ruff check .

@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with null for what JSON has no number for: NaN and the infinities."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
+
+
 class Sink(Protocol):
     """Takes one record at a time; lives on rank 0."""
 
@@ -26,11 +34,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the record."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
 

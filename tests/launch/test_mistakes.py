@@ -175,7 +175,7 @@ def test_a_run_folder_is_never_written_over(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "/no/such/run"], "/no/such/run/config.yaml: no such file"),
+        (["eval", "/no/such/run"], "/no/such/run: not a run folder: no config.yaml in it"),
         (["check", "digits", "--ranks", "0"], "--ranks: found 0; must be 1 or more"),
         (["check", "digits", "train.duration=0.01 epochs"], "train.duration: 0.01 epochs is less"),
         (["check", "digits", "schedule.warmup_duration=30 epochs"], "the whole run has 200"),
@@ -194,7 +194,7 @@ def test_check_prints_the_plan():
     assert code == 0
     plan = dict(re.split(r"  +", line, maxsplit=1) for line in output.splitlines())
     assert plan["steps"] == "200 of 1,024 samples, 10 an epoch"
-    assert plan["accumulation"] == "4 micro-batches of up to 86"
+    assert plan["accumulation"] == "4 × micro-batches of up to 86"
     assert plan["ranks"] == "3, each up to 342 samples a step"
     wanted = "start 0, after warmup 32, middle 14.2222, last step 0.00142222"
     assert plan["learning rate"] == wanted
