@@ -186,7 +186,7 @@ def _print_plan(config: Config, plan: Plan) -> None:
         "steps": f"{intervals.total:,} of {plan.global_batch:,} samples, "
         f"{plan.steps_per_epoch:,} an epoch",
         "ranks": f"{plan.ranks}, each up to {-(-plan.global_batch // plan.ranks):,} samples a step",
-        "accumulation": f"{plan.accumulation} × a micro-batch of up to {plan.largest_micro_batch:,}",
+        "accumulation": f"{plan.accumulation} × micro-batch of up to {plan.largest_micro_batch:,}",
         "optimizer": f"{config.optimizer.name}, momentum {config.optimizer.momentum:g}, "
         f"weight decay {config.optimizer.weight_decay:g}",
         "learning rate": ", ".join(f"{when} {rate:.6g}" for when, rate in rates.items()),

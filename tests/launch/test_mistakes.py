@@ -194,7 +194,7 @@ def test_check_prints_the_plan():
     assert code == 0
     plan = dict(re.split(r"  +", line, maxsplit=1) for line in output.splitlines())
     assert plan["steps"] == "200 of 1,024 samples, 10 an epoch"
-    assert plan["accumulation"] == "4 × a micro-batch of up to 86"
+    assert plan["accumulation"] == "4 × micro-batch of up to 86"
     assert plan["ranks"] == "3, each up to 342 samples a step"
     wanted = "start 0, after warmup 32, middle 14.2222, last step 0.00142222"
     assert plan["learning rate"] == wanted
