@@ -30,10 +30,9 @@ _GRACE_SECONDS = 3.0
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 0, 1 (something broke) or 2 (the user can mend it)."""
     options = _parse(arguments)
-    launch, comm = None, None
     try:
         if options.command in ("train", "eval"):
-            launch, comm = _run_on_ranks(options)
+            _run_on_ranks(options).close()
         else:
             sys.exit(
                 {"check": _check, "schema": _schema, "doctor": _doctor}[options.command](options)
@@ -43,8 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("hvd-lars: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
-    if comm is not None:
-        comm.close()
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -92,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_on_ranks(options: argparse.Namespace) -> tuple[Launch, Communicator]:
-    """Join the ranks and train or evaluate."""
+def _run_on_ranks(options: argparse.Namespace) -> Communicator:
+    """Join the ranks and train or evaluate; returns the communicator, to be closed."""
     # Read before torch is imported: most mistakes are in the config.
     if options.command == "train":
         config = _config(options.config, options.overrides)
@@ -120,7 +117,7 @@ def _run_on_ranks(options: argparse.Namespace) -> tuple[Launch, Communicator]:
     except BaseException:
         # Any other rank may be waiting for this one: say why, then end them all.
         comm.abort(traceback.format_exc())
-    return launch, comm
+    return comm
 
 
 def _config(name: str, overrides: list[str]) -> Config:

@@ -109,10 +109,8 @@ class Replicated:
                 self._owned[param] = overlap(start, param.numel(), begin, end)
                 start += param.numel()
                 param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
-        self._next = 0  # the first bucket that was not started yet
         self._synchronizing = True
         self._reduced = False  # the gradients are sums already and wait for the step
-        self._callback_queued = False
         self.zero_gradients()
 
     @contextmanager
@@ -134,7 +132,6 @@ class Replicated:
 
     def reduce_gradients(self) -> None:
         """Start the buckets that backward did not fill, then wait for all of them."""
-        self._callback_queued = False
         if self._reduced:
             return
         for bucket in self._buckets[self._next :]:
@@ -168,8 +165,9 @@ class Replicated:
         return sums
 
     def _begin_window(self) -> None:
-        self._next = 0
+        self._next = 0  # the first bucket that was not started yet
         self._reduced = False
+        self._callback_queued = False
         for bucket in self._buckets:
             bucket.missing = set(range(len(bucket.params)))
 

@@ -21,14 +21,14 @@ RANK_TESTS = ["tests/contract", "tests/test_ranks.py", "tests/test_horovod_optim
     ],
 )
 def test_suite(request, launcher, backend, ranks):
-    run_suite(request, launcher, backend, ranks)
+    check_suite(request, launcher, backend, ranks)
 
 
 def test_suite_under_horovodrun_on_mpi(request):
-    run_suite(request, "horovodrun", "horovod", 2)
+    check_suite(request, "horovodrun", "horovod", 2)
 
 
-def run_suite(request, launcher, backend, ranks):
+def check_suite(request, launcher, backend, ranks):
     pytest_here = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
     program = [
         *pytest_here,
