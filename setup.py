@@ -22,20 +22,24 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["hvd_lars", "hvd_lars.*"]), "hvd_lars.configs"],
     package_dir={"hvd_lars.configs": "configs"},
-    package_data={"hvd_lars": ["py.typed"], "hvd_lars.configs": ["*.yaml"]},
+    package_data={"hvd_lars": ["py.typed"], "hvd_lars.configs": ["*.yaml", "base/*.yaml"]},
     install_requires=[
         "numpy>=1.24",
         "pydantic>=2.7",
         "pyyaml>=6.0",
+        "rich>=13",
         "safetensors>=0.4",
         "scikit-learn>=1.2",
+        "scipy>=1.10",
         "torch>=2.4",
     ],
     extras_require={
         # Horovod is not here: no released wheel or sdist builds, launch/build_horovod.py does.
         "mpi": ["mpi4py>=4.0"],
         "vision": ["torchvision>=0.19"],
-        "dev": ["mypy", "pytest>=8", "ruff", "timm>=1.0", "types-PyYAML"],
+        "timm": ["timm>=1.0"],
+        "plot": ["matplotlib>=3.8"],
+        "dev": ["mypy", "pytest>=8", "ruff", "timm>=1.0", "types-PyYAML", "webdataset>=0.2"],
     },
     entry_points={"console_scripts": ["hvd-lars = hvd_lars.cli:main"]},
 )

@@ -1,63 +1,201 @@
 #!/usr/bin/env python3
-"""Digits at B = 32 and B = 1024: does LARS keep the accuracy that SGD loses?
+"""Which method keeps the small batch's accuracy as the batch grows, at the same number of epochs?
 
-    horovodrun -np 2 python benchmarks/large_batch.py [--seeds 5]
+    horovodrun -np 2 python benchmarks/large_batch.py [--data digits|glyphs] [--full] [-o FILE]
 
-Trains the three bundled digits configs, SGD at 1024 over a grid of rates, on seeds that no rate
-was chosen with, and prints mean and standard deviation of the final test accuracy.
+For every batch and method a rate is chosen on tuning seeds, then five seeds that no rate was
+chosen with give mean and standard deviation of the final test accuracy.  ``linear`` and ``sqrt``
+are not chosen: they scale the small batch's rate.  The short form has small grids and one tuning
+seed; ``--full`` has larger ones, three tuning seeds, tunes the length of Nesterov's ramp too, and
+runs every method at every batch.  Every run and the trust ratios of one LARS run go into FILE,
+which benchmarks/plot_large_batch.py draws.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import tempfile
+import time
+from pathlib import Path
 
 from hvd_lars.assemble import build_trainer
 from hvd_lars.comm import Communicator, connect, detect_launch
 from hvd_lars.config_file import load_config
 from hvd_lars.run_folder import environment_facts
 
-FIRST_SEED = 101  # rates were chosen with seeds 0 to 12
+SMALL, SMALL_RATE = 32, 0.04
+HELD_OUT = range(101, 106)
+SGD, NESTEROV = "name: sgd, adapt: weights", "name: sgd, adapt: weights, nesterov: true"
+LARS = "name: lars, adapt: layer"
 
-CASES = [
-    ("SGD, B = 32", "digits-sgd-b32", [0.02, 0.04]),
-    ("SGD, B = 1024", "digits-sgd-b1024", [0.01, 0.02, 0.03, 0.05, 0.12]),
-    ("SGD, B = 1024, linear scaling", "digits-sgd-b1024", [0.64]),
-    ("LARS, B = 1024", "digits", [16.0, 24.0, 32.0, 40.0]),
-]
+SHORT = {
+    256: {"SGD": [0.04, 0.08], "Nesterov": [0.04, 0.08], "LARS": [8.0, 16.0]},
+    1024: {"SGD": [0.02, 0.03, 0.05], "Nesterov": [0.02, 0.03, 0.05], "LARS": [16.0, 24.0, 32.0]},
+    4096: {"SGD": [0.02, 0.05, 0.1], "Nesterov": [0.02, 0.05, 0.1], "LARS": [16.0, 32.0, 48.0]},
+}
+_RATES = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2]
+_LARS_RATES = [4.0, 8.0, 16.0, 24.0, 32.0, 40.0, 56.0]
+FULL = {
+    batch: {"SGD": _RATES, "Nesterov": _RATES, "LARS": _LARS_RATES}
+    for batch in (32, 256, 1024, 4096)
+}
+OPTIMIZERS = {"SGD": SGD, "Nesterov": NESTEROV, "LARS": LARS, "linear": SGD, "sqrt": SGD}
 
 
-def accuracy(comm: Communicator, name: str, rate: float, seed: int, folder: str) -> float:
-    """Final top-1 of one run, in percent."""
-    overrides = [f"schedule.base_lr={rate}", f"run.seed={seed}", "train.eval_every=20 epochs"]
-    overrides += [f"run.dir={folder}/{name}-{rate}-{seed}", "checkpoint.every=20 epochs"]
-    trainer, _ = build_trainer(load_config(name, overrides), comm, detect_launch(os.environ))
-    trainer.sinks = []
-    return 100.0 * trainer.run().evaluation.top1
+class Bench:
+    """Runs of one data set; remembers every one."""
+
+    def __init__(self, comm: Communicator, data: str, folder: str) -> None:
+        self.comm, self.data, self.folder = comm, data, folder
+        self.runs: list[dict[str, object]] = []
+        self.ratios: list[dict[str, float]] = []
+
+    def accuracy(
+        self, batch: int, method: str, rate: float, ramp: int, seed: int, watch: bool = False
+    ) -> float:
+        """Final top-1 of one run in percent; the warmup lasts ``ramp`` epochs."""
+        overrides = [
+            f"optimizer={{{OPTIMIZERS[method]}, momentum: 0.9, weight_decay: 5.0e-4}}",
+            f"schedule.base_lr={rate}",
+            f"schedule.warmup_duration={ramp} epochs",
+            f"train.global_batch={batch}",
+            "train.micro_batch=512",
+            "train.eval_every=20 epochs",
+            "checkpoint.every=20 epochs",
+            f"run.seed={seed}",
+            f"run.dir={self.folder}/{len(self.runs)}",
+        ]
+        name = {"digits": "digits-sgd-b32", "glyphs": "glyphs-sgd-b32"}[self.data]
+        launch = detect_launch(os.environ)
+        trainer, _ = build_trainer(load_config(name, overrides), self.comm, launch)
+        trainer.sinks = []
+        if watch:
+            self._watch(trainer)
+        top1 = 100.0 * trainer.run().evaluation.top1
+        self.runs.append(
+            {
+                "batch": batch,
+                "method": method,
+                "rate": rate,
+                "ramp": ramp,
+                "seed": seed,
+                "top1": top1,
+            }
+        )
+        return top1
+
+    def _watch(self, trainer) -> None:
+        """Keep λ of every weight after each step; gradients are those of the global batch."""
+        step = trainer.train_step
+
+        def watched(number, batches):
+            loss = step(number, batches)
+            for group in trainer.optimizer.param_groups:
+                if group["adapt"] != "own":
+                    continue
+                ratios = {"step": number}
+                for layer, param in zip(group["names"], group["params"], strict=True):
+                    w, g = float(param.norm()), float(param.grad.norm())
+                    beta = group["weight_decay"]
+                    ratios[layer] = group["trust_coefficient"] * w / (g + beta * w)
+                self.ratios.append(ratios)
+            return loss
+
+        trainer.train_step = watched
+
+
+def cases(full: bool) -> list[tuple[int, str, list[tuple[float, int]]]]:
+    """Batch, method, and the (rate, ramp in epochs) to choose from; one needs no choice."""
+    found: list[tuple[int, str, list[tuple[float, int]]]] = []
+    if not full:
+        found.append((SMALL, "SGD", [(SMALL_RATE, 5)]))
+    for batch, grids in (FULL if full else SHORT).items():
+        for method, rates in grids.items():
+            ramps = (2, 5, 10) if full and method == "Nesterov" else (5,)
+            found.append((batch, method, [(rate, ramp) for ramp in ramps for rate in rates]))
+        for method, power in (("sqrt", 0.5), ("linear", 1.0)):
+            if batch > SMALL:
+                found.append((batch, method, [(SMALL_RATE * (batch / SMALL) ** power, 5)]))
+    return found
 
 
 def main() -> None:
-    """Train every case and print the table."""
+    """Run every case and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    seeds = range(FIRST_SEED, FIRST_SEED + parser.parse_args().seeds)
+    parser.add_argument("--data", choices=["digits", "glyphs"], default="digits")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, default=None)
+    options = parser.parse_args()
+    tuning = range(3) if options.full else range(1)
     comm = connect()
-    facts = environment_facts()
     say = print if comm.rank == 0 else lambda *_, **__: None
-    say(f"{facts['processor']}, {facts['cores']} cores, {comm.size} ranks on {comm.backend}")
-    say(f"{facts['versions']}\ncommand: {' '.join(sys.argv)}; seeds {seeds[0]} to {seeds[-1]}\n")
-    say("| run | rate γ | test accuracy, % |\n|---|---|---|", flush=True)
+    facts = environment_facts()
+    say(f"# {options.data}, {'full' if options.full else 'short'} form\n")
+    say(
+        f"{facts['processor']}, {facts['cores']} cores, {comm.size} ranks on {comm.backend}, torch "
+        f"{facts['versions']['torch']}, commit {facts['commit']}"
+    )
+    say(f"`horovodrun -np {comm.size} python {' '.join(sys.argv)}`\n")
+    say(
+        f"| batch | method | rate, chosen on seeds {tuning[0]} to {tuning[-1]} | test accuracy, % |"
+    )
+    say("|---|---|---|---|", flush=True)
+    begun, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as mine:
-        folder = comm.broadcast_object(mine)
-        for title, name, rates in CASES:
-            for rate in rates:
-                found = [accuracy(comm, name, rate, seed, folder) for seed in seeds]
-                mean, spread = statistics.mean(found), statistics.stdev(found)
-                say(f"| {title} | {rate:g} | {mean:.2f} ± {spread:.2f} |", flush=True)
+        bench = Bench(comm, options.data, comm.broadcast_object(mine))
+        for batch, method, choices in cases(options.full):
+            best = choices[0]
+            if len(choices) > 1:
+                tuned = {
+                    choice: statistics.mean(
+                        bench.accuracy(batch, method, *choice, s) for s in tuning
+                    )
+                    for choice in choices
+                }
+                best = max(tuned, key=tuned.__getitem__)
+            watch = (batch, method) == (1024, "LARS")
+            found = [
+                bench.accuracy(batch, method, *best, seed, watch and seed == HELD_OUT[0])
+                for seed in HELD_OUT
+            ]
+            mean, spread = statistics.mean(found), statistics.stdev(found)
+            rate, ramp = best
+            rows.append(
+                {
+                    "batch": batch,
+                    "method": method,
+                    "rate": rate,
+                    "ramp": ramp,
+                    "mean": mean,
+                    "spread": spread,
+                }
+            )
+            note = "" if len(choices) > 1 else " (not chosen)"
+            note += f", ramp {ramp} epochs" if ramp != 5 else ""
+            say(
+                f"| {batch} | {method} | {rate:.3g}{note} | {mean:.2f} ± {spread:.2f} |", flush=True
+            )
         comm.barrier()
+    minutes = (time.perf_counter() - begun) / 60.0
+    say(
+        f"\n{len(bench.runs)} runs of 20 epochs in {minutes:.1f} minutes; seeds {HELD_OUT[0]} to "
+        f"{HELD_OUT[-1]} were held out."
+    )
+    if options.output is not None and comm.rank == 0:
+        result = {
+            "data": options.data,
+            "full": options.full,
+            "environment": facts,
+            "minutes": minutes,
+            "table": rows,
+            "runs": bench.runs,
+            "ratios": bench.ratios,
+        }
+        options.output.write_text(json.dumps(result) + "\n")
     comm.close()
 
 

@@ -1,10 +1,8 @@
-"""Saving and restoring the state of training; imports replicas, comm and errors."""
+"""Saving and restoring the state of training; imports replicas, comm, files and errors."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.errors import UserError
+from hvd_lars.files import sha256_of, sync
 from hvd_lars.replicas import average_buffers, broadcast_and_verify, named_state
 
 _TENSORS, _PROGRESS, _MANIFEST = "state.safetensors", "progress.json", "manifest.json"
@@ -37,7 +36,11 @@ class Checkpointer:
         self._folder, self._comm, self._keep_last = folder, comm, keep_last
 
     def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Mapping[str, Any],
+        average: nn.Module | None = None,
     ) -> Path:
         """Write ``step-N`` with N = progress["step"]; collective, rank 0 writes.
 
@@ -45,12 +48,18 @@ class Checkpointer:
             UserError: on every rank, when the file system refuses; earlier ones are untouched.
         """
         average_buffers(model, self._comm)
+        if average is not None:
+            average_buffers(average, self._comm)
         target = self._folder / f"step-{progress['step']:08d}"
-        on_root(self._comm, lambda: self._write(target, named_state(model, optimizer), progress))
+        state = named_state(model, optimizer, average)
+        on_root(self._comm, lambda: self._write(target, state, progress))
         return target
 
     def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        average: nn.Module | None = None,
     ) -> dict[str, Any]:
         """Load the newest checkpoint on every rank and return its progress; collective.
 
@@ -63,10 +72,9 @@ class Checkpointer:
         source, progress, names = on_root(self._comm, self._open_latest)
         if optimizer is not None:
             _make_momentum(model, optimizer, names)
-            live = named_state(model, optimizer)
-        else:
-            live = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-            names = [name for name in names if name.startswith("model/")]
+        live = named_state(model, optimizer, average)
+        wanted = {name.partition("/")[0] for name in live} | {"model"}
+        names = [name for name in names if name.partition("/")[0] in wanted]
         on_root(self._comm, lambda: _read(source / _TENSORS, live, names))
         broadcast_and_verify(live, self._comm)
         return progress
@@ -87,12 +95,12 @@ class Checkpointer:
             manifest = {name: _fingerprint(draft / name) for name in (_TENSORS, _PROGRESS)}
             (draft / _MANIFEST).write_text(json.dumps(manifest, indent=2))
             for path in (*draft.iterdir(), draft):
-                _sync(path)
+                sync(path)
         except SafetensorError as error:  # it wraps the operating system's errors
             raise UserError(f"{draft}: cannot be written: {error}") from None
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
-        _sync(self._folder)
+        sync(self._folder)
         for old in _steps(self._folder)[: -self._keep_last]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -122,19 +130,7 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _make_momentum(model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str]) -> None:

@@ -1,48 +1,37 @@
 """The YAML as frozen models: what may stand in a config file, and nothing of what it does.
 
-Imports durations only.  Reading files and overrides is config_file's.
+Imports config_data, config_fields and durations.  Reading files and overrides is config_file's.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PlainSerializer,
-    StringConstraints,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Discriminator, Field, StringConstraints, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
+from hvd_lars.config_data import (
+    Cifar10Data,
+    Cifar100Data,
+    DigitsData,
+    GlyphsData,
+    ImageFolderData,
+    ShardsData,
+    SyntheticData,
+)
+from hvd_lars.config_fields import DurationField, Positive, Rate, Section
 from hvd_lars.durations import Duration
 
-DurationField = Annotated[
-    Duration,
-    BeforeValidator(lambda v: v if isinstance(v, Duration) else Duration.parse(v)),
-    PlainSerializer(str),
-    WithJsonSchema(
-        {
-            "type": "string",
-            "pattern": r"^\s*[0-9.]+([eE][+-]?[0-9]+)?\s*(epoch|step|sample)s?\s*$",
-            "examples": ["5 epochs", "600 steps", "1.28e6 samples"],
-        }
-    ),
-]
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Data = (
+    DigitsData
+    | GlyphsData
+    | SyntheticData
+    | ImageFolderData
+    | ShardsData
+    | Cifar10Data
+    | Cifar100Data
+)
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys and wrong types are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Run(Section):
@@ -65,50 +54,28 @@ class Comm(Section):
     )
 
 
-class DigitsData(Section):
-    """scikit-learn's handwritten digits, 8×8: 897 images to train on, 900 to test on."""
-
-    name: Literal["digits"]
-    copies: Positive = Field(
-        default=12, description="randomly warped copies of an image in an epoch"
-    )
-
-
-class SyntheticData(Section):
-    """Random images made on the fly, for trying a model or measuring speed."""
-
-    name: Literal["synthetic"]
-    num_train: Positive = 1024
-    num_eval: Positive = 256
-    num_classes: Annotated[int, Field(ge=2)] = 10
-    image_size: Positive = 32
-    channels: Positive = 3
-
-
-class ImageFolderData(Section):
-    """A folder in ImageNet's layout: root/train/CLASS/image and root/val/CLASS/image."""
-
-    name: Literal["imagefolder"]
-    root: str
-    image_size: Positive = Field(default=224, description="side of the crop, in pixels")
-    eval_resize: Positive = Field(default=256, description="shorter side before the centre crop")
-    workers: Annotated[int, Field(ge=0)] = Field(
-        default=4, description="processes a rank that decode images ahead of time"
-    )
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> ImageFolderData:
-        if self.eval_resize < self.image_size:
-            raise ValueError(
-                f"eval_resize is {self.eval_resize}; at least image_size {self.image_size}"
-            )
-        return self
-
-
 class Model(Section):
-    """The network: ``digits_alexnet`` or any classifier of torchvision by name."""
+    """The network: one of ours, a classifier of torchvision by name, or ``timm/NAME``."""
 
     name: str = "digits_alexnet"
+    init_from: str | None = Field(
+        default=None, description="weights to start from: a run folder, .safetensors or .pth"
+    )
+    zero_init_last_gamma: bool = Field(
+        default=False, description="residual branches start at zero (Goyal et al. 2017, §5.1)"
+    )
+    fc_sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="deviation of the last layer's initial weights; its bias is 0"
+    )
+    bn_momentum: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="weight of a batch in BatchNorm's running statistics"
+    )
+    bn_sync_ranks: Positive = Field(
+        default=1, description="BatchNorm takes its statistics over groups of this many ranks"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="also keep and evaluate an average of the weights"
+    )
 
 
 class Optimizer(Section):
@@ -201,12 +168,33 @@ class Checkpoint(Section):
     keep_last: Positive = 2
 
 
+class Recipe(Section):
+    """Where a bundled config comes from; nothing here changes the run."""
+
+    net: str
+    source: str
+    top1: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        default=None, description="published top-1 accuracy in percent"
+    )
+    obtained: str = Field(description="how that figure was obtained")
+    recalled: str | None = Field(
+        default=None, description="what was not read from a primary source"
+    )
+    departures: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="where this config leaves the published setting"
+    )
+
+
 class Config(Section):
     """A whole training run."""
 
+    extends: str | None = Field(
+        default=None, description="a file beside this one whose keys hold where this one has none"
+    )
+    recipe: Recipe | None = None
     run: Run = Run()
     comm: Comm = Comm()
-    data: Annotated[DigitsData | SyntheticData | ImageFolderData, Discriminator("name")]
+    data: Annotated[Data, Discriminator("name")]
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule

@@ -96,15 +96,16 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         UserError: one line for every mistake in the file and the overrides.
     """
     path = find_config(name)
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    tree = parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        found = "nothing" if tree is None else _SHORT.repr(tree)
-        sections = ", ".join(Config.model_fields)
-        raise UserError(f"{path}: found {found}; the sections {sections} are allowed")
+    tree = _read(path)
+    base_path, base = path, dict[Any, Any]()
+    if isinstance(tree.get("extends"), str):
+        base_path = path.parent / tree.pop("extends")
+        base = _read(base_path)
+        if "extends" in base:
+            raise UserError(f"{base_path}: extends: a file that is extended extends none itself")
+        tree = _merge(base, tree)
+    # A data set of another kind has other keys: choosing it empties the section.
+    overrides = sorted(overrides, key=lambda text: not text.startswith("data.name="))
     overridden = {_override(tree, text) for text in overrides}
     try:
         return Config.model_validate(tree)
@@ -116,8 +117,45 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             given = any(
                 f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden
             )
-            lines.append(f"{'command line' if given else path}: {message}")
+            file = base_path if _holds(base, key) else path
+            lines.append(f"{'command line' if given else file}: {message}")
         raise UserError("\n".join(lines)) from None
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else _SHORT.repr(tree)
+        sections = ", ".join(Config.model_fields)
+        raise UserError(f"{path}: found {found}; the sections {sections} are allowed")
+    return tree
+
+
+def _merge(base: dict[Any, Any], tree: dict[Any, Any]) -> dict[Any, Any]:
+    """Keys of ``base`` where ``tree`` has none; a data section of another name stands alone."""
+    merged = dict(base)
+    for key, value in tree.items():
+        below = base.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            other = key == "data" and value.get("name", below.get("name")) != below.get("name")
+            value = value if other else _merge(below, value)
+        merged[key] = value
+    return merged
+
+
+def _holds(tree: dict[Any, Any], key: str) -> bool:
+    """Whether a dotted key, or all of it but a missing last part, stands in the tree."""
+    node: Any = tree
+    for name in key.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return False
+        node = node[name]
+    return True
 
 
 def _override(tree: dict[Any, Any], text: str) -> str:
@@ -131,7 +169,10 @@ def _override(tree: dict[Any, Any], text: str) -> str:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
             raise UserError(f"command line: {key}: {name} is a value, not a section")
-    node[names[-1]] = parse_yaml(value, f"command line: {key}")
+    found = parse_yaml(value, f"command line: {key}")
+    if key == "data.name" and node.get("name") != found:
+        node.clear()
+    node[names[-1]] = found
     return key
 
 
@@ -194,5 +235,6 @@ def _tag_of(model: type[BaseModel]) -> str | None:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that ``load_config`` reads to the same Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML that ``load_config`` reads to the same values."""
+    tree = config.model_dump(mode="json", exclude={"extends"})
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

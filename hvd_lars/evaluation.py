@@ -23,9 +23,11 @@ class Evaluation:
     top5: float
     num_samples: int
 
-    def record(self) -> dict[str, float | int]:
-        """The fields as metrics.jsonl has them."""
-        return asdict(self)
+    def record(self, prefix: str = "") -> dict[str, float | int]:
+        """The fields as metrics.jsonl has them; with a prefix, the measures alone."""
+        if not prefix:
+            return asdict(self)
+        return {f"{prefix}{k}": v for k, v in asdict(self).items() if k != "num_samples"}
 
 
 @torch.no_grad()
@@ -48,9 +50,9 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     mine = np.arange(comm.rank, source.num_eval, comm.size)
     requests = [Request(None, mine[i : i + batch]) for i in range(0, len(mine), batch)]
-    for images, labels in stream(source, requests, workers):
-        labels = labels.to(device)
-        logits = model(source.on_device(images.to(device))).float()
+    for request, (images, labels) in stream(source, requests, workers):
+        images, labels = source.on_device(images.to(device), labels.to(device), request)
+        logits = model(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         sums[0] += functional.cross_entropy(logits, labels, reduction="sum").double()
         sums[1] += best[:, 0].sum()

@@ -19,19 +19,24 @@ class ReplicasDifferError(RuntimeError):
     """Ranks that must hold the same bits do not."""
 
 
-def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def named_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    average: nn.Module | None = None,
+) -> dict[str, Tensor]:
     """Everything that training carries from step to step, by name, momentum first.
 
     ``momentum/NAME`` are the optimizer's buffers, ``model/NAME`` parameters and buffers of the
-    model; the tensors are the live ones.
+    model, ``average/NAME`` those of its moving average; the tensors are the live ones.
     """
-    names = {param: name for name, param in model.named_parameters()}
     state: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        for param in group["params"]:
+    if optimizer is not None:
+        for name, param in model.named_parameters():
             if "momentum_buffer" in optimizer.state[param]:
-                state[f"momentum/{names[param]}"] = optimizer.state[param]["momentum_buffer"]
+                state[f"momentum/{name}"] = optimizer.state[param]["momentum_buffer"]
     state.update({f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    if average is not None:
+        state.update({f"average/{name}": t for name, t in average.state_dict().items()})
     return state
 
 

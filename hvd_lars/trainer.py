@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.base import Communicator
@@ -61,6 +62,7 @@ class Trainer:
         eval_batch: most samples in one evaluation pass.
         workers: processes that make batches ahead of time; 0 for none.
         label_smoothing: share of the target spread over all classes.
+        average: a moving average of the model, brought up to date after every step.
         intervals: how long, and how often the rest is done.
         checkpointer: keeps the state.
         sinks: take the records; empty but on rank 0.
@@ -86,8 +88,10 @@ class Trainer:
         seed: int,
         workers: int = 0,
         label_smoothing: float = 0.0,
+        average: AveragedModel | None = None,
     ) -> None:
-        self.model, self.optimizer, self.placement = model, optimizer, placement
+        self.model, self.average = model, average
+        self.optimizer, self.placement = optimizer, placement
         self.schedule, self.source, self.batches = schedule, source, batches
         self.comm, self.device = comm, device
         self.micro_batch, self.eval_batch = micro_batch, eval_batch
@@ -102,7 +106,8 @@ class Trainer:
             ReplicasDifferError: ranks do not start from the same bits.
             UserError: a checkpoint cannot be written.
         """
-        broadcast_and_verify(named_state(self.model, self.optimizer), self.comm)
+        state = named_state(self.model, self.optimizer, self.average)
+        broadcast_and_verify(state, self.comm)
         self._record("event", 0, event="start", world_size=self.comm.size)
         self.model.train()
         started = window_started = time.perf_counter()
@@ -122,12 +127,10 @@ class Trainer:
                 window_steps, window_started = 0, time.perf_counter()
             pause = time.perf_counter()
             if done % self.intervals.evaluate == 0 or last:
-                evaluation = evaluate(
-                    self.model, self.source, self.comm, self.eval_batch, self.device, self.workers
-                )
-                self._record("eval", done, **evaluation.record())
+                evaluation = self._evaluate(done)
             if done % self.intervals.checkpoint == 0 or last:
-                path = self.checkpointer.save(self.model, self.optimizer, {"step": done})
+                progress = {"step": done}
+                path = self.checkpointer.save(self.model, self.optimizer, progress, self.average)
                 self._record("event", done, event="checkpoint", path=path.name)
             pause = time.perf_counter() - pause
             aside += pause
@@ -138,7 +141,17 @@ class Trainer:
         self._record("event", self.intervals.total, event="stop", reason="finished")
         return Summary(evaluation, samples / (seconds - aside), seconds)
 
-    def batches_from(self, start: int) -> Iterator[Batch]:
+    def _evaluate(self, done: int) -> Evaluation:
+        """Evaluate the model, and its average where there is one, and record both."""
+        options = (self.source, self.comm, self.eval_batch, self.device, self.workers)
+        result = evaluate(self.model, *options)
+        fields = result.record()
+        if self.average is not None:
+            fields |= evaluate(self.average.module, *options).record("ema_")
+        self._record("eval", done, **fields)
+        return result
+
+    def batches_from(self, start: int) -> Iterator[tuple[Request, Batch]]:
         """This rank's micro-batches of step ``start`` and all later ones, in order."""
         requests = (
             Request(step // self.batches.steps_per_epoch, piece)
@@ -151,7 +164,7 @@ class Trainer:
         pieces = self.batches.micro_batches(step, self.comm.rank, self.comm.size, self.micro_batch)
         return [piece for piece in pieces if len(piece)]
 
-    def train_step(self, step: int, batches: Iterator[Batch]) -> Tensor:
+    def train_step(self, step: int, batches: Iterator[tuple[Request, Batch]]) -> Tensor:
         """One optimizer step on global batch ``step``; returns this rank's share of the loss.
 
         The loss is a sum over samples divided by the global batch, so that the sum of the ranks'
@@ -177,16 +190,18 @@ class Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]
             share += loss.detach()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return share
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next micro-batch on the device, images ready for the model."""
+    def _next(self, batches: Iterator[tuple[Request, Batch]]) -> Batch:
+        """The next micro-batch on the device, ready for the model."""
         started = time.perf_counter()
-        images, labels = next(batches)
+        request, (images, labels) = next(batches)
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         self._data_seconds += time.perf_counter() - started
-        return self.source.on_device(images), labels
+        return self.source.on_device(images, labels, request)
 
     def _log_window(self, done: int, loss: Tensor, steps: int, started: float) -> None:
         """Record the means since the last log line; the loss is summed over the ranks."""

@@ -94,7 +94,7 @@ extra: 1
     [
         ("train.globl_batch=3", "train.globl_batch: unknown key; did you mean global_batch?"),
         ("data.copis=3", "data.copis: unknown key; did you mean copies? allowed: name, copies"),
-        ("data.name=imagenet", "data.name: found 'imagenet'; allowed: digits, synthetic"),
+        ("data.name=imagenet", "data.name: found 'imagenet'; allowed: digits, glyphs, synthetic"),
         ("data={}", "data.name: missing; it is required"),
         ("data=3", "data: found 3; it is a section of keys and values"),
         ("train=3", "train: found 3; it is a section of keys and values"),
@@ -129,7 +129,7 @@ def test_what_is_no_override_is_refused(write, override):
         ("!!python/object/apply:os.system ['true']", "not valid YAML: could not determine"),
         ("[a]: 1", "line 1, column 1: not valid YAML: a key must be plain text"),
         ("run: {1: 2}", "found a key that is not text"),
-        ("", "found nothing; the sections run, comm, data"),
+        ("", "found nothing; the sections extends, recipe, run, comm, data"),
         ("- 1", "found [1]; the sections"),
         ("train: &a {x: *a}", "unknown key"),
     ],

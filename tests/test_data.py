@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_lars.data import Digits, GlobalBatches, Synthetic
+from hvd_lars.data import GlobalBatches, Synthetic, draw_glyphs, load_digits
 from hvd_lars.data.randomness import uniforms
 from hvd_lars.data.sampler import accumulation
 
@@ -63,33 +63,64 @@ def test_random_numbers_are_uniform_and_independent():
 
 
 def test_digits_are_a_fixed_split_of_real_images():
-    digits = Digits(copies=12, seed=0)
-    assert (digits.num_train, digits.num_eval, digits.num_classes) == (10_764, 900, 10)
-    images, labels = digits.eval_batch(np.arange(900))
+    source = load_digits(copies=12, seed=0)
+    assert (source.num_train, source.num_eval, source.num_classes) == (10_764, 900, 10)
+    images, labels = source.eval_batch(np.arange(900))
     assert images.shape == (900, 1, 8, 8)
     assert torch.bincount(labels, minlength=10).min() > 70
-    again, _ = Digits(copies=1, seed=9).eval_batch(np.arange(900))
+    again, _ = load_digits(copies=1, seed=9).eval_batch(np.arange(900))
     assert torch.equal(images, again)
 
 
 def test_digit_warps_depend_on_seed_epoch_and_sample_alone():
-    digits = Digits(copies=12, seed=0)
+    source = load_digits(copies=12, seed=0)
     indices = np.array([5, 5 + 897, 5000, 10_763])
-    images, labels = digits.train_batch(1, indices)
-    alone, _ = digits.train_batch(1, indices[2:3])
+    images, labels = source.train_batch(1, indices)
+    alone, _ = source.train_batch(1, indices[2:3])
     torch.testing.assert_close(alone[0], images[2])
     assert labels[0] == labels[1]
     assert not torch.allclose(images[0], images[1])
-    assert not torch.allclose(digits.train_batch(2, indices)[0], images)
-    assert not torch.allclose(Digits(copies=12, seed=1).train_batch(1, indices)[0], images)
+    assert not torch.allclose(source.train_batch(2, indices)[0], images)
+    assert not torch.allclose(load_digits(copies=12, seed=1).train_batch(1, indices)[0], images)
 
 
 def test_a_warp_moves_ink_but_does_not_make_it():
-    digits = Digits(copies=12, seed=0)
-    images, _ = digits.train_batch(0, np.arange(897))
-    plain, _ = digits.eval_batch(np.arange(900))
+    source = load_digits(copies=12, seed=0)
+    images, _ = source.train_batch(0, np.arange(897))
+    plain, _ = source.eval_batch(np.arange(900))
     assert images.min() >= plain.min() - 1e-5
     assert abs(images.mean().item()) < 0.15  # normalised images have mean 0
+
+
+def test_glyphs_are_one_fixed_set_of_drawings():
+    source = draw_glyphs(copies=6, seed=0)
+    assert (source.num_train, source.num_eval, source.num_classes) == (12_000, 2000, 40)
+    images, labels = source.eval_batch(np.arange(2000))
+    assert images.shape == (2000, 1, 16, 16)
+    assert torch.bincount(labels).tolist() == [50] * 40
+    again, _ = draw_glyphs(copies=1, seed=9).eval_batch(np.arange(2000))
+    assert torch.equal(images, again)
+    # Drawings of a class resemble each other more than those of another.
+    means = torch.stack([images[labels == c].mean(0).flatten() for c in range(40)])
+    nearest = torch.cdist(images.flatten(1), means).argmin(1)
+    assert 0.3 < (nearest == labels).float().mean() < 0.95
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [2, 3, 8, 1000])
+def test_pairs_stay_together_whoever_takes_them(size, micro_batch):
+    batches = GlobalBatches(50, 23, seed=0, pairs=True)
+    whole = batches.indices(1).tolist()
+    partner = {whole[i]: whole[i ^ 1] for i in range(22)}
+    pieces = [batches.micro_batches(1, rank, size, micro_batch) for rank in range(size)]
+    taken = [i for mine in pieces for piece in mine for i in piece.tolist()]
+    assert sorted(taken) == sorted(whole)
+    assert {len(mine) for mine in pieces} == {accumulation(23, size, micro_batch, 2)}
+    for piece in (piece.tolist() for mine in pieces for piece in mine):
+        assert len(piece) <= micro_batch
+        for k in range(0, len(piece) - 1, 2):
+            assert partner[piece[k]] == piece[k + 1]
+        assert len(piece) % 2 == 0 or piece[-1] == whole[-1]
 
 
 def test_synthetic_images_are_repeatable_and_tell_their_class():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hvd_lars.data import GlobalBatches, ImageFolder, Request, list_folder, stream
+from hvd_lars.data import Augment, FolderImages, GlobalBatches, Images, Request, list_folder, stream
 from hvd_lars.errors import UserError
 
 
@@ -31,8 +31,11 @@ def folder(tmp_path):
     return make_folder(tmp_path / "images")
 
 
-def source_of(folder, seed=0, cache=None):
-    return ImageFolder(list_folder(str(folder), cache), 16, 20, seed)
+def source_of(folder, seed=0, augment=None, **options):
+    listing = list_folder(str(folder), None)
+    train, val = (FolderImages(listing.root, split) for split in (listing.train, listing.val))
+    classes = len(listing.classes)
+    return Images(train, val, classes, augment or Augment(), 16, 20, seed, **options)
 
 
 def test_a_folder_is_listed_by_class(folder):
@@ -102,7 +105,9 @@ def test_evaluation_resizes_the_shorter_side_and_takes_the_centre(tmp_path):
 def test_images_are_normalised_on_the_device(folder):
     source = source_of(folder)
     images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
-    found = source.on_device(images)[0, :, 0, 0]
+    pixels, labels = source.on_device(images, torch.tensor([2]), Request(None, np.array([0])))
+    assert labels.tolist() == [2]
+    found = pixels[0, :, 0, 0]
     wanted = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert found.tolist() == pytest.approx(wanted, rel=1e-5)
 
@@ -115,7 +120,10 @@ def test_workers_give_the_same_batches_in_the_same_order(folder):
     alone = list(stream(source, requests))
     helped = list(stream(source, iter(requests), workers=2))
     assert len(alone) == len(helped) == 7
-    for (images, labels), (images_2, labels_2) in zip(alone, helped, strict=True):
+    for (asked, (images, labels)), (asked_2, (images_2, labels_2)) in zip(
+        alone, helped, strict=True
+    ):
+        assert asked is asked_2
         assert torch.equal(images, images_2)
         assert torch.equal(labels, labels_2)
 

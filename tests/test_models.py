@@ -55,5 +55,5 @@ def test_torchvision_classifiers_by_name():
 def test_an_unknown_model_is_told_with_the_nearest():
     with pytest.raises(UserError, match="model.name: found 'alexnet_nb'; nearest: alexnet_bn"):
         build_model("alexnet_nb", 10)
-    with pytest.raises(UserError, match="found 'xyzzy'; digits_alexnet, alexnet_caffe"):
+    with pytest.raises(UserError, match="found 'xyzzy'; digits_alexnet, glyphs_alexnet"):
         build_model("xyzzy", 10)

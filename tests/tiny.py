@@ -17,6 +17,7 @@ class TinySource:
     """Images (n, 3, 6, 6) and labels of 5 classes, fixed."""
 
     num_train, num_eval, num_classes = 2 * GLOBAL_BATCH, 37, 5
+    mixes_pairs = False
 
     def __init__(self, dtype):
         generator = torch.Generator().manual_seed(1)
@@ -29,8 +30,8 @@ class TinySource:
     def eval_batch(self, indices):
         return self.images[indices + 150 - 37], self.labels[indices + 150 - 37]
 
-    def on_device(self, images):
-        return images
+    def on_device(self, images, labels, request):
+        return images, labels
 
 
 def tiny_model(dtype, seed=0):

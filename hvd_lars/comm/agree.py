@@ -1,9 +1,11 @@
-"""One rank acts, all ranks learn how it went; imports base and errors."""
+"""Some ranks act, all ranks learn how it went; imports base and errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
+
+import torch
 
 from hvd_lars.comm.base import Communicator
 from hvd_lars.errors import UserError
@@ -17,15 +19,32 @@ def on_root(comm: Communicator, action: Callable[[], T]) -> T:
     Raises:
         UserError: on every rank alike, where the action raised UserError or OSError on rank 0.
     """
-    outcome: tuple[T | None, str | None] = (None, None)
-    if comm.rank == 0:
-        try:
-            outcome = action(), None
-        except UserError as error:
-            outcome = None, str(error)
-        except OSError as error:
-            outcome = None, f"{error.filename or 'file system'}: {error.strerror or error}"
+    outcome = _attempt(action) if comm.rank == 0 else (None, None)
     result, problem = comm.broadcast_object(outcome)
     if problem is not None:
         raise UserError(problem)
     return result  # type: ignore[return-value]
+
+
+def on_each_node(comm: Communicator, action: Callable[[], None]) -> None:
+    """Run ``action`` once on every node, on its first rank; returns when all are done.
+
+    Raises:
+        UserError: on every rank alike, the first one's where an action raised it or OSError.
+    """
+    _, problem = _attempt(action) if comm.local_rank == 0 else (None, None)
+    failed = torch.zeros(comm.size, dtype=torch.int32)
+    failed[comm.rank] = problem is not None
+    comm.start_all_reduce_sum(failed, "on_each_node").wait()
+    if failed.any():
+        raise UserError(str(comm.broadcast_object(problem, int(failed.argmax()))))
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What the action returned, or the line that says why it failed."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename or 'file system'}: {error.strerror or error}"

@@ -24,6 +24,17 @@ class Pending(Protocol):
         ...
 
 
+class Reducer(Protocol):
+    """Ranks that sum: all of them, or a group."""
+
+    rank: int
+    size: int
+
+    def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
+        """Begin to sum ``tensor`` over these ranks, in place."""
+        ...
+
+
 class Communicator(Protocol):
     """``size`` processes that sum tensors; ``rank`` is this one, ``local_rank`` within its node.
 
@@ -67,6 +78,14 @@ class Communicator(Protocol):
         """Return when every rank has called it."""
         ...
 
+    def group(self, ranks: int) -> Reducer:
+        """This rank's group of ``ranks`` neighbours: 0 to ranks − 1, and so on.
+
+        ``name`` of its reductions differs from those under way over all ranks.  Raises ValueError
+        where ``ranks`` does not divide the size.
+        """
+        ...
+
     def abort(self, reason: str, code: int = 1) -> NoReturn:
         """Print ``reason`` where it is not empty and end the whole job with ``code``, at once."""
         ...
@@ -92,6 +111,12 @@ def check_divisible(flat: Tensor, size: int) -> None:
             f"reduce_scatter_sum takes one dimension and a multiple of {size} elements, "
             f"got shape {tuple(flat.shape)}"
         )
+
+
+def check_group_size(ranks: int, size: int) -> None:
+    """Raise ValueError where ``size`` ranks cannot be cut into groups of ``ranks``."""
+    if ranks < 1 or size % ranks:
+        raise ValueError(f"groups of {ranks} ranks cannot be made of {size}")
 
 
 def end_process(reason: str, rank: int, code: int) -> NoReturn:

@@ -10,12 +10,15 @@ from hvd_lars.comm.launcher import check_backend_agrees, choose_backend, detect_
 from hvd_lars.errors import UserError
 
 
-def connect(backend: str = "auto", expect_world_size: int | None = None) -> Communicator:
+def connect(
+    backend: str = "auto", expect_world_size: int | None = None, groups: bool = False
+) -> Communicator:
     """Start the backend that fits the launcher.
 
     Args:
         backend: ``auto``, ``horovod``, ``mpi`` (mpi4py alone) or ``local`` (one process).
         expect_world_size: refuse to run at another number of ranks.
+        groups: :meth:`Communicator.group` will be called.
 
     Raises:
         UserError: launcher, backend and expected size do not fit together.
@@ -23,7 +26,7 @@ def connect(backend: str = "auto", expect_world_size: int | None = None) -> Comm
     launch = detect_launch(os.environ)
     has_horovod = importlib.util.find_spec("horovod") is not None
     chosen = choose_backend(backend, launch, os.environ, has_horovod)
-    comm = _start(chosen)
+    comm = _start(chosen, groups)
     check_backend_agrees(launch, chosen, comm.rank, comm.size)
     if expect_world_size not in (None, comm.size):
         raise UserError(
@@ -33,12 +36,12 @@ def connect(backend: str = "auto", expect_world_size: int | None = None) -> Comm
     return comm
 
 
-def _start(backend: str) -> Communicator:
+def _start(backend: str, groups: bool) -> Communicator:
     try:
         if backend == "horovod":
             from hvd_lars.comm.horovod import HorovodCommunicator
 
-            return HorovodCommunicator()
+            return HorovodCommunicator(groups)
         if backend == "mpi":
             from hvd_lars.comm.mpi import MpiCommunicator
 

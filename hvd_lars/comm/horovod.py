@@ -8,7 +8,14 @@ from typing import Any, NoReturn, TypeVar, final
 import torch
 from torch import Tensor
 
-from hvd_lars.comm.base import Pending, check_divisible, check_reducible, end_process
+from hvd_lars.comm.base import (
+    Pending,
+    Reducer,
+    check_divisible,
+    check_group_size,
+    check_reducible,
+    end_process,
+)
 
 T = TypeVar("T")
 
@@ -26,6 +33,24 @@ class _Handle:
 
 
 @final
+class _Group:
+    """Some of the ranks: a process set of Horovod's."""
+
+    def __init__(self, hvd: Any, process_set: Any) -> None:
+        self._hvd, self._set = hvd, process_set
+        self.rank: int = process_set.rank()
+        self.size: int = process_set.size()
+
+    def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
+        """Begin to sum in place, on Horovod's own thread."""
+        check_reducible(tensor, name)
+        handle = self._hvd.allreduce_async_(
+            tensor, name=name, op=self._hvd.Sum, process_set=self._set
+        )
+        return _Handle(self._hvd, handle)
+
+
+@final
 class HorovodCommunicator:
     """Sums over the ranks of a ``horovodrun``, ``mpirun`` or ``srun`` job.
 
@@ -33,12 +58,17 @@ class HorovodCommunicator:
     and the order of a sum depends on an element's place in the packed buffer, so runs of three
     ranks and more would differ from one another in their last bits.  Buckets arrive here already
     large and in a fixed layout.
+
+    Args:
+        groups: let :meth:`group` be called; Horovod then looks for new groups in every cycle.
     """
 
     backend = "horovod"
 
-    def __init__(self) -> None:
+    def __init__(self, groups: bool = False) -> None:
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+        if groups:
+            os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         import horovod.torch as hvd
 
         hvd.init()
@@ -90,6 +120,15 @@ class HorovodCommunicator:
     def barrier(self) -> None:
         """Wait for every rank."""
         self._hvd.barrier()
+
+    def group(self, ranks: int) -> Reducer:
+        """A process set; every rank registers those of all groups, as Horovod requires."""
+        check_group_size(ranks, self.size)
+        sets = [
+            self._hvd.add_process_set(range(first, first + ranks))
+            for first in range(0, self.size, ranks)
+        ]
+        return _Group(self._hvd, sets[self.rank // ranks])
 
     def abort(self, reason: str, code: int = 1) -> NoReturn:
         """End this process; every launcher of Horovod then ends the others."""

@@ -6,7 +6,14 @@ from typing import NoReturn, TypeVar, final
 
 from torch import Tensor
 
-from hvd_lars.comm.base import Pending, check_divisible, check_reducible, end_process
+from hvd_lars.comm.base import (
+    Pending,
+    Reducer,
+    check_divisible,
+    check_group_size,
+    check_reducible,
+    end_process,
+)
 
 T = TypeVar("T")
 
@@ -52,6 +59,11 @@ class LocalCommunicator:
 
     def barrier(self) -> None:
         """Return at once."""
+
+    def group(self, ranks: int) -> Reducer:
+        """This communicator itself."""
+        check_group_size(ranks, 1)
+        return self
 
     def abort(self, reason: str, code: int = 1) -> NoReturn:
         """Print the reason and end this process."""

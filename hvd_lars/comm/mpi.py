@@ -8,7 +8,13 @@ from typing import Any, NoReturn, TypeVar, final
 import torch
 from torch import Tensor
 
-from hvd_lars.comm.base import Pending, check_divisible, check_reducible
+from hvd_lars.comm.base import (
+    Pending,
+    Reducer,
+    check_divisible,
+    check_group_size,
+    check_reducible,
+)
 
 T = TypeVar("T")
 
@@ -28,6 +34,23 @@ class _Request:
 
 
 @final
+class _Group:
+    """Some of the ranks, on an MPI communicator of their own."""
+
+    def __init__(self, mpi: Any, comm: Any) -> None:
+        self._mpi, self._comm = mpi, comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+
+    def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
+        """Begin to sum in place; MPI matches the reductions by order, not by name."""
+        check_reducible(tensor, name)
+        host = tensor.detach().cpu()
+        request = self._comm.Iallreduce(self._mpi.IN_PLACE, host.numpy(), op=self._mpi.SUM)
+        return _Request(request, tensor.detach(), host)
+
+
+@final
 class MpiCommunicator:
     """Sums over ``MPI.COMM_WORLD``; GPU tensors are staged through host memory."""
 
@@ -40,16 +63,14 @@ class MpiCommunicator:
         self._comm = MPI.COMM_WORLD.Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
+        self._all = _Group(MPI, self._comm)
         node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank: int = node.Get_rank()
         node.Free()
 
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
         """Begin to sum in place; MPI matches the reductions by order, not by name."""
-        check_reducible(tensor, name)
-        host = tensor.detach().cpu()
-        request = self._comm.Iallreduce(self._mpi.IN_PLACE, host.numpy(), op=self._mpi.SUM)
-        return _Request(request, tensor.detach(), host)
+        return self._all.start_all_reduce_sum(tensor, name)
 
     def reduce_scatter_sum(self, flat: Tensor) -> Tensor:
         """Reduce_scatter_block into a new tensor."""
@@ -82,6 +103,11 @@ class MpiCommunicator:
     def barrier(self) -> None:
         """Wait for every rank."""
         self._comm.Barrier()
+
+    def group(self, ranks: int) -> Reducer:
+        """Split by rank // ranks."""
+        check_group_size(ranks, self.size)
+        return _Group(self._mpi, self._comm.Split(self.rank // ranks, self.rank))
 
     def abort(self, reason: str, code: int = 1) -> NoReturn:
         """End every rank through MPI_Abort."""

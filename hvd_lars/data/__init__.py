@@ -3,21 +3,38 @@
 Imports errors only; rank and size come in as ints.
 """
 
-from hvd_lars.data.digits import Digits
-from hvd_lars.data.image_folder import ImageFolder
+from hvd_lars.data.augment import Augment
+from hvd_lars.data.cifar import CIFAR_COLOURS, CIFAR_FOLDERS, load_cifar
+from hvd_lars.data.digits import load_digits
+from hvd_lars.data.glyphs import draw_glyphs
+from hvd_lars.data.image_folder import FolderImages
+from hvd_lars.data.images import Images
 from hvd_lars.data.listing import list_folder
-from hvd_lars.data.loader import Request, stream
+from hvd_lars.data.loader import stream
 from hvd_lars.data.sampler import GlobalBatches
-from hvd_lars.data.source import Source
+from hvd_lars.data.shard_cache import cached_root, copy_shards
+from hvd_lars.data.shard_index import load_shards
+from hvd_lars.data.shards import ShardImages
+from hvd_lars.data.source import Request, Source
 from hvd_lars.data.synthetic import Synthetic
 
 __all__ = [
-    "Digits",
+    "CIFAR_COLOURS",
+    "CIFAR_FOLDERS",
+    "Augment",
+    "FolderImages",
     "GlobalBatches",
-    "ImageFolder",
+    "Images",
     "Request",
+    "ShardImages",
     "Source",
     "Synthetic",
+    "cached_root",
+    "copy_shards",
+    "draw_glyphs",
+    "load_digits",
     "list_folder",
+    "load_cifar",
+    "load_shards",
     "stream",
 ]

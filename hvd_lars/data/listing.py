@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -64,7 +65,12 @@ def list_folder(root: str, cache: Path | None) -> Listing:
             return Listing(str(folder), tuple(classes["train"]), *splits)
     train, val = (_scan(folder, split, classes[split]) for split in ("train", "val"))
     if file is not None:
-        _remember(file, train, val)
+        arrays = {
+            f"{key}_{field}": getattr(split, field)
+            for key, split in (("train", train), ("val", val))
+            for field in ("paths", "labels")
+        }
+        write_arrays(file, arrays)
     return Listing(str(folder), tuple(classes["train"]), train, val)
 
 
@@ -107,18 +113,12 @@ def _scan(folder: Path, split: str, classes: list[str]) -> Split:
     return Split(np.array(paths), np.array(labels, dtype=np.int64))
 
 
-def _remember(file: Path, train: Split, val: Split) -> None:
-    """Write the list beside its name and rename it; a cache that cannot be written is no loss."""
+def write_arrays(file: Path, arrays: dict[str, Any]) -> None:
+    """Write beside the name and rename; a cache that cannot be written is no loss."""
     draft = file.with_suffix(f".{os.getpid()}.tmp.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            draft,
-            train_paths=train.paths,
-            train_labels=train.labels,
-            val_paths=val.paths,
-            val_labels=val.labels,
-        )
+        np.savez(draft, **arrays)
         draft.rename(file)
     except OSError:
         with contextlib.suppress(OSError):

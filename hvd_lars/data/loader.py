@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 from torch.utils.data import DataLoader, Dataset
 
-from hvd_lars.data.source import Batch, Indices, Source
+from hvd_lars.data.source import Batch, Request, Source
 from hvd_lars.errors import UserError
-
-
-class Request(NamedTuple):
-    """Samples ``indices`` of a training epoch, or of the evaluation set where epoch is None."""
-
-    epoch: int | None
-    indices: Indices
 
 
 @final
@@ -45,8 +39,8 @@ def answer(source: Source, request: Request) -> Batch:
 
 def stream(
     source: Source, requests: Iterable[Request], workers: int = 0, pin_memory: bool = False
-) -> Iterator[Batch]:
-    """The batches of ``requests``, in their order, whoever makes them.
+) -> Iterator[tuple[Request, Batch]]:
+    """The ``requests`` with their batches, in order, whoever makes them.
 
     Args:
         source: the data set; sent to the workers once.
@@ -60,10 +54,11 @@ def stream(
     """
     if workers == 0:
         for request in requests:
-            yield answer(source, request)
+            yield request, answer(source, request)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "hvd_lars.data"])
+    asked, requests = itertools.tee(requests)
     loader = DataLoader(
         _Answers(source),
         batch_size=None,
@@ -73,7 +68,7 @@ def stream(
         multiprocessing_context=context,
         pin_memory=pin_memory,
     )
-    for batch in loader:
+    for request, batch in zip(asked, loader, strict=True):
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        yield request, batch

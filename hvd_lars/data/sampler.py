@@ -19,12 +19,13 @@ class GlobalBatches:
         num_samples: samples in an epoch.
         global_batch: B.
         seed: of the permutations.
+        pairs: keep positions 2k and 2k+1 of a global batch on one rank, in one micro-batch.
 
     Raises:
         ValueError: the batch does not fit into an epoch.
     """
 
-    def __init__(self, num_samples: int, global_batch: int, seed: int) -> None:
+    def __init__(self, num_samples: int, global_batch: int, seed: int, pairs: bool = False) -> None:
         if not 1 <= global_batch <= num_samples:
             raise ValueError(
                 f"a global batch of {global_batch} cannot be drawn from {num_samples} samples"
@@ -32,7 +33,7 @@ class GlobalBatches:
         self.num_samples = num_samples
         self.global_batch = global_batch
         self.steps_per_epoch = num_samples // global_batch
-        self._seed = seed
+        self._seed, self._block = seed, 2 if pairs else 1
         self._epoch = -1
         self._permutation: Indices = np.empty(0, dtype=np.int64)
 
@@ -49,17 +50,24 @@ class GlobalBatches:
         """This rank's samples of a step, [rank::size], in as few even pieces as fit.
 
         The number of pieces, the accumulation, is the same on all ranks; where the batch does not
-        divide, pieces differ by one sample and a rank's last may be empty.
+        divide, pieces differ by one sample (or pair) and a rank's last may be empty.
         """
-        mine = self.indices(step)[rank::size]
-        return np.array_split(mine, accumulation(self.global_batch, size, micro_batch))
+        batch, block = self.indices(step), self._block
+        mine = np.arange(0, self.global_batch, block)[rank::size]
+        pieces = np.array_split(mine, accumulation(self.global_batch, size, micro_batch, block))
+        if block == 1:
+            return [batch[piece] for piece in pieces]
+        both = [np.stack([piece, piece + 1], axis=1).ravel() for piece in pieces]
+        return [batch[piece[piece < self.global_batch]] for piece in both]
 
 
-def accumulation(global_batch: int, size: int, micro_batch: int) -> int:
+def accumulation(global_batch: int, size: int, micro_batch: int, block: int = 1) -> int:
     """Micro-batches of a step: enough that the fullest rank's pieces hold at most micro_batch.
+
+    Samples are dealt out in blocks of ``block``, at most micro_batch.
 
     >>> accumulation(global_batch=8192, size=2, micro_batch=128)
     32
     """
-    fullest_rank = math.ceil(global_batch / size)
-    return math.ceil(fullest_rank / micro_batch)
+    fullest_rank = math.ceil(math.ceil(global_batch / block) / size)
+    return math.ceil(fullest_rank / (micro_batch // block))

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 Batch = tuple[Tensor, Tensor]
-"""Images (n, channels, height, width) and labels (n,) int64."""
+"""Images (n, channels, height, width), and labels (n,) int64 or class shares (n, classes)."""
+
+
+class Request(NamedTuple):
+    """Samples ``indices`` of a training epoch, or of the evaluation set where epoch is None."""
+
+    epoch: int | None
+    indices: Indices
 
 
 class Source(Protocol):
     """A data set.  What a sample looks like depends on (seed, epoch, index) alone.
 
-    It is pickled to worker processes, which make the batches.
+    It is pickled to worker processes, which make the batches.  Where ``mixes_pairs``, the samples
+    at 2k and 2k+1 of a global batch are mixed with each other, so whoever cuts a batch into
+    pieces keeps them together.
     """
 
     num_train: int
     num_eval: int
     num_classes: int
+    mixes_pairs: bool
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
         """The training samples ``indices``, each below num_train, as drawn in ``epoch``."""
@@ -30,6 +40,6 @@ class Source(Protocol):
         """The evaluation samples ``indices``, each below num_eval, unaugmented."""
         ...
 
-    def on_device(self, images: Tensor) -> Tensor:
-        """What is left to do to a batch's images once they are on the model's device."""
+    def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
+        """What is left to do to a batch, made for ``request``, on the model's device."""
         ...

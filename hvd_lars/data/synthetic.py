@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from hvd_lars.data.randomness import uniforms
-from hvd_lars.data.source import Batch, Indices
+from hvd_lars.data.source import Batch, Indices, Request
 
 
 @final
 class Synthetic:
     """Noise around one fixed brightness a class: learnable, and as costly as real tensors."""
+
+    mixes_pairs = False
 
     def __init__(
         self,
@@ -36,9 +38,9 @@ class Synthetic:
         """The same from a draw that no epoch uses."""
         return self._draw(0, indices)
 
-    def on_device(self, images: Tensor) -> Tensor:
+    def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
         """Nothing: the images are ready."""
-        return images
+        return images, labels
 
     def _draw(self, stream: int, indices: Indices) -> Batch:
         channels, height, width = self._shape

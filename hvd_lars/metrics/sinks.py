@@ -58,6 +58,7 @@ class Console:
         elif record["kind"] == "eval":
             print(
                 f"{place}  epoch {record['epoch']:6.2f}  test loss {record['loss']:.4f}  "
-                f"top-1 {record['top1']:.4f}  top-5 {record['top5']:.4f}",
+                f"top-1 {record['top1']:.4f}  top-5 {record['top5']:.4f}"
+                + (f"  average's top-1 {record['ema_top1']:.4f}" if "ema_top1" in record else ""),
                 flush=True,
             )

@@ -1,5 +1,21 @@
-"""Networks by name; imports errors only."""
+"""Networks by name, and what recipes change in them; imports errors only."""
 
 from hvd_lars.models.build import build_model, check_model_name, model_names
+from hvd_lars.models.options import (
+    batch_norms,
+    initialise_last_layer,
+    set_batch_norm_momentum,
+    zero_last_gammas,
+)
+from hvd_lars.models.weights import load_weights
 
-__all__ = ["build_model", "check_model_name", "model_names"]
+__all__ = [
+    "batch_norms",
+    "build_model",
+    "check_model_name",
+    "initialise_last_layer",
+    "load_weights",
+    "model_names",
+    "set_batch_norm_momentum",
+    "zero_last_gammas",
+]

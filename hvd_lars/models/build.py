@@ -10,10 +10,11 @@ from torch import nn
 
 from hvd_lars.errors import UserError
 from hvd_lars.models.alexnet import CaffeAlexNet
-from hvd_lars.models.digits_alexnet import DigitsAlexNet
+from hvd_lars.models.small_alexnet import SmallAlexNet
 
 OWN: dict[str, Callable[[int], nn.Module]] = {
-    "digits_alexnet": DigitsAlexNet,
+    "digits_alexnet": partial(SmallAlexNet, image_size=8),
+    "glyphs_alexnet": partial(SmallAlexNet, image_size=16),
     "alexnet_caffe": CaffeAlexNet,
     "alexnet_bn": partial(CaffeAlexNet, batch_norm=True),
 }
@@ -29,18 +30,33 @@ def _torchvision_names() -> list[str]:
     return names
 
 
+def _timm_names() -> list[str]:
+    """``timm/NAME`` of timm's classifiers; none without timm."""
+    try:
+        import timm
+    except (ImportError, OSError, RuntimeError):
+        return []
+    return [f"timm/{name}" for name in timm.list_models()]
+
+
 def model_names() -> list[str]:
     """Every name that :func:`build_model` takes."""
-    return [*OWN, *_torchvision_names()]
+    return [*OWN, *_torchvision_names(), *_timm_names()]
 
 
 def check_model_name(name: str) -> None:
     """Raise UserError for a name that :func:`build_model` does not take; gives the nearest."""
-    if name in OWN or name in (names := model_names()):
+    if name in OWN:
         return
+    library = "timm" if name.startswith("timm/") else "torchvision"
+    names = _timm_names() if library == "timm" else [*OWN, *_torchvision_names()]
+    if name in names:
+        return
+    missing = ""
+    if not any(known not in OWN for known in names):
+        missing = f" ({library} is not there or does not import)"
     near = difflib.get_close_matches(name, names, n=3)
-    hint = f"nearest: {', '.join(near)}" if near else f"{', '.join(OWN)} or one of torchvision's"
-    missing = "" if len(names) > len(OWN) else " (torchvision is not there or does not import)"
+    hint = f"nearest: {', '.join(near)}" if near else f"{', '.join(OWN)} or one of {library}'s"
     raise UserError(f"model.name: found {name!r}; {hint}{missing}")
 
 
@@ -53,10 +69,16 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     check_model_name(name)
     if name in OWN:
         return OWN[name](num_classes)
+    model: nn.Module
+    if name.startswith("timm/"):
+        import timm
+
+        model = timm.create_model(name.removeprefix("timm/"), num_classes=num_classes)
+        return model
     from torchvision import models
 
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
-    model: nn.Module = models.get_model(name, **options)
+    model = models.get_model(name, **options)
     return model

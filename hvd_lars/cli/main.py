@@ -1,4 +1,4 @@
-"""The command ``hvd-lars``: train, eval, check, schema, doctor.
+"""The command ``hvd-lars``: train, eval, check, pack, schema, doctor.
 
 Imports everything, late: a mistyped config is answered before torch is loaded.
 """
@@ -19,7 +19,6 @@ import hvd_lars
 from hvd_lars.errors import UserError
 
 if TYPE_CHECKING:
-    from hvd_lars.assemble import Plan
     from hvd_lars.comm import Communicator, Launch
     from hvd_lars.config import Config
 
@@ -34,9 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command in ("train", "eval"):
             _run_on_ranks(options).close()
         else:
-            sys.exit(
-                {"check": _check, "schema": _schema, "doctor": _doctor}[options.command](options)
-            )
+            tools = {"check": _check, "pack": _pack, "schema": _schema, "doctor": _doctor}
+            sys.exit(tools[options.command](options))
     except UserError as error:
         _fail_together(str(error))
     except KeyboardInterrupt:
@@ -78,10 +76,32 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     evaluate.add_argument("overrides", metavar="key.sub=value", nargs="*")
-    check = commands.add_parser("check", help="print the resolved plan without training")
-    add_config(check)
+    check = commands.add_parser("check", help="print the plans of configs without training")
+    check.add_argument(
+        "configs",
+        metavar="CONFIG",
+        nargs="+",
+        help="a YAML file, a bundled config's name, or key.sub=value for all of them",
+    )
+    check.set_defaults(overrides=[])
+    check.add_argument(
+        "--device-memory", metavar="80GB", help="warn where a rank would need more than this"
+    )
     check.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan for")
     check.add_argument("--json", action="store_true", help="print the plan as JSON")
+    pack = commands.add_parser(
+        "pack", help="write an image folder as tar shards; run again, it goes on where it was"
+    )
+    pack.add_argument("source", metavar="SRC", help="root/train/CLASS/image, root/val/CLASS/image")
+    pack.add_argument("target", metavar="DST", type=Path, help="folder of the shards")
+    cores = len(os.sched_getaffinity(0))
+    pack.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
+    pack.add_argument(
+        "--shard-samples", type=int, default=4096, metavar="N", help="images a shard; default 4096"
+    )
+    pack.add_argument(
+        "--verify", action="store_true", help="then read every shard and compare checksums"
+    )
     schema = commands.add_parser("schema", help="write the JSON schema of configs, for editors")
     schema.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of the terminal")
     doctor = commands.add_parser("doctor", help="check the installation; exit 1 if it cannot train")
@@ -104,7 +124,8 @@ def _run_on_ranks(options: argparse.Namespace) -> Communicator:
     from hvd_lars.comm import connect, detect_launch
 
     launch = detect_launch(os.environ)
-    comm = connect(config.comm.backend, config.run.expect_world_size)
+    groups = config.model.bn_sync_ranks > 1
+    comm = connect(config.comm.backend, config.run.expect_world_size, groups)
     try:
         if options.command == "train":
             _train(config, comm, launch)
@@ -147,53 +168,30 @@ def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) 
     from hvd_lars.assemble import evaluate_run
     from hvd_lars.metrics import finite
 
-    result = evaluate_run(folder, config, comm, launch)
+    result, average = evaluate_run(folder, config, comm, launch)
+    record = result.record() | ({} if average is None else average.record("ema_"))
     if comm.rank == 0:
-        print(json.dumps(finite(result.record())), flush=True)
+        print(json.dumps(finite(record)), flush=True)
 
 
 def _check(options: argparse.Namespace) -> int:
-    if options.ranks < 1:
-        raise UserError(f"--ranks: found {options.ranks}; must be 1 or more")
-    config = _config(options.config, options.overrides)
-    import torch
+    from hvd_lars.cli.check import check
 
-    from hvd_lars.assemble import build_model_for, build_source, make_plan, plan_facts
-    from hvd_lars.comm.local import LocalCommunicator
-
-    source = build_source(config, LocalCommunicator())
-    build_model_for(config.model.name, source, torch.device("cpu"))
-    plan = make_plan(config, source.num_train, options.ranks)
-    if options.json:
-        print(json.dumps(plan_facts(plan), indent=2))
-    else:
-        _print_plan(config, plan)
-    return 0
+    # An override is what has a key before its equals sign; a file may hold one in its name.
+    overrides = [t for t in options.configs if "=" in t and not Path(t).exists()]
+    overrides += options.overrides
+    configs = [text for text in options.configs if text not in overrides]
+    if not configs:
+        raise UserError("check: no config is given, only overrides")
+    return check(configs, overrides, options.ranks, options.device_memory, options.json)
 
 
-def _print_plan(config: Config, plan: Plan) -> None:
-    from hvd_lars.assemble import plan_facts
+def _pack(options: argparse.Namespace) -> int:
+    from hvd_lars.cli.pack import pack
 
-    intervals = plan.intervals
-    rates = plan_facts(plan)["lr"]
-    assert isinstance(rates, dict)
-    rows = {
-        "model": config.model.name,
-        "data": f"{config.data.name}, {plan.num_train:,} samples an epoch",
-        "steps": f"{intervals.total:,} of {plan.global_batch:,} samples, "
-        f"{plan.steps_per_epoch:,} an epoch",
-        "ranks": f"{plan.ranks}, each up to {-(-plan.global_batch // plan.ranks):,} samples a step",
-        "accumulation": f"{plan.accumulation} × micro-batch of up to {plan.largest_micro_batch:,}",
-        "optimizer": f"{config.optimizer.name}, momentum {config.optimizer.momentum:g}, "
-        f"weight decay {config.optimizer.weight_decay:g}",
-        "learning rate": ", ".join(f"{when} {rate:.6g}" for when, rate in rates.items()),
-        "warmup": f"{config.schedule.warmup}, {plan.warmup_steps:,} steps to {plan.target_lr:g}",
-        "evaluation": f"every {intervals.evaluate:,} steps; checkpoint every "
-        f"{intervals.checkpoint:,}; log every {intervals.log:,}",
-    }
-    width = max(map(len, rows))
-    for key, value in rows.items():
-        print(f"{key:<{width}}  {value}")
+    return pack(
+        options.source, options.target, options.workers, options.shard_samples, options.verify
+    )
 
 
 def _schema(options: argparse.Namespace) -> int:

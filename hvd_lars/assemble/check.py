@@ -1,0 +1,154 @@
+"""What a run would be, without running it: plan, optimizer groups, memory, warnings.
+
+Imports the rest of assemble, memory, optim and config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from hvd_lars.assemble.network import build_network
+from hvd_lars.assemble.plan import Plan, make_plan
+from hvd_lars.assemble.sources import build_source, place_of, shape_of
+from hvd_lars.assemble.training import optimizer_groups
+from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.config import Config, Data, Model, Optimizer
+from hvd_lars.config_data import Images
+from hvd_lars.memory import Footprint, footprint
+
+# Keys that change nothing in what is computed; all others belong to a recipe.
+_FREE = ("recipe", "run", "comm", "checkpoint")
+_FREE_KEYS = {
+    "data.root",
+    "data.cache_dir",
+    "data.workers",
+    "data.expect",
+    "data.download",
+    "train.micro_batch",
+    "train.eval_batch",
+    "train.eval_every",
+    "train.log_every",
+    "train.threads",
+    "model.ema_decay",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One optimizer group: what it holds and how it moves."""
+
+    tensors: int
+    parameters: int
+    adapt: str
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan with what surrounds it; memory in bytes a rank, by what takes it."""
+
+    plan: Plan
+    groups: tuple[Group, ...]
+    memory: dict[str, float]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def memory_total(self) -> float:
+        """Bytes a rank."""
+        return sum(self.memory.values())
+
+
+def examine(
+    config: Config, ranks: int, device_memory: float | None = None, recipe: Config | None = None
+) -> Report:
+    """Plan a run over ``ranks`` ranks.
+
+    A data set that is not on this machine is taken to be what ``data.expect`` says.
+
+    Args:
+        config: what would run.
+        ranks: over how many ranks.
+        device_memory: bytes of a rank's device, to warn against.
+        recipe: the bundled config without overrides, to tell where ``config`` leaves it.
+
+    Raises:
+        UserError: it could not run.
+    """
+    notes, warnings = [], []
+    data = config.data
+    expect = data.expect if isinstance(data, Images) else None
+    place = place_of(data)
+    if expect is not None and place is not None and not place.exists():
+        num_train, num_classes = expect.train, expect.classes
+        notes.append(f"{place} is not here: planned for the {num_train:,} images expected")
+    else:
+        source = build_source(config, LocalCommunicator())
+        num_train, num_classes = source.num_train, source.num_classes
+    plan = make_plan(config, num_train, ranks)
+    groups, size = _measure(config.model, config.optimizer, data, num_classes)
+    memory = {
+        "weights": size.parameters + size.buffers,
+        "gradients": size.parameters,
+        "momentum": size.parameters if config.optimizer.momentum > 0 else 0,
+        "average": size.parameters + size.buffers if config.model.ema_decay is not None else 0,
+        "activations": size.activations(plan.largest_micro_batch),
+    }
+    fixed = sum(memory.values()) - memory["activations"]
+    if device_memory is not None and sum(memory.values()) > device_memory:
+        room = device_memory - fixed - size.activations_fixed
+        fitting = int(room / size.activations_per_sample)
+        advice = f"train.micro_batch={fitting} would fit" if fitting > 0 else "nothing would fit"
+        warnings.append(
+            f"{sum(memory.values()) / 1e9:.1f} GB a rank are estimated, the device has "
+            f"{device_memory / 1e9:.1f} GB: {advice}"
+        )
+    if plan.global_batch < ranks:
+        warnings.append(f"{ranks - plan.global_batch} of {ranks} ranks have no samples in a step")
+    if config.recipe is not None:
+        warnings += [f"not as published: {d}" for d in config.recipe.departures]
+        if recipe is not None:
+            warnings += _changes(config, recipe)
+    return Report(plan, groups, memory, tuple(warnings), tuple(notes))
+
+
+@lru_cache(maxsize=64)  # the recipes share a few networks
+def _measure(
+    model_settings: Model, optimizer_settings: Optimizer, data: Data, num_classes: int
+) -> tuple[tuple[Group, ...], Footprint]:
+    """Optimizer groups and memory of a network."""
+    model = build_network(model_settings, data, num_classes, torch.device("cpu"))
+    groups = tuple(
+        Group(
+            len(group["params"]),
+            sum(param.numel() for param in group["params"]),
+            group["adapt"],
+            group["weight_decay"],
+        )
+        for group in optimizer_groups(model, optimizer_settings)
+    )
+    return groups, footprint(model, shape_of(data))
+
+
+def _changes(config: Config, recipe: Config) -> list[str]:
+    """Keys that change what is computed and are not as the bundled file has them."""
+    ours, theirs = _flat(config.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    return [
+        f"{key} is {ours.get(key)} in place of the recipe's {theirs.get(key)}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+        and key.partition(".")[0] not in _FREE
+        and not any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
+    ]
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,151 @@
+"""From the config's data section to a source of images; imports data, comm, config, errors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hvd_lars.comm.agree import on_each_node, on_root
+from hvd_lars.comm.base import Communicator
+from hvd_lars.config import Config, Data
+from hvd_lars.config_data import (
+    AugmentSettings,
+    Cifar10Data,
+    Cifar100Data,
+    DigitsData,
+    GlyphsData,
+    ImageFolderData,
+    ShardsData,
+    SyntheticData,
+)
+from hvd_lars.config_data import (
+    Images as ImagesSection,
+)
+from hvd_lars.data import (
+    CIFAR_COLOURS,
+    CIFAR_FOLDERS,
+    Augment,
+    FolderImages,
+    Images,
+    ShardImages,
+    Source,
+    Synthetic,
+    cached_root,
+    copy_shards,
+    draw_glyphs,
+    load_digits,
+    list_folder,
+    load_cifar,
+    load_shards,
+)
+from hvd_lars.data.images import IMAGENET_COLOURS, ImageStore
+from hvd_lars.errors import UserError
+
+
+def build_source(config: Config, comm: Communicator, gpu: bool = False) -> Source:
+    """The data set that the config names; collective, only rank 0 lists files.
+
+    Args:
+        config: its data and run sections are used.
+        comm: the ranks.
+        gpu: whether this rank's images end up on one, which then augments them.
+
+    Raises:
+        UserError: on every rank alike, where the data is not laid out as it should be.
+    """
+    data, seed = config.data, config.run.seed
+    if isinstance(data, DigitsData):
+        return load_digits(data.copies, seed)
+    if isinstance(data, GlyphsData):
+        return draw_glyphs(data.copies, seed)
+    if isinstance(data, SyntheticData):
+        return Synthetic(**data.model_dump(exclude={"name"}), seed=seed)
+    train, val, num_classes = _stores(data, comm)
+    found = {"train": len(train.labels), "eval": len(val.labels), "classes": num_classes}
+    if data.expect is not None and found != data.expect.model_dump():
+        raise UserError(
+            f"data.expect: {data.root} has {_counts(found)}; {_counts(data.expect.model_dump())} "
+            f"are expected; data.expect=null takes any"
+        )
+    cifar = isinstance(data, Cifar10Data | Cifar100Data)
+    return Images(
+        train,
+        val,
+        num_classes,
+        augment_of(data.augment),
+        data.image_size,
+        data.eval_resize,
+        seed,
+        sizes=[(entry.epoch, entry.image_size) for entry in data.progressive],
+        colour_statistics=CIFAR_COLOURS if cifar else IMAGENET_COLOURS,
+        gpu=gpu,
+    )
+
+
+def augment_of(settings: AugmentSettings) -> Augment:
+    """The section as the data package takes it."""
+    return Augment(**settings.model_dump())
+
+
+def place_of(data: Data) -> Path | None:
+    """What must be on this machine for the data to be read; None where nothing must."""
+    if isinstance(data, ImageFolderData | ShardsData):
+        return Path(data.root).expanduser()
+    if isinstance(data, Cifar10Data | Cifar100Data):
+        return Path(data.root).expanduser() / CIFAR_FOLDERS[data.name]
+    return None
+
+
+def mixes_pairs(config: Config) -> bool:
+    """Whether images are mixed with their neighbours."""
+    data = config.data
+    return isinstance(data, ImagesSection) and augment_of(data.augment).mixes_pairs
+
+
+def _counts(sizes: dict[str, int]) -> str:
+    return f"{sizes['train']:,} + {sizes['eval']:,} images of {sizes['classes']:,} classes"
+
+
+def _stores(
+    data: ImageFolderData | ShardsData | Cifar10Data | Cifar100Data, comm: Communicator
+) -> tuple[ImageStore, ImageStore, int]:
+    """Training and evaluation images, and the number of classes; collective."""
+    if isinstance(data, ImageFolderData):
+        listing = on_root(comm, lambda: list_folder(data.root, _listing_cache()))
+        train, val = (FolderImages(listing.root, split) for split in (listing.train, listing.val))
+        return train, val, len(listing.classes)
+    if isinstance(data, ShardsData):
+        shards = on_root(
+            comm,
+            lambda: load_shards(data.root, data.train_shards, data.val_shards, _listing_cache()),
+        )
+        root, cache_dir = Path(shards.root), data.cache_dir
+        if cache_dir is not None:
+            on_each_node(comm, lambda: copy_shards(shards, cache_dir))
+            root = cached_root(shards, cache_dir)
+        return ShardImages(root, shards.train), ShardImages(root, shards.val), shards.num_classes
+    # One rank a node fetches what is missing; the others then find it.
+    on_each_node(comm, lambda: (load_cifar(data.name, data.root, data.download), None)[1])
+    images = load_cifar(data.name, data.root, download=False)
+    return *images, 10 if data.name == "cifar10" else 100
+
+
+def _listing_cache() -> Path | None:
+    """Where lists of images are kept; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "hvd_lars/listings" if not base.startswith("~") else None
+
+
+def workers_of(config: Config) -> int:
+    """Processes a rank that make batches; images made from memory need none."""
+    return config.data.workers if isinstance(config.data, ImagesSection) else 0
+
+
+def shape_of(data: Data) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that the network is shown in evaluation."""
+    if isinstance(data, DigitsData):
+        return 1, 8, 8
+    if isinstance(data, GlyphsData):
+        return 1, 16, 16
+    channels = data.channels if isinstance(data, SyntheticData) else 3
+    return channels, data.image_size, data.image_size

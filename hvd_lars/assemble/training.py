@@ -1,0 +1,163 @@
+"""From a Config and a Communicator to a Trainer, or to an evaluation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from hvd_lars import run_folder
+from hvd_lars.assemble.network import build_network
+from hvd_lars.assemble.plan import make_plan
+from hvd_lars.assemble.sources import build_source, mixes_pairs, workers_of
+from hvd_lars.batch_norm import span_ranks
+from hvd_lars.checkpoint import Checkpointer
+from hvd_lars.comm.agree import on_root
+from hvd_lars.comm.base import Communicator
+from hvd_lars.comm.launcher import Launch
+from hvd_lars.config import Config, Optimizer
+from hvd_lars.config_file import dump_config
+from hvd_lars.data import GlobalBatches
+from hvd_lars.errors import UserError
+from hvd_lars.evaluation import Evaluation, evaluate
+from hvd_lars.metrics import Console, JsonLines, Sink
+from hvd_lars.models import load_weights
+from hvd_lars.optim import LARS, Replicated, parameter_groups
+from hvd_lars.trainer import Trainer
+
+
+def choose_device(comm: Communicator) -> torch.device:
+    """This rank's GPU where there is one; a launcher that shows each rank one GPU counts as 0."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(wanted: int | None, launch: Launch) -> int:
+    """CPU threads of this rank: as asked, as OMP_NUM_THREADS says, or its share of the cores.
+
+    Ranks that share cores wait for each other's threads in every small operation, so a rank
+    whose neighbours are unknown takes one.
+    """
+    if wanted is None and "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    share = len(os.sched_getaffinity(0)) // launch.local_size if launch.local_size else 1
+    if launch.launcher == "srun" and os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        share = int(os.environ["SLURM_CPUS_PER_TASK"])  # the affinity is one task's already
+    threads = wanted or max(1, share)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+    """The model's parameters as the optimizer section groups them."""
+    adapt = "none" if settings.name == "sgd" else settings.adapt
+    return parameter_groups(model, settings.weight_decay, adapt, settings.decay)
+
+
+def build_optimizer(
+    model: nn.Module, settings: Optimizer, lr: float, placement: Replicated
+) -> LARS:
+    """LARS with the config's groups; ``sgd`` is the same rule without trust ratios."""
+    options = settings.model_dump(exclude={"name", "adapt", "decay", "weight_decay"})
+    return LARS(optimizer_groups(model, settings), lr=lr, placement=placement, **options)
+
+
+def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Trainer, Path]:
+    """Everything for one rank's part of the run, and the run folder; collective.
+
+    Raises:
+        UserError: on every rank alike, for anything in the config that cannot be done.
+    """
+    threads = set_threads(config.train.threads, launch)
+    device = choose_device(comm)
+    source = build_source(config, comm, gpu=device.type == "cuda")
+    plan = make_plan(config, source.num_train, comm.size)
+    torch.manual_seed(config.run.seed)
+    model = build_network(config.model, config.data, source.num_classes, device)
+    if (path := config.model.init_from) is not None:
+        # On rank 0 alone: all take its weights before the first step.
+        for name in on_root(comm, lambda: load_weights(model, path, source.num_classes)):
+            if comm.rank == 0:
+                print(f"model.init_from: {name} is of another shape there: left as it starts")
+    average = None
+    if config.model.ema_decay is not None:
+        average = make_average(model, config.model.ema_decay)
+    if config.model.bn_sync_ranks > 1 and not span_ranks(
+        model, comm.group(config.model.bn_sync_ranks)
+    ):
+        raise UserError("model.bn_sync_ranks: the network has no BatchNorm")
+    placement = Replicated(model.parameters(), comm, int(config.comm.bucket_mb * 2**20))
+    optimizer = build_optimizer(model, config.optimizer, plan.schedule(0), placement)
+
+    def make_folder() -> str:
+        folder = run_folder.create_run_folder(config.run.dir, config.run.name)
+        ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
+        run_folder.describe_run(folder, dump_config(config), ranks, str(device), threads)
+        return str(folder)
+
+    folder = Path(on_root(comm, make_folder))
+    sinks: list[Sink] = []
+    if comm.rank == 0:
+        sinks = [Console(plan.intervals.total), JsonLines(folder / run_folder.METRICS)]
+    trainer = Trainer(
+        model=model,
+        average=average,
+        optimizer=optimizer,
+        placement=placement,
+        schedule=plan.schedule,
+        source=source,
+        batches=GlobalBatches(
+            source.num_train,
+            config.train.global_batch,
+            config.run.seed,
+            pairs=mixes_pairs(config),
+        ),
+        comm=comm,
+        device=device,
+        micro_batch=config.train.micro_batch,
+        eval_batch=config.train.eval_batch,
+        intervals=plan.intervals,
+        checkpointer=Checkpointer(
+            folder / run_folder.CHECKPOINTS, comm, config.checkpoint.keep_last
+        ),
+        sinks=sinks,
+        seed=config.run.seed,
+        workers=workers_of(config),
+        label_smoothing=config.train.label_smoothing,
+    )
+    return trainer, folder
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the model that follows its parameters and buffers: e ← decay·e + (1 − decay)·w."""
+    follow = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+
+
+def evaluate_run(
+    folder: Path, config: Config, comm: Communicator, launch: Launch
+) -> tuple[Evaluation, Evaluation | None]:
+    """Evaluate the newest checkpoint of a run folder, and its averaged weights; collective.
+
+    Raises:
+        UserError: on every rank alike, when there is no sound checkpoint.
+    """
+    set_threads(config.train.threads, launch)
+    device = choose_device(comm)
+    source = build_source(config, comm, gpu=device.type == "cuda")
+    model = build_network(config.model, config.data, source.num_classes, device)
+    decay = config.model.ema_decay
+    average = None if decay is None else make_average(model, decay)
+    Checkpointer(folder / run_folder.CHECKPOINTS, comm).restore(model, average=average)
+    batch, workers = config.train.eval_batch, workers_of(config)
+    result = evaluate(model, source, comm, batch, device, workers)
+    if average is None:
+        return result, None
+    return result, evaluate(average.module, source, comm, batch, device, workers)

@@ -1,0 +1,141 @@
+"""``hvd-lars check``: plans of one or many configs, printed; imports assemble, late."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from hvd_lars.config_file import load_config
+from hvd_lars.errors import UserError
+
+if TYPE_CHECKING:
+    from hvd_lars.assemble.check import Report
+    from hvd_lars.config import Config
+    from hvd_lars.schedules import Schedule
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def check(
+    configs: list[str], overrides: list[str], ranks: int, device_memory: str | None, as_json: bool
+) -> int:
+    """Print the plan of every config; returns the exit code, 2 if one could not run.
+
+    Raises:
+        UserError: an option is wrong, or the only config could not run.
+    """
+    if ranks < 1:
+        raise UserError(f"--ranks: found {ranks}; must be 1 or more")
+    memory = None if device_memory is None else parse_bytes(device_memory)
+    loaded: dict[str, tuple[Config, Config]] = {}
+    problems: list[str] = []
+    # All files are read before torch is loaded: most mistakes are there.
+    for name in configs:
+        try:
+            loaded[name] = load_config(name, overrides), load_config(name)
+        except UserError as error:
+            problems.append(str(error))
+    if problems and not loaded:
+        raise UserError("\n".join(problems))
+    from hvd_lars.assemble.check import examine
+
+    answers = []
+    for name, (config, recipe) in loaded.items():
+        try:
+            report = examine(config, ranks, memory, recipe)
+        except UserError as error:
+            problems += [f"{name}: {line}" for line in str(error).splitlines()]
+            continue
+        if as_json:
+            answers.append({"config": name} | facts(report))
+        else:
+            print_report(name if len(configs) > 1 else None, config, report)
+    if as_json and answers:
+        print(json.dumps(answers if len(configs) > 1 else answers[0], indent=2))
+    sys.stdout.flush()
+    if problems:
+        raise UserError("\n".join(problems))
+    return 0
+
+
+def parse_bytes(text: str) -> float:
+    """``80GB``, ``640 MB`` or ``16GiB`` in bytes; UserError says what is allowed."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", text)
+    if match is None or float(match.group(1)) == 0:
+        raise UserError(f"--device-memory: found {text!r}; write it as 80GB or 16GiB")
+    number, unit, binary = match.groups()
+    factor = 1024 ** "KMGT".index(unit) * 1024 if binary and unit else _UNITS[unit]
+    return float(number) * factor
+
+
+def facts(report: Report) -> dict[str, Any]:
+    """The report as plain values."""
+    from hvd_lars.assemble import plan_facts
+
+    return plan_facts(report.plan) | {
+        "optimizer_groups": [asdict(group) for group in report.groups],
+        "memory_bytes": {key: round(value) for key, value in report.memory.items()},
+        "memory_bytes_total": round(report.memory_total),
+        "warnings": list(report.warnings),
+        "notes": list(report.notes),
+    }
+
+
+def print_report(title: str | None, config: Config, report: Report) -> None:
+    """A few lines, in columns."""
+    plan = report.plan
+    intervals, rates = plan.intervals, facts(report)["lr"]
+    parameters = sum(group.parameters for group in report.groups)
+    settings = config.optimizer
+    rows = {
+        "model": f"{config.model.name}, {parameters:,} parameters",
+        "data": f"{config.data.name}, {plan.num_train:,} samples an epoch",
+        "steps": f"{intervals.total:,} of {plan.global_batch:,} samples, "
+        f"{plan.steps_per_epoch:,} an epoch",
+        "ranks": f"{plan.ranks}, each up to {-(-plan.global_batch // plan.ranks):,} samples a step",
+        "accumulation": f"{plan.accumulation} × micro-batch of up to {plan.largest_micro_batch:,}",
+        "optimizer": f"{settings.name}, momentum {settings.momentum:g}"
+        + (", Nesterov" if settings.nesterov else ""),
+        "groups": "; ".join(
+            f"{g.tensors} tensors of {g.parameters:,}: trust ratio {g.adapt}, "
+            f"decay {g.weight_decay:g}"
+            for g in report.groups
+        ),
+        "learning rate": ", ".join(f"{when} {rate:.6g}" for when, rate in rates.items()),
+        "": f"{curve(plan.schedule, intervals.total)}  {config.schedule.policy}",
+        "warmup": f"{config.schedule.warmup}, {plan.warmup_steps:,} steps to {plan.target_lr:g}",
+        "evaluation": f"every {intervals.evaluate:,} steps; checkpoint every "
+        f"{intervals.checkpoint:,}; log every {intervals.log:,}",
+        "memory a rank": f"{size(report.memory_total)} estimated: "
+        + ", ".join(f"{key} {size(value)}" for key, value in report.memory.items() if value),
+    }
+    if config.recipe is not None:
+        top1 = config.recipe.top1
+        rows |= {
+            "published": f"{'no figure' if top1 is None else f'top-1 {top1:g} %'}, "
+            f"{config.recipe.source}"
+        }
+    if title is not None:
+        print(f"\n{title}")
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        print(f"{key:<{width}}  {value}")
+    for label, lines in (("note", report.notes), ("warning", report.warnings)):
+        for line in lines:
+            print(f"{label:<{width}}  {line}")
+
+
+def size(number: float) -> str:
+    """Bytes in GB, or in MB below one."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.2f} MB"
+
+
+def curve(schedule: Schedule, total: int, width: int = 48) -> str:
+    """The learning rate over the run, one block character for each of ``width`` steps."""
+    rates = [schedule(i * (total - 1) // (width - 1)) for i in range(width)]
+    top = max(rates)
+    return "".join(_BARS[min(int(rate / top * len(_BARS)), len(_BARS) - 1)] for rate in rates)

@@ -1,0 +1,64 @@
+"""``hvd-lars pack``: an image folder into tar shards, with a progress bar; imports data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hvd_lars.data import shard_writer
+from hvd_lars.errors import UserError
+
+Progress = Callable[[int, int], None]
+
+
+def pack(source: str, target: Path, workers: int, shard_samples: int, verify: bool) -> int:
+    """Write the shards, or with ``verify`` also read them again; returns the exit code.
+
+    Raises:
+        UserError: an option or a folder is not what it should be.
+    """
+    for option, value in (("--workers", workers), ("--shard-samples", shard_samples)):
+        if value < 1:
+            raise UserError(f"{option}: found {value}; must be 1 or more")
+    begun = time.perf_counter()
+    with _progress("packing", "images") as progress:
+        packed = shard_writer.pack(source, target, workers, shard_samples, progress)
+    seconds = time.perf_counter() - begun
+    rest = packed.samples - packed.written
+    before = f" ({rest:,} were there already)" if rest else ""
+    print(
+        f"{target}: {packed.samples:,} images in {packed.shards:,} shards, "
+        f"{packed.bytes / 1e9:.3f} GB{before}; {packed.written / seconds:,.0f} images/s"
+    )
+    if verify:
+        with _progress("verifying", "shards") as progress:
+            count = shard_writer.verify(target, workers, progress)
+        print(f"{target}: {count:,} shards have the SHA-256 that dataset.json says")
+    return 0
+
+
+@contextmanager
+def _progress(title: str, unit: str) -> Iterator[Progress]:
+    """A bar on a terminal, a line every tenth elsewhere; takes (done, total)."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = (title, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = -1
+
+    def say(done: int, total: int) -> None:
+        nonlocal last
+        tenth = 10 * done // total
+        if tenth > last:
+            last = tenth
+            print(f"{title}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
+
+    yield say

@@ -1,0 +1,37 @@
+"""Kinds of fields that the config's sections are made of; imports durations only."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
+
+from hvd_lars.durations import Duration
+
+DurationField = Annotated[
+    Duration,
+    BeforeValidator(lambda v: v if isinstance(v, Duration) else Duration.parse(v)),
+    PlainSerializer(str),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": r"^\s*[0-9.]+([eE][+-]?[0-9]+)?\s*(epoch|step|sample)s?\s*$",
+            "examples": ["5 epochs", "600 steps", "1.28e6 samples"],
+        }
+    ),
+]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -1,0 +1,61 @@
+"""CIFAR-10 and CIFAR-100 from torchvision's files on disk; imports errors and source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from hvd_lars.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+CIFAR_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@final
+class ArrayImages:
+    """Images held in memory: ``pixels`` (n, height, width, 3) uint8 and ``labels`` (n,)."""
+
+    def __init__(self, pixels: Any, labels: Any) -> None:
+        self._pixels = np.asarray(pixels, dtype=np.uint8)
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def open(self, index: int) -> Image:
+        """The image as PIL's."""
+        from PIL import Image as pil
+
+        return pil.fromarray(self._pixels[index])
+
+
+def load_cifar(name: str, root: str, download: bool) -> tuple[ArrayImages, ArrayImages]:
+    """Training and test images of ``cifar10`` or ``cifar100``; torchvision checks every MD5.
+
+    Args:
+        name: which of the two.
+        root: the folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        download: fetch them from the authors' site where they are missing.
+
+    Raises:
+        UserError: they are missing or damaged, or the download failed.
+
+    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+    """
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        train, test = (kind(root, train=part, download=download) for part in (True, False))
+    except (RuntimeError, OSError) as error:
+        if download:
+            reason = getattr(error, "reason", None) or str(error).splitlines()[0]
+            raise UserError(
+                f"data.root: {root}: {name} could not be downloaded: {reason}"
+            ) from None
+        raise UserError(
+            f"data.root: {root}: no {name} in it, or damaged ({CIFAR_FOLDERS[name]} is expected); "
+            f"data.download=true fetches it"
+        ) from None
+    return ArrayImages(train.data, train.targets), ArrayImages(test.data, test.targets)

@@ -1,0 +1,69 @@
+"""Mixup and cutmix within pairs of neighbours; imports source and randomness.
+
+torchvision's MixUp and CutMix roll a batch and draw once for all of it, so an image would depend
+on who else is in its micro-batch.  Here samples 2k and 2k+1 of the global batch mix with each
+other, by numbers that belong to (seed, epoch, first of the two): any split over ranks and
+micro-batches that keeps pairs together gives the same images.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+from torch.nn import functional
+
+from hvd_lars.data.randomness import uniforms
+from hvd_lars.data.source import Batch, Request
+
+
+def mix_pairs(
+    images: Tensor,
+    labels: Tensor,
+    request: Request,
+    num_classes: int,
+    seed: int,
+    mixup: float,
+    cutmix: float,
+) -> Batch:
+    """Mix each image with its neighbour; a last one without a neighbour stays as it is.
+
+    Args:
+        images: (n, channels, height, width), floating point.
+        labels: (n,) int64.
+        request: whose samples they are.
+        num_classes: width of the result's shares.
+        seed: of the draws.
+        mixup: α of λ ~ Beta(α, α), images λ·own + (1 − λ)·other; 0 is off.
+        cutmix: α of 1 − λ, the share of the area that is exchanged; 0 is off.
+
+    Returns:
+        Images of the same shape, and shares of the classes (n, num_classes), rows summing to 1.
+    """
+    assert request.epoch is not None
+    count, _, height, width = images.shape
+    pairs = count // 2
+    draws = uniforms(seed, request.epoch, request.indices[0 : 2 * pairs : 2], 4)
+    cuts = draws[:, 1] < 0.5 if mixup and cutmix else np.full(pairs, cutmix > 0)
+    own = np.ones((count, height, width), dtype=np.float32)  # weight of a pixel of one's own
+    for k in range(pairs):
+        alpha = cutmix if cuts[k] else mixup
+        share = float(betaincinv(alpha, alpha, draws[k, 0]))
+        both = own[2 * k : 2 * k + 2]
+        if not cuts[k]:
+            both[:] = share
+            continue
+        half_height, half_width = 0.5 * np.sqrt(1.0 - share) * np.array([height, width])
+        y, x = draws[k, 2] * height, draws[k, 3] * width
+        top, bottom = max(round(y - half_height), 0), min(round(y + half_height), height)
+        left, right = max(round(x - half_width), 0), min(round(x + half_width), width)
+        both[:, top:bottom, left:right] = 0.0
+    partner = np.arange(count)
+    partner[: 2 * pairs] ^= 1
+    others = torch.from_numpy(partner).to(images.device)
+    weight = torch.from_numpy(own).to(images.device)
+    mixed = torch.lerp(images[others], images, weight[:, None].to(images.dtype))
+    exact = functional.one_hot(labels, num_classes).to(images.dtype)
+    share_own = weight.mean(dim=(1, 2))[:, None].to(images.dtype)
+    return mixed, torch.lerp(exact[others], exact, share_own)

@@ -1,0 +1,64 @@
+"""A node's own copy of the shards; imports shard_index, files and errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hvd_lars.data.shard_index import ShardSet
+from hvd_lars.errors import UserError
+from hvd_lars.files import sha256_of
+
+
+def cached_root(shards: ShardSet, cache_dir: str) -> Path:
+    """Where the copy of this data set lies; another set or version has another place."""
+    facts = [str(Path(shards.root).resolve()), sorted(shards.bytes.items()), shards.sha256]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cache_dir).expanduser() / f"shards-{key}"
+
+
+def copy_shards(shards: ShardSet, cache_dir: str, threads: int = 4) -> None:
+    """Copy the shards that the node does not have; a shard is there whole or not at all.
+
+    Raises:
+        UserError: there is no room, the folder cannot be written, or a copy is not what
+            dataset.json says.
+    """
+    target = cached_root(shards, cache_dir)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        left = {
+            name: size
+            for name, size in shards.bytes.items()
+            if not (target / name).is_file() or (target / name).stat().st_size != size
+        }
+        needed, free = sum(left.values()), shutil.disk_usage(target).free
+        if needed > free:
+            raise UserError(
+                f"data.cache_dir: {cache_dir}: {needed / 1e9:.1f} GB are needed, "
+                f"{free / 1e9:.1f} GB are free"
+            )
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda name: _copy(shards, name, target / name), left))
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {error.filename or cache_dir}: {error.strerror or error}"
+        ) from None
+
+
+def _copy(shards: ShardSet, name: str, target: Path) -> None:
+    source = Path(shards.root, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(source, draft)
+        wanted = shards.sha256.get(name)
+        if wanted is not None and sha256_of(draft) != wanted:
+            raise UserError(f"{source}: damaged: its copy has not the SHA-256 of dataset.json")
+        draft.rename(target)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,244 @@
+"""Which bytes of which tar shard are which image; imports source and errors.
+
+``hvd-lars pack`` writes ``dataset.json`` (classes, and size and SHA-256 of every shard) and
+``index.safetensors`` (where every image lies).  Shards of other origin in WebDataset's layout have
+neither: their headers are read once and the result is remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from hvd_lars.data.listing import EXTENSIONS, write_arrays
+from hvd_lars.data.source import Indices
+from hvd_lars.errors import UserError
+
+DATASET, INDEX = "dataset.json", "index.safetensors"
+FORMAT = "hvd_lars shards 1"
+_ARRAYS = ("shard", "offset", "size", "labels")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
+
+
+@dataclass(frozen=True)
+class ShardSplit:
+    """Images of one split: ``shard`` (a position in ``names``), ``offset``, ``size``, ``labels``.
+
+    All four are (n,) int64; offset and size in bytes.
+    """
+
+    names: tuple[str, ...]
+    shard: Indices
+    offset: Indices
+    size: Indices
+    labels: Indices
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A sharded data set: ``bytes`` of every shard, ``sha256`` where it is known."""
+
+    root: str
+    num_classes: int
+    train: ShardSplit
+    val: ShardSplit
+    bytes: dict[str, int]
+    sha256: dict[str, str]
+
+
+def load_shards(root: str, train: str, val: str, cache: Path | None) -> ShardSet:
+    """The data set in ``root``, after checking that every shard is there in full.
+
+    Args:
+        root: a folder that ``hvd-lars pack`` wrote, or one with shards in WebDataset's layout.
+        train: pattern of the training shards' names, for a folder without dataset.json.
+        val: the same of the evaluation shards.
+        cache: where the index of such a folder is remembered.
+
+    Raises:
+        UserError: a shard is missing, truncated or not a tar file, a sample has no image or no
+            label, or a label is out of range.
+    """
+    folder = Path(root).expanduser()
+    if (folder / DATASET).is_file():
+        found = _load_packed(folder)
+    else:
+        found = _load_foreign(folder, {"train": train, "val": val}, cache)
+    for name, size in found.bytes.items():
+        try:
+            actual = (folder / name).stat().st_size
+        except OSError as error:
+            raise UserError(f"data.root: {folder / name}: {error.strerror}") from None
+        if actual != size:
+            raise UserError(
+                f"data.root: {folder / name}: truncated or replaced: {actual} bytes, the index "
+                f"says {size}"
+            )
+    for key, split in (("train", found.train), ("val", found.val)):
+        _check_split(folder, key, split, found)
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """dataset.json, its shards named by plain file names.
+
+    Raises:
+        UserError: it is damaged, of a later version, or names a file elsewhere.
+    """
+    path = folder / DATASET
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: format {manifest['format']!r}; {FORMAT!r} is supported")
+        for split in ("train", "val"):
+            for entry in manifest[split]:
+                if not _SHARD_NAME.fullmatch(entry["name"]):
+                    raise UserError(f"{path}: {entry['name']!r} is not the name of a shard")
+                int(entry["bytes"]), str(entry["sha256"])
+        if not all(isinstance(name, str) for name in manifest["classes"]):
+            raise ValueError("classes are not names")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+    return dict(manifest)
+
+
+def _load_packed(folder: Path) -> ShardSet:
+    manifest = read_manifest(folder)
+    try:
+        arrays = load_file(folder / INDEX)
+        train, val = (
+            ShardSplit(
+                tuple(entry["name"] for entry in manifest[key]),
+                *(arrays[f"{key}/{array}"].astype(np.int64) for array in _ARRAYS),
+            )
+            for key in ("train", "val")
+        )
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{folder / INDEX}: damaged: {error}; pack it again") from None
+    entries = manifest["train"] + manifest["val"]
+    return ShardSet(
+        str(folder),
+        len(manifest["classes"]),
+        train,
+        val,
+        {entry["name"]: entry["bytes"] for entry in entries},
+        {entry["name"]: entry["sha256"] for entry in entries},
+    )
+
+
+def _check_split(folder: Path, key: str, split: ShardSplit, found: ShardSet) -> None:
+    """Every image lies inside its shard and every label is a class."""
+    count = len(split.labels)
+    if count == 0:
+        raise UserError(f"data.root: {folder}: no images in {key}")
+    if (
+        any(len(getattr(split, array)) != count for array in _ARRAYS)
+        or not ((split.shard >= 0) & (split.shard < len(split.names))).all()
+    ):
+        raise UserError(f"{folder / INDEX}: damaged: its arrays do not fit together")
+    sizes = np.array([found.bytes[name] for name in split.names])
+    bad = (split.offset < 512) | (split.size < 0) | (split.offset + split.size > sizes[split.shard])
+    if bad.any():
+        raise UserError(
+            f"data.root: {folder / split.names[split.shard[bad.argmax()]]}: an image lies beyond "
+            f"its end"
+        )
+    out = (split.labels < 0) | (split.labels >= found.num_classes)
+    if out.any():
+        i = int(out.argmax())
+        raise UserError(
+            f"data.root: {folder / split.names[split.shard[i]]}: the image at byte "
+            f"{split.offset[i]} has label {split.labels[i]}; allowed: 0 to {found.num_classes - 1}"
+        )
+
+
+def _load_foreign(folder: Path, patterns: dict[str, str], cache: Path | None) -> ShardSet:
+    paths: dict[str, list[Path]] = {}
+    for key, pattern in patterns.items():
+        try:
+            if ".." in Path(pattern).parts:
+                raise ValueError("leads out of data.root")
+            paths[key] = sorted(path for path in folder.glob(pattern) if path.is_file())
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise UserError(f"data.{key}_shards: {pattern!r}: {error}") from None
+        if not paths[key]:
+            raise UserError(
+                f"data.root: {folder}: neither {DATASET} nor shards that match {pattern} in it"
+            )
+    names = {key: tuple(str(p.relative_to(folder)) for p in paths[key]) for key in paths}
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for key in paths for p in paths[key]}
+    times = [p.stat().st_mtime_ns for key in paths for p in paths[key]]
+    text = json.dumps([str(folder.resolve()), names, sizes, times])
+    file = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz" if cache else None
+    arrays: dict[str, Any] = {}
+    if file is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, BadZipFile), np.load(file) as kept:
+            arrays = {
+                f"{key}_{array}": kept[f"{key}_{array}"] for key in paths for array in _ARRAYS
+            }
+    if not arrays:
+        for key in paths:
+            rows = [
+                (number, *row) for number, path in enumerate(paths[key]) for row in scan_tar(path)
+            ]
+            table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+            arrays |= {f"{key}_{array}": table[:, i] for i, array in enumerate(_ARRAYS)}
+        if file is not None:
+            write_arrays(file, arrays)
+    train, val = (ShardSplit(names[k], *(arrays[f"{k}_{a}"] for a in _ARRAYS)) for k in paths)
+    num_classes = int(train.labels.max(initial=-1)) + 1
+    return ShardSet(str(folder), num_classes, train, val, sizes, {})
+
+
+def scan_tar(path: Path) -> list[tuple[int, int, int]]:
+    """Offset and size in bytes, and label, of every sample of a shard in WebDataset's layout.
+
+    A sample is the files whose names agree up to the first dot of the last part: an image, and
+    ``.cls``, which holds the label as text.
+
+    Raises:
+        UserError: not an uncompressed tar file, truncated, or a sample lacks image or label.
+    """
+    samples: dict[str, dict[str, int]] = {}
+    end = path.stat().st_size
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                if member.offset_data + member.size > end:
+                    raise UserError(f"{path}: truncated: it ends inside {member.name}")
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                sample = samples.setdefault(f"{folder}/{stem}", {})
+                if extension.lower() == "cls":
+                    text = os.pread(file.fileno(), member.size, member.offset_data)
+                    try:
+                        sample["label"] = int(text)
+                    except ValueError:
+                        raise UserError(
+                            f"{path}: {member.name}: found {text[:40]!r}; a label is a number"
+                        ) from None
+                elif f".{extension.lower()}" in EXTENSIONS:
+                    sample |= {"offset": member.offset_data, "size": member.size}
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path}: truncated, or not an uncompressed tar file: {error}") from None
+    for key, sample in samples.items():
+        if len(sample) < 3:
+            lacks = "a .cls label" if "offset" in sample else "an image"
+            raise UserError(f"{path}: sample {key.removeprefix('/')} has not {lacks}")
+    return [(s["offset"], s["size"], s["label"]) for s in samples.values()]

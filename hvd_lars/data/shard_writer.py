@@ -1,0 +1,288 @@
+"""From an image folder to tar shards in WebDataset's layout.
+
+Imports listing, shard_index, files and errors.  A shard is written under another name, synced and
+renamed, then its facts are written beside it in ``.packing/``: what was finished before an
+interruption is not written again.  The same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast, final
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from hvd_lars.data.listing import Listing, Split, list_folder
+from hvd_lars.data.shard_index import DATASET, FORMAT, INDEX, read_manifest
+from hvd_lars.data.source import Indices
+from hvd_lars.errors import UserError
+from hvd_lars.files import sha256_of, sync
+
+_PACKING = ".packing"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to write: (path in the source folder, label) of each of its samples."""
+
+    name: str
+    first: int
+    samples: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a pack came to; ``written`` counts the samples of this call."""
+
+    samples: int
+    written: int
+    shards: int
+    bytes: int
+
+
+def pack(
+    source: str,
+    target: Path,
+    workers: int,
+    shard_samples: int,
+    progress: Callable[[int, int], None],
+) -> Packed:
+    """Write the shards of ``source``, an ImageNet-like folder, that ``target`` does not have yet.
+
+    Training images are shuffled once, so that a reader that streams shards sees them mixed.
+
+    Args:
+        source: root/train/CLASS/image and root/val/CLASS/image.
+        target: folder to make.
+        workers: processes.
+        shard_samples: images a shard.
+        progress: called with the number of samples that are done and of all samples.
+
+    Raises:
+        UserError: the folder is not laid out as it should be, ``target`` holds another folder's
+            shards or cannot be written.
+    """
+    listing = list_folder(source, None)
+    jobs = {key: list(_jobs(listing, key, shard_samples)) for key in ("train", "val")}
+    identity = _identity(listing, jobs)
+    total = len(listing.train.labels) + len(listing.val.labels)
+    try:
+        (target / _PACKING).mkdir(parents=True, exist_ok=True)
+        known = _known(target, identity, [job for key in jobs for job in jobs[key]])
+        done = {name: facts for name, facts in known.items() if _is_there(target, facts)}
+        left = [job for key in jobs for job in jobs[key] if job.name not in done]
+        count = total - sum(len(job.samples) for job in left)
+        progress(count, total)
+        for facts, samples in _write_all(listing.root, target, left, workers):
+            name = facts["name"]
+            if name in known and known[name]["sha256"] != facts["sha256"]:
+                raise UserError(f"{target / name}: not what it was: files of {source} have changed")
+            done[name] = facts
+            count += samples
+            progress(count, total)
+        if not (target / DATASET).exists():
+            _finish(target, identity, listing.classes, jobs, done)
+        shutil.rmtree(target / _PACKING)
+    except OSError as error:
+        where = error.filename or target
+        raise UserError(f"{where}: cannot be written: {error.strerror or error}") from None
+    size = sum(facts["bytes"] for facts in done.values())
+    return Packed(total, sum(len(job.samples) for job in left), len(done), size)
+
+
+def verify(target: Path, workers: int, progress: Callable[[int, int], None]) -> int:
+    """Read every shard and compare its SHA-256 with dataset.json; returns how many there are.
+
+    Raises:
+        UserError: a line for every shard that is missing or damaged.
+    """
+    manifest = read_manifest(target)
+    entries = manifest["train"] + manifest["val"]
+    problems = []
+    with _pool(workers) as pool:
+        sums = {pool.submit(sha256_of, target / e["name"]): e for e in entries}
+        for done, future in enumerate(as_completed(sums), start=1):
+            entry = sums[future]
+            if future.exception() is not None:
+                problems.append(f"{target / entry['name']}: {future.exception()}")
+            elif future.result() != entry["sha256"]:
+                problems.append(f"{target / entry['name']}: damaged: not the SHA-256 of {DATASET}")
+            progress(done, len(entries))
+    if problems:
+        raise UserError("\n".join([*sorted(problems), "remove these and pack again"]))
+    return len(entries)
+
+
+def _jobs(listing: Listing, key: str, shard_samples: int) -> Iterator[_Job]:
+    split: Split = getattr(listing, key)
+    order: Indices = np.arange(len(split.labels))
+    if key == "train":
+        order = np.random.default_rng(0).permutation(len(order))
+    for number, first in enumerate(range(0, len(order), shard_samples)):
+        chosen = order[first : first + shard_samples]
+        samples = [(split.paths[i].decode(), int(split.labels[i])) for i in chosen]
+        yield _Job(f"{key}-{number:06d}.tar", first, samples)
+
+
+def _identity(listing: Listing, jobs: dict[str, list[_Job]]) -> str:
+    """Changes with the classes, the files' names and how they are cut."""
+    digest = hashlib.sha256(json.dumps([FORMAT, listing.classes]).encode())
+    for key in jobs:
+        for job in jobs[key]:
+            digest.update(json.dumps([job.name, job.samples]).encode())
+    return digest.hexdigest()
+
+
+def _known(target: Path, identity: str, jobs: list[_Job]) -> dict[str, dict[str, Any]]:
+    """Facts of the shards that were written before, by name."""
+    stamp = target / _PACKING / "identity"
+    if (target / DATASET).exists():
+        manifest = read_manifest(target)
+        if manifest.get("identity") != identity:
+            raise UserError(f"{target}: holds shards of other images or sizes; name another folder")
+        return {entry["name"]: entry for entry in manifest["train"] + manifest["val"]}
+    if stamp.exists() and stamp.read_text() != identity:
+        raise UserError(f"{target}: shards of other images or sizes were begun here; remove it")
+    stamp.write_text(identity)
+    notes = [target / _PACKING / f"{job.name}.json" for job in jobs]
+    return {
+        note.name.removesuffix(".json"): json.loads(note.read_text())
+        for note in notes
+        if note.exists()
+    }
+
+
+def _is_there(target: Path, facts: dict[str, Any]) -> bool:
+    path = target / facts["name"]
+    size: int = facts["bytes"]
+    return path.is_file() and path.stat().st_size == size
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
+
+
+def _write_all(
+    root: str, target: Path, jobs: list[_Job], workers: int
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Write shards in parallel; yields each one's facts and number of samples when it is done."""
+    if not jobs:
+        return
+    with _pool(min(workers, len(jobs))) as pool:
+        running = {pool.submit(_write, root, target, job): job for job in jobs}
+        try:
+            for future in as_completed(running):
+                yield future.result(), len(running[future].samples)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+@final
+class _Hashing:
+    """A file that is only written to, and its SHA-256 so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest, self.position = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        """Write and hash."""
+        self.digest.update(data)
+        self.position += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self.position
+
+
+def _write(root: str, target: Path, job: _Job) -> dict[str, Any]:
+    """One shard; its name is its own only when it is whole."""
+    draft = target / _PACKING / job.name
+    try:
+        facts = _fill(root, draft, job)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    draft.rename(target / job.name)
+    note = target / _PACKING / f"{job.name}.json"
+    note.with_suffix(".tmp").write_text(json.dumps(facts))
+    note.with_suffix(".tmp").rename(note)
+    return facts
+
+
+def _fill(root: str, draft: Path, job: _Job) -> dict[str, Any]:
+    offsets, sizes = [], []
+    with draft.open("wb") as file:
+        out = _Hashing(file)
+        with tarfile.open(fileobj=cast(Any, out), mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, (path, label) in enumerate(job.samples, start=job.first):
+                stem, _, extension = path.rpartition("/")[2].rpartition(".")
+                key = f"{number:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:60]}"
+                try:
+                    data = Path(root, path).read_bytes()
+                except OSError as error:
+                    problem = f"{Path(root, path)}: cannot be read: {error.strerror}"
+                    raise UserError(problem) from None
+                offsets.append(_add(tar, f"{key}.{extension.lower()}", data))
+                sizes.append(len(data))
+                _add(tar, f"{key}.cls", str(label).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return {
+        "name": job.name,
+        "bytes": out.position,
+        "sha256": out.digest.hexdigest(),
+        "offset": offsets,
+        "size": sizes,
+        "labels": [label for _, label in job.samples],
+    }
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a file and return where its bytes begin."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o444
+    begin = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(member, io.BytesIO(data))
+    return begin
+
+
+def _finish(
+    target: Path,
+    identity: str,
+    classes: tuple[str, ...],
+    jobs: dict[str, list[_Job]],
+    done: dict[str, dict[str, Any]],
+) -> None:
+    """The index, then dataset.json, which says that all is there."""
+    arrays, entries = {}, {}
+    for key in jobs:
+        facts = [done[job.name] for job in jobs[key]]
+        entries[key] = [{field: f[field] for field in ("name", "bytes", "sha256")} for f in facts]
+        lengths = [len(f["labels"]) for f in facts]
+        arrays[f"{key}/shard"] = np.repeat(np.arange(len(facts)), lengths)
+        for array in ("offset", "size", "labels"):
+            arrays[f"{key}/{array}"] = np.concatenate([np.array(f[array], np.int64) for f in facts])
+    draft = target / _PACKING / INDEX
+    save_file(arrays, draft)
+    sync(draft)
+    draft.rename(target / INDEX)
+    draft = target / _PACKING / DATASET
+    manifest = {"format": FORMAT, "identity": identity, "classes": classes} | entries
+    draft.write_text(json.dumps(manifest, indent=1) + "\n")
+    sync(draft)
+    draft.rename(target / DATASET)
+    sync(target)

@@ -1,0 +1,62 @@
+"""Images in tar shards, read at random; imports images, shard_index, source and errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from hvd_lars.data.images import decode
+from hvd_lars.data.shard_index import ShardSplit
+from hvd_lars.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@final
+class ShardImages:
+    """One split of a sharded data set: an image is one read at its offset in its shard.
+
+    Args:
+        root: the folder of the shards; may be another than the one that was indexed.
+        split: which bytes of which shard are which image.
+    """
+
+    def __init__(self, root: Path, split: ShardSplit) -> None:
+        self._root, self._split = root, split
+        self._files: dict[int, int] = {}
+        self.labels = split.labels
+
+    def open(self, index: int) -> Image:
+        """Decode an image; UserError names shard and member if that fails."""
+        split = self._split
+        shard, offset = int(split.shard[index]), int(split.offset[index])
+        path, size = self._root / split.names[shard], int(split.size[index])
+        try:
+            file = self._descriptor(shard, path)
+            data = os.pread(file, size, offset)
+            name = os.pread(file, 100, offset - 512).partition(b"\0")[0].decode(errors="replace")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if len(data) < size:
+            raise UserError(f"{path}: truncated: the image at byte {offset} is not all there")
+        return decode(data, f"{path}: {name}")
+
+    def _descriptor(self, shard: int, path: Path) -> int:
+        """An open file a shard; all are closed when the process may open no more."""
+        if shard not in self._files:
+            try:
+                self._files[shard] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._files:
+                    raise
+                for descriptor in self._files.values():
+                    os.close(descriptor)
+                self._files = {shard: os.open(path, os.O_RDONLY)}
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, which belong to one process."""
+        return self.__dict__ | {"_files": {}}

@@ -1,0 +1,380 @@
+"""Packing folders into shards and reading shards, ours and WebDataset's."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from launch.test_training import hvd_lars
+from test_image_folder import make_folder, source_of
+
+from hvd_lars.data import Augment, Images, ShardImages, cached_root, copy_shards, load_shards
+from hvd_lars.data.shard_index import scan_tar
+from hvd_lars.data.shard_writer import pack, verify
+from hvd_lars.errors import UserError
+from hvd_lars.launchers import this_python
+
+QUIET = lambda done, total: None  # noqa: E731
+
+
+def load(root, **options):
+    return load_shards(str(root), "*train*.tar", "*val*.tar", options.get("cache"))
+
+
+def images_of(shards, root):
+    stores = (ShardImages(root, split) for split in (shards.train, shards.val))
+    return Images(*stores, shards.num_classes, Augment(), 16, 20, seed=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images") / "data", train=9, val=3)
+
+
+@pytest.fixture
+def packed(folder, tmp_path):
+    pack(str(folder), tmp_path / "shards", 2, 10, QUIET)
+    return tmp_path / "shards"
+
+
+def contents(root):
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def test_a_packed_folder_holds_the_same_files(folder, packed):
+    names = sorted(path.name for path in packed.iterdir())
+    assert names == ["dataset.json", "index.safetensors"] + [
+        f"train-{i:06d}.tar" for i in range(3)
+    ] + ["val-000000.tar"]
+    shards = load(packed)
+    assert shards.num_classes == 3
+    found = sorted(
+        (int(label), (packed / shards.train.names[s]).read_bytes()[o : o + n])
+        for s, o, n, label in zip(
+            shards.train.shard,
+            shards.train.offset,
+            shards.train.size,
+            shards.train.labels,
+            strict=True,
+        )
+    )
+    wanted = sorted(
+        (label, path.read_bytes())
+        for label, name in enumerate(("ant", "bee", "cat"))
+        for path in (folder / "train" / name).iterdir()
+    )
+    assert found == wanted
+    assert shards.train.labels.tolist() != sorted(shards.train.labels.tolist())  # shuffled
+
+
+def test_evaluation_sees_the_images_of_the_folder(folder, packed):
+    mine = images_of(load(packed), packed)
+    wanted, labels = source_of(folder).eval_batch(np.arange(9))
+    found, found_labels = mine.eval_batch(np.arange(9))
+    assert torch.equal(found, wanted)
+    assert torch.equal(found_labels, labels)
+
+
+def test_packing_again_gives_the_same_bytes_whatever_the_workers(folder, packed, tmp_path):
+    pack(str(folder), tmp_path / "again", 1, 10, QUIET)
+    assert contents(tmp_path / "again") == contents(packed)
+
+
+def test_an_interrupted_pack_goes_on(folder, packed, tmp_path, monkeypatch):
+    from hvd_lars.data import shard_writer
+
+    wanted = contents(packed)
+    target = tmp_path / "torn"
+    monkeypatch.setattr(
+        shard_writer, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(folder), target, 1, 10, QUIET)
+    monkeypatch.undo()
+    assert not (target / "dataset.json").exists()
+    (target / "train-000001.tar").unlink()  # one is lost, one was never renamed
+    (target / ".packing/train-000002.tar").write_bytes(b"half")
+    result = pack(str(folder), target, 1, 10, QUIET)
+    assert (result.samples, result.written, result.shards) == (36, 10, 4)
+    assert contents(target) == wanted
+
+
+def test_a_killed_pack_goes_on(tmp_path):
+    """SIGKILL of the command and its workers in the midst of writing."""
+    folder = make_folder(tmp_path / "images", train=400, val=2)
+    target = tmp_path / "shards"
+    command = this_python("-m", "hvd_lars", "pack", str(folder), str(target), "--shard-samples=20")
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(target.glob("train-*.tar")):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    code, output = hvd_lars("pack", folder, target, "--shard-samples=20", "--verify")
+    assert code == 0, output
+    assert "61 shards have the SHA-256" in output
+    assert "were there already" in output
+    assert not (target / ".packing").exists()
+    pack(str(folder), tmp_path / "whole", 1, 20, QUIET)
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_a_lost_shard_is_written_again(folder, packed):
+    wanted = contents(packed)
+    (packed / "train-000001.tar").unlink()
+    assert pack(str(folder), packed, 1, 10, QUIET).written == 10
+    assert contents(packed) == wanted
+
+
+def test_verify_names_every_damaged_shard(packed):
+    for name in ("train-000001.tar", "val-000000.tar"):
+        data = bytearray((packed / name).read_bytes())
+        data[1000] ^= 1
+        (packed / name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        verify(packed, 2, QUIET)
+    lines = str(caught.value).splitlines()
+    assert [line.partition(":")[0].rpartition("/")[2] for line in lines[:2]] == [
+        "train-000001.tar",
+        "val-000000.tar",
+    ]
+    assert "remove these and pack again" in lines[2]
+
+
+def test_another_folder_is_not_mixed_in(packed, tmp_path):
+    before = contents(packed)
+    other = make_folder(tmp_path / "other", classes=("x", "y"))
+    with pytest.raises(UserError, match="holds shards of other images"):
+        pack(str(other), packed, 1, 10, QUIET)
+    assert {k: v for k, v in contents_of_files(packed).items()} == before
+
+
+def contents_of_files(root):
+    return {path.name: path.read_bytes() for path in root.iterdir() if path.is_file()}
+
+
+# In a process of its own, since the reader leaves its files to be closed by the interpreter.
+READER = """
+import hashlib, json, sys, webdataset
+decoded = webdataset.WebDataset(sys.argv[1:], shardshuffle=False).decode("pil")
+labels = [int(sample["cls"]) for sample in decoded]
+raw = webdataset.WebDataset(sys.argv[1:], shardshuffle=False)
+files = [sample.get("jpeg") or sample["png"] for sample in raw]
+print(json.dumps([labels, [hashlib.sha256(file).hexdigest() for file in files]]))
+"""
+
+
+def test_webdataset_reads_our_shards(folder, packed):
+    shards = [str(path) for path in sorted(packed.glob("train-*.tar"))]
+    output = subprocess.run(
+        this_python("-c", READER, *shards), capture_output=True, text=True, check=True
+    ).stdout
+    labels, sums = json.loads(output)
+    assert labels == load(packed).train.labels.tolist()
+    files = (folder / "train").glob("*/*")
+    assert sorted(sums) == sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+
+
+@pytest.fixture
+def foreign(folder, tmp_path):
+    """Shards that WebDataset's own writer made, without an index of ours."""
+    root = tmp_path / "foreign"
+    root.mkdir()
+    for split in ("train", "val"):
+        pattern = str(root / f"imagenet-{split}-%04d.tar")
+        with webdataset.ShardWriter(pattern, maxcount=5, verbose=0) as writer:
+            for label, name in enumerate(("ant", "bee", "cat")):
+                for path in sorted((folder / split / name).iterdir()):
+                    key = f"{split}/{name}_{path.stem}"
+                    extension = path.suffix[1:].lower()
+                    writer.write(
+                        {"__key__": key, extension: path.read_bytes(), "cls": label, "json": {}}
+                    )
+    return root
+
+
+def test_we_read_webdatasets_shards(folder, foreign, tmp_path):
+    cache = tmp_path / "cache"
+    shards = load(foreign, cache=cache)
+    assert shards.num_classes == 3
+    assert len(shards.train.labels) == 27
+    found, labels = images_of(shards, foreign).eval_batch(np.arange(9))
+    wanted, wanted_labels = source_of(folder).eval_batch(np.arange(9))
+    assert torch.equal(found, wanted)
+    assert torch.equal(labels, wanted_labels)
+    again = load(foreign, cache=cache)
+    assert again.train.offset.tolist() == shards.train.offset.tolist()
+    assert len(list(cache.iterdir())) == 1
+
+
+def tar_of(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jpg": b"x"}, "sample a has not a .cls label"),
+        ({"a.cls": b"1"}, "sample a has not an image"),
+        ({"a.jpg": b"x", "a.cls": b"one"}, "a.cls: found b'one'; a label is a number"),
+    ],
+)
+def test_a_sample_that_is_not_whole_is_named(tmp_path, files, message):
+    with pytest.raises(UserError, match=message):
+        scan_tar(tar_of(tmp_path / "s.tar", files))
+
+
+def test_a_truncated_or_compressed_foreign_shard_is_named(foreign, tmp_path):
+    path = foreign / "imagenet-train-0001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"JFIF") + 50])
+    with pytest.raises(UserError, match="imagenet-train-0001.tar: truncated") as caught:
+        load(foreign)
+    assert len(str(caught.value).splitlines()) == 1
+    with tarfile.open(tmp_path / "c.tar", "w:gz") as tar:
+        tar.add(__file__, "a.jpg")
+    with pytest.raises(UserError, match="not an uncompressed tar file"):
+        scan_tar(tmp_path / "c.tar")
+
+
+def break_index(root, change):
+    manifest = json.loads((root / "dataset.json").read_text())
+    change(manifest)
+    (root / "dataset.json").write_text(json.dumps(manifest))
+
+
+def lose_class(manifest):
+    manifest["classes"].pop()
+
+
+def name_elsewhere(name):
+    def change(manifest):
+        manifest["train"][0]["name"] = name
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose_class, "has label 2; allowed: 0 to 1"),
+        (name_elsewhere("../../etc/passwd"), "'../../etc/passwd' is not the name of a shard"),
+        (name_elsewhere("/etc/passwd.tar"), "'/etc/passwd.tar' is not the name of a shard"),
+        (name_elsewhere("train-9.tar"), "train-9.tar: No such file"),
+        (lambda m: m.pop("classes"), "dataset.json: damaged: KeyError"),
+        (lambda m: m.update(format="hvd_lars shards 7"), "format 'hvd_lars shards 7'"),
+    ],
+)
+def test_a_wrong_index_gets_one_line(packed, change, message):
+    break_index(packed, change)
+    with pytest.raises(UserError, match=message) as caught:
+        load(packed)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_truncated_shard_is_named_at_the_start_and_when_read(packed):
+    shards = load(packed)
+    path = packed / "train-000002.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="train-000002.tar: truncated or replaced: 2000 bytes"):
+        load(packed)
+    with pytest.raises(UserError, match="train-000002.tar: truncated: the image at byte"):
+        images_of(shards, packed).train_batch(0, np.arange(27))
+
+
+def test_a_pattern_may_not_lead_out_of_the_folder(foreign):
+    with pytest.raises(UserError, match="data.train_shards: '../x.tar': leads out of data.root"):
+        load_shards(str(foreign), "../x.tar", "*val*.tar", None)
+    with pytest.raises(UserError, match="neither dataset.json nor shards that match nothing"):
+        load_shards(str(foreign), "nothing*.tar", "*val*.tar", None)
+
+
+def test_open_files_are_not_sent_to_workers_and_few_suffice(packed):
+    import resource
+
+    store = ShardImages(packed, load(packed).train)
+    store.open(0)
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.open(5).size == store.open(5).size
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, hard))
+        fresh = ShardImages(packed, load(packed).train)
+        first = int(fresh._split.shard[0])
+        other = int(np.flatnonzero(fresh._split.shard != first)[0])
+        fresh.open(0)
+        while True:
+            try:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                break
+        assert fresh.open(other).size == (40, 30)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_nodes_own_copy_is_whole_and_made_once(packed, tmp_path):
+    shards = load(packed)
+    cache = tmp_path / "node"
+    copy_shards(shards, str(cache))
+    root = cached_root(shards, str(cache))
+    tars = {name: data for name, data in contents(packed).items() if name.endswith(".tar")}
+    assert contents(root) == tars
+    before = {path: path.stat().st_mtime_ns for path in root.iterdir()}
+    (root / "train-000000.tar").write_bytes(b"torn")
+    copy_shards(shards, str(cache))
+    assert contents(root) == tars
+    after = {path: path.stat().st_mtime_ns for path in root.iterdir()}
+    assert [p.name for p in before if after[p] != before[p]] == ["train-000000.tar"]
+
+
+def test_a_copy_is_compared_with_its_checksum(packed, tmp_path):
+    shards = load(packed)
+    data = bytearray((packed / "val-000000.tar").read_bytes())
+    data[600] ^= 1
+    (packed / "val-000000.tar").write_bytes(data)
+    with pytest.raises(UserError, match="val-000000.tar: damaged"):
+        copy_shards(shards, str(tmp_path / "node"))
+    assert not list((tmp_path / "node").rglob("*val*"))
+
+
+def test_a_cache_without_room_or_rights_says_so(packed, tmp_path, monkeypatch):
+    shards = load(packed)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="data.cache_dir: .*file.*: Not a directory"):
+        copy_shards(shards, str(tmp_path / "file/node"))
+    huge = shards.__class__(**shards.__dict__ | {"bytes": dict.fromkeys(shards.bytes, 10**15)})
+    with pytest.raises(UserError, match=r"data.cache_dir: .*: 4000000.0 GB are needed"):
+        copy_shards(huge, str(tmp_path / "node"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such", "{tmp}/s"], "data.root: /no/such/train: No such file"),
+        (["{images}", "{tmp}/file/s"], "file/s/.packing: cannot be written: Not a directory"),
+        (["{images}", "{tmp}/s", "--workers=0"], "--workers: found 0; must be 1 or more"),
+    ],
+)
+def test_mistakes_of_pack(folder, tmp_path, arguments, message):
+    (tmp_path / "file").write_text("in the way")
+    code, output = hvd_lars("pack", *(a.format(tmp=tmp_path, images=folder) for a in arguments))
+    assert code == 2
+    assert message in output
+    assert len(output.splitlines()) == 1
