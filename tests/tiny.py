@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hvd_lars.assemble.training import make_average
+from hvd_lars.batch_norm import span_ranks
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.optim import LARS, Replicated, parameter_groups
@@ -34,12 +36,14 @@ class TinySource:
         return images, labels
 
 
-def tiny_model(dtype, seed=0):
+def tiny_model(dtype, seed=0, norm=False):
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(3, 7, 3),
+        *([nn.BatchNorm2d(7)] if norm else []),
         nn.ReLU(),
         nn.Conv2d(7, 5, 3),
+        *([nn.BatchNorm2d(5, momentum=None, affine=False)] if norm else []),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(20, 13),
@@ -48,15 +52,24 @@ def tiny_model(dtype, seed=0):
     ).to(dtype)
 
 
-def tiny_trainer(comm, dtype, micro_batch, folder=None, adapt="weights", seed=0, **options):
-    """A Trainer of the tiny model whose buckets are small enough that there are several."""
-    model = tiny_model(dtype, seed)
+def tiny_trainer(
+    comm, dtype, micro_batch, folder=None, adapt="weights", seed=0, norm=False, ema=None, **options
+):
+    """A Trainer of the tiny model whose buckets are small enough that there are several.
+
+    With ``norm`` it has BatchNorms over all ranks, with ``ema`` a moving average.
+    """
+    model = tiny_model(dtype, seed, norm)
+    average = make_average(model, ema) if ema else None
+    if norm:
+        span_ranks(model, comm.group(comm.size))
     placement = Replicated(model.parameters(), comm, bucket_bytes=700)
     groups = parameter_groups(model, 5e-3, adapt=adapt)
     optimizer = LARS(groups, trust_coefficient=0.02, placement=placement, **options)
     source = TinySource(dtype)
     return Trainer(
         model=model,
+        average=average,
         optimizer=optimizer,
         placement=placement,
         schedule=lambda step: RATES[step % len(RATES)],
@@ -73,9 +86,9 @@ def tiny_trainer(comm, dtype, micro_batch, folder=None, adapt="weights", seed=0,
     )
 
 
-def one_device(dtype, adapt="weights", **options):
+def one_device(dtype, adapt="weights", norm=False, **options):
     """The same training by one device that holds the whole batch, written out."""
-    model = tiny_model(dtype)
+    model = tiny_model(dtype, norm=norm)
     groups = parameter_groups(model, 5e-3, adapt=adapt)
     optimizer = LARS(groups, trust_coefficient=0.02, **options)
     source = TinySource(dtype)

@@ -1,4 +1,4 @@
-"""Horovod as a communicator: MPI or Gloo on CPU, NCCL on GPU; imports base."""
+"""Horovod as a communicator: MPI or Gloo on CPU, NCCL on GPU; imports base and local."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hvd_lars.comm.base import (
     check_reducible,
     end_process,
 )
+from hvd_lars.comm.local import LocalCommunicator
 
 T = TypeVar("T")
 
@@ -73,6 +74,7 @@ class HorovodCommunicator:
 
         hvd.init()
         self._hvd = hvd
+        self._groups: dict[int, list[Any]] = {}
         self.rank: int = hvd.rank()
         self.size: int = hvd.size()
         self.local_rank: int = hvd.local_rank()
@@ -124,11 +126,16 @@ class HorovodCommunicator:
     def group(self, ranks: int) -> Reducer:
         """A process set; every rank registers those of all groups, as Horovod requires."""
         check_group_size(ranks, self.size)
-        sets = [
-            self._hvd.add_process_set(range(first, first + ranks))
-            for first in range(0, self.size, ranks)
-        ]
-        return _Group(self._hvd, sets[self.rank // ranks])
+        if ranks == 1:
+            return LocalCommunicator()
+        if ranks == self.size:
+            return self
+        if ranks not in self._groups:  # Horovod refuses to register the same ranks again
+            self._groups[ranks] = [
+                self._hvd.add_process_set(range(first, first + ranks))
+                for first in range(0, self.size, ranks)
+            ]
+        return _Group(self._hvd, self._groups[ranks][self.rank // ranks])
 
     def abort(self, reason: str, code: int = 1) -> NoReturn:
         """End this process; every launcher of Horovod then ends the others."""

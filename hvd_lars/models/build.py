@@ -12,11 +12,23 @@ from hvd_lars.errors import UserError
 from hvd_lars.models.alexnet import CaffeAlexNet
 from hvd_lars.models.small_alexnet import SmallAlexNet
 
+def resnet18_cifar(num_classes: int) -> nn.Module:
+    """torchvision's ResNet-18 for 32×32 images: a 3×3 stem of stride 1 and no first pooling."""
+    from torchvision import models
+
+    model: nn.Module = models.resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
 OWN: dict[str, Callable[[int], nn.Module]] = {
     "digits_alexnet": partial(SmallAlexNet, image_size=8),
     "glyphs_alexnet": partial(SmallAlexNet, image_size=16),
     "alexnet_caffe": CaffeAlexNet,
     "alexnet_bn": partial(CaffeAlexNet, batch_norm=True),
+    "resnet18_cifar": resnet18_cifar,
 }
 
 

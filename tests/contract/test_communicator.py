@@ -1,9 +1,11 @@
 """What every communicator does, at 1 to 4 ranks; run under launchers by test_rank_suites."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from hvd_lars.comm.agree import on_root
+from hvd_lars.comm.agree import on_each_node, on_root
 from hvd_lars.comm.base import REDUCIBLE
 from hvd_lars.errors import UserError
 
@@ -150,3 +152,33 @@ def test_on_root_returns_to_all_ranks_and_fails_on_all_ranks(comm):
 def test_barrier_returns(comm):
     for _ in range(3):
         assert comm.barrier() is None
+
+
+def test_each_group_sums_its_own_ranks(comm):
+    for ranks in [n for n in range(1, comm.size + 1) if comm.size % n == 0]:
+        group = comm.group(ranks)
+        first = comm.rank // ranks * ranks
+        assert (group.rank, group.size) == (comm.rank - first, ranks)
+        whole, part = torch.ones(3), torch.full((5,), float(comm.rank), dtype=torch.float64)
+        pending = comm.start_all_reduce_sum(whole, f"whole {ranks}")  # both at once
+        group.start_all_reduce_sum(part, f"part {ranks}").wait()
+        pending.wait()
+        assert part.tolist() == [float(sum(range(first, first + ranks)))] * 5
+        assert whole.tolist() == [comm.size] * 3
+
+
+def test_groups_that_do_not_divide_the_ranks_are_refused(comm):
+    with pytest.raises(ValueError, match=f"groups of 5 ranks cannot be made of {comm.size}"):
+        comm.group(5)
+
+
+def test_on_each_node_acts_once_a_node_and_fails_on_all_ranks(comm, tmp_path_factory):
+    folder = comm.broadcast_object(str(tmp_path_factory.mktemp("node")))
+    on_each_node(comm, lambda: Path(folder, f"{comm.rank}").touch())
+    assert [path.name for path in Path(folder).iterdir()] == ["0"]  # all ranks are on one node
+
+    def refuse():
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    with pytest.raises(UserError, match="/some/file: Permission denied"):
+        on_each_node(comm, refuse)

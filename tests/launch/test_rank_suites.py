@@ -8,7 +8,12 @@ import pytest
 from hvd_lars.launchers import run_here
 
 HANG_GUARD = 600
-RANK_TESTS = ["tests/contract", "tests/test_ranks.py", "tests/test_horovod_optimizer.py"]
+RANK_TESTS = [
+    "tests/contract",
+    "tests/test_ranks.py",
+    "tests/test_batch_norm.py",
+    "tests/test_horovod_optimizer.py",
+]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -28,12 +33,16 @@ def test_suite_under_horovodrun_on_mpi(request):
     check_suite(request, "horovodrun", "horovod", 2)
 
 
-def check_suite(request, launcher, backend, ranks):
+def test_every_bundled_config_takes_steps_over_two_ranks(request):
+    check_suite(request, "mpirun", "horovod", 2, ["tests/test_recipes.py"])
+
+
+def check_suite(request, launcher, backend, ranks, tests=RANK_TESTS):
     pytest_here = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
     program = [
         *pytest_here,
         f"--rootdir={request.config.rootpath}",
-        *(str(request.config.rootpath / path) for path in RANK_TESTS),
+        *(str(request.config.rootpath / path) for path in tests),
     ]
     environment = {"HVD_LARS_TEST_BACKEND": backend, "OMP_NUM_THREADS": "1"}
     result = run_here(launcher, ranks, program, HANG_GUARD, environment)

@@ -1,0 +1,153 @@
+"""``hvd-lars check``: plans, memory and warnings, for one config and for all."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch.test_training import hvd_lars
+from torch import nn
+
+from hvd_lars.cli.check import check, curve, parse_bytes
+from hvd_lars.config_file import bundled_configs, load_config
+from hvd_lars.errors import UserError
+from hvd_lars.memory import footprint
+from hvd_lars.models import build_model
+
+
+def planned(capsys, *arguments, ranks=64, memory=None):
+    assert check([arguments[0]], list(arguments[1:]), ranks, memory, as_json=True) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_bundled_config_can_be_planned_without_its_data(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = list(bundled_configs())
+    assert check(names, [], 64, "80GB", as_json=True) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert [answer["config"] for answer in answers] == names
+    for answer in answers:
+        name = answer["config"]
+        config = load_config(name)
+        assert answer["global_batch"] == config.train.global_batch
+        assert answer["ranks"] == 64
+        assert answer["accumulation"] * answer["largest_micro_batch"] * 64 >= answer["global_batch"]
+        if name.startswith(("alexnet", "resnet50")):
+            assert answer["num_train"] == 1_281_167
+            assert config.recipe.source
+            assert config.recipe.obtained
+            assert any("is not here: planned for the 1,281,167" in note for note in answer["notes"])
+        assert not any("GB a rank are estimated" in line for line in answer["warnings"])
+
+
+def test_a_plan_of_goyals_recipe(capsys):
+    plan = planned(capsys, "resnet50-goyal-b8192", ranks=256)
+    assert plan["steps_per_epoch"] == 156
+    assert plan["intervals"]["total"] == 90 * 156
+    assert plan["lr"]["after warmup"] == pytest.approx(3.2)
+    assert plan["lr"]["start"] == pytest.approx(0.1)
+    assert plan["lr"]["last step"] == pytest.approx(0.0032)
+    assert plan["accumulation"] == 1
+    groups = plan["optimizer_groups"]
+    assert [g["adapt"] for g in groups] == ["none", "none"]
+    assert [g["weight_decay"] for g in groups] == [1e-4, 0.0]
+    assert sum(g["parameters"] for g in groups) == 25_557_032
+    assert plan["memory_bytes"]["gradients"] == 4 * 25_557_032
+
+
+def test_what_leaves_the_recipe_is_told(capsys):
+    plan = planned(
+        capsys,
+        "resnet50-lars-b8192",
+        "schedule.base_lr=3",
+        "train.micro_batch=16",
+        "data.augment.mixup=0.2",
+        "data.root=/elsewhere",
+    )
+    changes = [line for line in plan["warnings"] if "in place of" in line]
+    assert changes == [
+        "data.augment.mixup is 0.2 in place of the recipe's 0.0",
+        "schedule.base_lr is 3.0 in place of the recipe's 12.8",
+    ]
+
+
+def test_a_device_that_is_too_small_is_told_with_what_would_fit(capsys):
+    large = planned(capsys, "resnet50-lars-b32768", "train.micro_batch=512", memory="16GB")
+    (line,) = [line for line in large["warnings"] if "estimated" in line]
+    fitting = int(line.partition("train.micro_batch=")[2].split()[0])
+    for size, fits in ((fitting, True), (fitting + 1, False)):
+        plan = planned(capsys, "resnet50-lars-b32768", f"train.micro_batch={size}", memory="16GB")
+        del plan["accumulation"]
+        assert (plan["memory_bytes_total"] <= 16e9) is fits or plan["largest_micro_batch"] < size
+    with pytest.raises(UserError, match="--device-memory: found 'lots'"):
+        check(["digits"], [], 1, "lots", as_json=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("80GB", 8e10), ("16GiB", 2**34), ("640 MB", 6.4e8), ("1.5T", 1.5e12)]
+)
+def test_sizes(text, wanted):
+    assert parse_bytes(text) == wanted
+
+
+def test_the_footprint_is_what_autograd_keeps():
+    """By hand: ReLU keeps its result, a convolution and a linear layer their input."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)
+    )
+    found = footprint(model, (3, 6, 6))
+    assert found.parameters == 4 * (4 * 27 + 4 + 10 * 144 + 10)
+    # images 108, ReLU's result 144 (the linear layer's input too), log-softmax 10, the label 2·4
+    assert found.activations_per_sample == 4 * (108 + 144 + 10) + 8
+    assert found.activations(100) - found.activations(50) == 50 * found.activations_per_sample
+
+
+@pytest.mark.parametrize("name", ["resnet18", "alexnet_bn", "timm/mobilenetv3_small_050"])
+def test_the_footprint_on_meta_is_that_of_real_tensors(name):
+    torch.manual_seed(0)
+    side = 227 if name == "alexnet_bn" else 64
+    model = build_model(name, 10)
+    wanted = footprint(model, (3, side, side)).activations(3)
+    kept = {}
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = tensor
+        return tensor
+
+    images = torch.randn(3, 3, side, side)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2]), reduction="sum")
+    keep(images)
+    found = sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert found == pytest.approx(wanted, rel=0.02)
+    assert loss.item() > 0
+
+
+def test_the_curve_shows_ramp_and_decay():
+    drawn = curve(lambda step: min(step, 20 - step) / 10, 21, width=21)
+    assert drawn[0] == drawn[-1] == "▁"
+    assert drawn[10] == "█"
+
+
+def test_one_bad_config_among_good_ones(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("extends: ../no.yaml\n")
+    code, output = hvd_lars("check", "digits", bad, "train.duration=7 epochs", "--ranks", "2")
+    assert code == 2
+    assert "70 of 1,024 samples" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("hvd-lars: ")]
+    assert "no.yaml: cannot be read: No such file" in line
+
+
+def test_recipes_md_is_what_the_yamls_say():
+    root = Path(__file__).parent.parent
+    sys.path.insert(0, str(root / "docs"))
+    try:
+        import make_recipes
+    finally:
+        sys.path.pop(0)
+    assert (root / "docs/recipes.md").read_text() == make_recipes.page()

@@ -1,0 +1,49 @@
+"""Every bundled config takes a few steps, small, over two ranks; run by test_rank_suites."""
+
+import os
+
+import pytest
+import torch
+
+from hvd_lars.assemble import build_trainer
+from hvd_lars.comm import detect_launch
+from hvd_lars.config_file import bundled_configs, load_config
+from hvd_lars.replicas import named_state, verify_agreement
+
+STEPS = 2
+
+
+def tiny_overrides(name, folder):
+    config = load_config(name)
+    overrides = ["train.global_batch=4", "train.micro_batch=2", f"train.duration={STEPS} steps"]
+    overrides += ["train.eval_every=1 steps", "checkpoint.every=1 steps", f"run.dir={folder}"]
+    overrides += ["run.expect_world_size=2"]
+    if config.schedule.warmup != "none":
+        overrides.append("schedule.warmup_duration=1 steps")
+    if config.schedule.milestones:
+        overrides.append("schedule.milestones=['1 steps']")
+    if config.data.name not in ("digits", "glyphs"):
+        side = {"alexnet": 227, "resnet5": 64, "resnet1": 32}[config.model.name[:7]]
+        fields = f"image_size: {side}, num_train: 16, num_eval: 4, num_classes: 10"
+        overrides.append(f"data={{name: synthetic, {fields}}}")
+    return overrides
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", bundled_configs())
+def test_takes_steps(comm, name, tmp_path_factory):
+    folder = comm.broadcast_object(str(tmp_path_factory.mktemp("run") / "run"))
+    config = load_config(name, tiny_overrides(name, folder))
+    trainer, _ = build_trainer(config, comm, detect_launch(os.environ))
+    torch.set_num_threads(1)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    batches = trainer.batches_from(0)
+    for step in range(STEPS):
+        loss = trainer.train_step(step, batches)
+        comm.start_all_reduce_sum(loss, "loss").wait()
+        assert 0.0 < loss.item() < 100.0
+    moved = [not torch.equal(b, p) for b, p in zip(before, trainer.model.parameters(), strict=True)]
+    assert sum(moved) >= 0.9 * len(moved)
+    parameters = named_state(trainer.model, trainer.optimizer)
+    parameters = {name: t for name, t in parameters.items() if "running_" not in name}
+    verify_agreement(parameters, comm)
