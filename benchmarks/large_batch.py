@@ -33,9 +33,9 @@ SGD, NESTEROV = "name: sgd, adapt: weights", "name: sgd, adapt: weights, nestero
 LARS = "name: lars, adapt: layer"
 
 SHORT = {
-    256: {"SGD": [0.04, 0.08], "Nesterov": [0.04, 0.08], "LARS": [8.0, 16.0]},
-    1024: {"SGD": [0.02, 0.03, 0.05], "Nesterov": [0.02, 0.03, 0.05], "LARS": [16.0, 24.0, 32.0]},
-    4096: {"SGD": [0.02, 0.05, 0.1], "Nesterov": [0.02, 0.05, 0.1], "LARS": [16.0, 32.0, 48.0]},
+    256: {"SGD": [0.04, 0.08, 0.12], "Nesterov": [0.04, 0.08, 0.12], "LARS": [4.0, 8.0, 16.0]},
+    1024: {"SGD": [0.01, 0.02, 0.03], "Nesterov": [0.01, 0.02, 0.03], "LARS": [24.0, 32.0, 40.0]},
+    4096: {"SGD": [0.05, 0.1, 0.2], "Nesterov": [0.05, 0.1, 0.2], "LARS": [8.0, 16.0, 24.0]},
 }
 _RATES = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2]
 _LARS_RATES = [4.0, 8.0, 16.0, 24.0, 32.0, 40.0, 56.0]
@@ -99,7 +99,7 @@ class Bench:
                     continue
                 ratios = {"step": number}
                 for layer, param in zip(group["names"], group["params"], strict=True):
-                    w, g = float(param.norm()), float(param.grad.norm())
+                    w, g = param.detach().norm().item(), param.grad.norm().item()
                     beta = group["weight_decay"]
                     ratios[layer] = group["trust_coefficient"] * w / (g + beta * w)
                 self.ratios.append(ratios)

@@ -139,6 +139,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         samples = self.intervals.total * self.batches.global_batch
         self._record("event", self.intervals.total, event="stop", reason="finished")
+        for sink in self.sinks:
+            sink.close()
         return Summary(evaluation, samples / (seconds - aside), seconds)
 
     def _evaluate(self, done: int) -> Evaluation:

@@ -33,9 +33,9 @@ from hvd_lars.data import (
     cached_root,
     copy_shards,
     draw_glyphs,
-    load_digits,
     list_folder,
     load_cifar,
+    load_digits,
     load_shards,
 )
 from hvd_lars.data.images import IMAGENET_COLOURS, ImageStore

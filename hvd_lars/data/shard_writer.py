@@ -17,6 +17,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast, final
@@ -166,25 +167,32 @@ def _known(target: Path, identity: str, jobs: list[_Job]) -> dict[str, dict[str,
 
 def _is_there(target: Path, facts: dict[str, Any]) -> bool:
     path = target / facts["name"]
-    size: int = facts["bytes"]
-    return path.is_file() and path.stat().st_size == size
+    return path.is_file() and path.stat().st_size == int(facts["bytes"])
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
+    return ProcessPoolExecutor(workers, context)
 
 
 def _write_all(
     root: str, target: Path, jobs: list[_Job], workers: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Write shards in parallel; yields each one's facts and number of samples when it is done."""
-    if not jobs:
+    if min(workers, len(jobs)) <= 1:
+        for job in jobs:
+            yield _write(root, target, job), len(job.samples)
         return
     with _pool(min(workers, len(jobs))) as pool:
         running = {pool.submit(_write, root, target, job): job for job in jobs}
         try:
             for future in as_completed(running):
                 yield future.result(), len(running[future].samples)
+        except BrokenProcessPool:
+            raise UserError(
+                "a packing process was killed: out of memory? try fewer --workers"
+            ) from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -24,6 +24,10 @@ class Sink(Protocol):
         """Take a record: ``kind`` is ``train``, ``eval`` or ``event``, values are global."""
         ...
 
+    def close(self) -> None:
+        """No record follows."""
+        ...
+
 
 @final
 class JsonLines:
@@ -36,6 +40,10 @@ class JsonLines:
         """Append the record."""
         self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 @final
@@ -62,3 +70,6 @@ class Console:
                 + (f"  average's top-1 {record['ema_top1']:.4f}" if "ema_top1" in record else ""),
                 flush=True,
             )
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -12,8 +12,9 @@ from hvd_lars.errors import UserError
 from hvd_lars.models.alexnet import CaffeAlexNet
 from hvd_lars.models.small_alexnet import SmallAlexNet
 
+
 def resnet18_cifar(num_classes: int) -> nn.Module:
-    """torchvision's ResNet-18 for 32×32 images: a 3×3 stem of stride 1 and no first pooling."""
+    """Torchvision's ResNet-18 for 32×32 images: a 3×3 stem of stride 1 and no first pooling."""
     from torchvision import models
 
     model: nn.Module = models.resnet18(num_classes=num_classes)
