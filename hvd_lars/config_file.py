@@ -97,13 +97,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     path = find_config(name)
     tree = _read(path)
-    base_path, base = path, dict[Any, Any]()
+    own, base_path, base = tree, path, dict[Any, Any]()
     if isinstance(tree.get("extends"), str):
         base_path = path.parent / tree.pop("extends")
         base = _read(base_path)
         if "extends" in base:
             raise UserError(f"{base_path}: extends: a file that is extended extends none itself")
-        tree = _merge(base, tree)
+        own, tree = tree, _merge(base, tree)
     # A data set of another kind has other keys: choosing it empties the section.
     overrides = sorted(overrides, key=lambda text: not text.startswith("data.name="))
     overridden = {_override(tree, text) for text in overrides}
@@ -117,7 +117,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             given = any(
                 f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden
             )
-            file = base_path if _holds(base, key) else path
+            file = base_path if _holds(base, key) and not _holds(own, key) else path
             lines.append(f"{'command line' if given else file}: {message}")
         raise UserError("\n".join(lines)) from None
 
@@ -210,15 +210,14 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
 def _fields_at(location: Sequence[Any]) -> list[str]:
     """Names that are allowed in the section at a pydantic error location."""
     model: type[BaseModel] = Config
+    candidates: list[type[BaseModel]] = [Config]
     for part in location:
         field = model.model_fields.get(str(part))
-        candidates = _models_in(field.annotation if field else model)
-        if field is None:  # the tag of the data union
-            continue
-        model = next(
-            (m for m in candidates if len(candidates) == 1 or location[-1] == _tag_of(m)),
-            candidates[0],
-        )
+        if field is not None:
+            candidates = _models_in(field.annotation)
+            model = candidates[0]
+        else:  # the tag of the data union, or a place in a list
+            model = next((m for m in candidates if part == _tag_of(m)), model)
     return list(model.model_fields)
 
 

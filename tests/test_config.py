@@ -163,3 +163,79 @@ def test_the_schema_accepts_what_the_models_accept():
     assert train["duration"]["type"] == "string"
     assert train["eval_every"]["default"] == "1 epochs"
     json.dumps(schema)
+
+
+BASE = """
+data: {name: imagefolder, root: /data, workers: 2, augment: {lighting: 0.1}}
+optimizer: {momentum: 0.8, weight_decay: 1.0e-4}
+schedule: {base_lr: 0.1}
+train: {duration: 2 epochs, global_batch: 64}
+"""
+
+
+def test_a_base_holds_where_the_file_has_no_key(write):
+    write(BASE, "base.yaml")
+    path = write(
+        "extends: base.yaml\noptimizer: {momentum: 0.7}\n"
+        "data: {augment: {flip: false}}\nschedule: {base_lr: 3}\n"
+    )
+    config = load_config(path, ["schedule.base_lr=4"])
+    assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.7, 1e-4)
+    assert (config.data.workers, config.data.augment.lighting) == (2, 0.1)
+    assert config.data.augment.flip is False
+    assert config.schedule.base_lr == 4
+    assert load_config(write(dump_config(config), "dumped.yaml")) == config
+
+
+def test_a_data_set_of_another_kind_takes_nothing_from_the_base(write):
+    write(BASE, "base.yaml")
+    path = write("extends: base.yaml\ndata: {name: digits}\n")
+    assert load_config(path).data.copies == 12
+    path = write("extends: base.yaml\n")
+    overrides = ["data.image_size=16", "data.name=synthetic"]  # in whichever order
+    assert load_config(path, overrides).data.image_size == 16
+    assert load_config(path, ["data.name=shards", "data.root=/s"]).data.workers == 4
+    assert load_config(path, ["data.name=imagefolder"]).data.workers == 2  # the same kind
+
+
+def test_mistakes_in_a_base_are_told_as_its_own(write):
+    base = write(BASE.replace("momentum: 0.8", "momentun: 0.8"), "base.yaml")
+    path = write("extends: base.yaml\ntrain: {global_batch: 0}\n")
+    found = lines_of(path)
+    assert found[0].startswith(f"{base}: optimizer.momentun: unknown key; did you mean momentum?")
+    assert found[1].startswith(f"{path}: train.global_batch: found 0")
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "message"),
+    [
+        (None, "extends: base.yaml", "base.yaml: cannot be read: No such file"),
+        ("extends: other.yaml", "extends: base.yaml", "that is extended extends none itself"),
+        ("- 1", "extends: base.yaml", "base.yaml: found [1]; the sections"),
+        (BASE, "extends: 3", "extends: found 3; must be a valid string"),
+    ],
+)
+def test_a_base_that_cannot_be_taken(write, base, text, message):
+    if base is not None:
+        write(base, "base.yaml")
+    assert any(message in line for line in lines_of(write(text)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.augment.crop_scale=[0.5, 0.1]", "crop_scale is [0.5, 0.1]; needs 0 < least"),
+        ("data.augment.hue=0.7", "data.augment.hue: found 0.7; must be less than or equal to 0.5"),
+        ("data.augment.mixupp=1", "data.augment.mixupp: unknown key; did you mean mixup?"),
+        (
+            "data.progressive=[{epoch: 3, image_size: 9}, {epoch: 3, image_size: 9}]",
+            "epochs [3, 3]",
+        ),
+        ("data.image_size=300", "eval_resize is 256; at least image_size 300"),
+        ("model.ema_decay=1", "model.ema_decay: found 1; must be less than 1"),
+        ("data.expect={train: 3}", "data.expect.eval: missing; it is required"),
+    ],
+)
+def test_mistakes_in_the_new_sections(write, change, message):
+    found = lines_of(write(BASE), change)
+    assert any(message in line for line in found), found

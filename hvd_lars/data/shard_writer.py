@@ -166,7 +166,7 @@ def _known(target: Path, identity: str, jobs: list[_Job]) -> dict[str, dict[str,
 
 
 def _is_there(target: Path, facts: dict[str, Any]) -> bool:
-    path = target / facts["name"]
+    path = target / str(facts["name"])
     return path.is_file() and path.stat().st_size == int(facts["bytes"])
 
 

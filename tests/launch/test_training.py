@@ -226,3 +226,78 @@ def test_a_bad_image_ends_both_ranks_with_its_path(tmp_path):
     assert result.returncode == 2, result.stdout
     assert f"{root}/train/cat/3.png: not a readable image" in result.stdout
     assert "Traceback" not in result.stdout
+
+
+def test_shards_train_over_two_ranks_with_all_that_happens_to_images(tmp_path):
+    """pack → train (mixing, resizing by epoch, an average, synchronous BatchNorm) → eval."""
+    root = make_folder(tmp_path / "images", train=12, val=5)
+    code, output = hvd_lars("pack", root, tmp_path / "shards", "--shard-samples=10")
+    assert code == 0, output
+    config = tmp_path / "shards.yaml"
+    config.write_text(f"""
+data:
+  name: shards
+  root: {tmp_path / "shards"}
+  cache_dir: {tmp_path / "node"}
+  image_size: 32
+  eval_resize: 36
+  workers: 1
+  expect: {{train: 36, eval: 15, classes: 3}}
+  augment: {{mixup: 0.2, cutmix: 1.0, trivial_augment: true, random_erasing: 0.5}}
+  progressive: [{{epoch: 0, image_size: 24}}, {{epoch: 1, image_size: 32}}]
+model: {{name: resnet18, zero_init_last_gamma: true, bn_sync_ranks: 2, ema_decay: 0.9}}
+schedule: {{base_lr: 2.0, warmup: gradual, warmup_duration: 1 epochs}}
+train: {{duration: 2 epochs, global_batch: 12, micro_batch: 4, log_every: 1 steps}}
+""")
+    run = tmp_path / "run"
+    program = this_python("-m", "hvd_lars", "train", str(config), f"run.dir={run}")
+    result = run_here("horovodrun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout
+    assert "average's top-1" in result.stdout
+    logged = records_of(run, "eval")[-1]
+    assert logged["num_samples"] == 15
+    (copy,) = (tmp_path / "node").iterdir()
+    assert len(list(copy.glob("*.tar"))) == 6
+    code, output = hvd_lars("eval", run, "data.cache_dir=null", "data.workers=0")
+    assert code == 0, output
+    found = json.loads(output)
+    assert (found["top1"], found["ema_top1"]) == (logged["top1"], logged["ema_top1"])
+    assert found["ema_loss"] == pytest.approx(logged["ema_loss"], rel=1e-5)
+    fine_tune = [f"model.init_from={run}", f"run.dir={tmp_path / 'tuned'}", "data.workers=0"]
+    code, output = hvd_lars("train", config, *fine_tune, "model.bn_sync_ranks=1")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.root=/no/such", "data.root: /no/such: neither dataset.json nor shards"),
+        ("model.bn_sync_ranks=3", "model.bn_sync_ranks: found 3; it must divide the 2 ranks"),
+        ("model.init_from=/no/such.pth", "model.init_from: /no/such.pth: cannot be read"),
+        ("data.expect={train: 9, eval: 9, classes: 3}", "has 36 + 15 images of 3 classes; 9 + 9"),
+        ("train.micro_batch=1", "train.micro_batch: found 1; mixup and cutmix need 2 or more"),
+    ],
+)
+def test_mistakes_about_shards_and_networks_end_both_ranks(packed, tmp_path, override, message):
+    options = ["data.name=shards", f"data.root={packed}", "data.image_size=32", "data.workers=0"]
+    options += ["data.eval_resize=32", "data.augment.mixup=0.2", "model.name=resnet18"]
+    options += ["train.global_batch=12", "train.duration=3 epochs", f"run.dir={tmp_path / 'run'}"]
+    options += ["schedule.warmup_duration=1 epochs", "comm.backend=mpi", override]
+    program = this_python("-m", "hvd_lars", "train", "digits", *options)
+    result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2, result.stdout
+    lines = [line for line in result.stdout.splitlines() if "hvd-lars: " in line]
+    assert all(message in line for line in lines), result.stdout
+    assert lines
+    assert "Traceback" not in result.stdout
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A small folder as shards."""
+    folder = tmp_path_factory.mktemp("packed")
+    root = make_folder(folder / "images", train=12, val=5)
+    code, output = hvd_lars("pack", root, folder / "shards")
+    assert code == 0, output
+    return folder / "shards"
