@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Which method keeps the small batch's accuracy as the batch grows, at the same number of epochs?
 
-    horovodrun -np 2 python benchmarks/large_batch.py [--data digits|glyphs] [--full] [-o FILE]
+    horovodrun -np 2 python benchmarks/large_batch.py [--data digits|glyphs] [--full]
+        [--batches 256 1024] [-o FILE]
 
 For every batch and method a rate is chosen on tuning seeds, then five seeds that no rate was
-chosen with give mean and standard deviation of the final test accuracy.  ``linear`` and ``sqrt``
-are not chosen: they scale the small batch's rate.  The short form has small grids and one tuning
-seed; ``--full`` has larger ones, three tuning seeds, tunes the length of Nesterov's ramp too, and
-runs every method at every batch.  Every run and the trust ratios of one LARS run go into FILE,
-which benchmarks/plot_large_batch.py draws.
+chosen with give mean and standard deviation of the final test accuracy.  SGD's grid includes the
+small batch's rate times √k and times k.  The short form has small grids and one tuning seed;
+``--full`` has larger ones, three tuning seeds, tunes the length of Nesterov's ramp too, runs every
+method at every batch, and shows the two scaled rates on the held-out seeds as well.  Every run and
+the trust ratios of one LARS run go into FILE, which benchmarks/plot_large_batch.py draws.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hvd_lars.config_file import load_config
 from hvd_lars.run_folder import environment_facts
 
 SMALL, SMALL_RATE = 32, 0.04
-HELD_OUT = range(101, 106)
+TUNING_SHORT, TUNING_FULL, HELD_OUT = range(1), range(3), range(101, 106)
 SGD, NESTEROV = "name: sgd, adapt: weights", "name: sgd, adapt: weights, nesterov: true"
 LARS = "name: lars, adapt: layer"
 
@@ -43,7 +44,9 @@ FULL = {
     batch: {"SGD": _RATES, "Nesterov": _RATES, "LARS": _LARS_RATES}
     for batch in (32, 256, 1024, 4096)
 }
-OPTIMIZERS = {"SGD": SGD, "Nesterov": NESTEROV, "LARS": LARS, "linear": SGD, "sqrt": SGD}
+OPTIMIZERS = {"SGD": SGD, "Nesterov": NESTEROV, "LARS": LARS}
+Choice = tuple[float, int]
+"""A rate, and the length of the ramp in epochs."""
 
 
 class Bench:
@@ -53,6 +56,7 @@ class Bench:
         self.comm, self.data, self.folder = comm, data, folder
         self.runs: list[dict[str, object]] = []
         self.ratios: list[dict[str, float]] = []
+        self.scaled: dict[tuple[int, str], tuple[float, float]] = {}  # (rate, tuning accuracy)
 
     def accuracy(
         self, batch: int, method: str, rate: float, ramp: int, seed: int, watch: bool = False
@@ -108,19 +112,26 @@ class Bench:
         trainer.train_step = watched
 
 
-def cases(full: bool) -> list[tuple[int, str, list[tuple[float, int]]]]:
-    """Batch, method, and the (rate, ramp in epochs) to choose from; one needs no choice."""
-    found: list[tuple[int, str, list[tuple[float, int]]]] = []
-    if not full:
-        found.append((SMALL, "SGD", [(SMALL_RATE, 5)]))
-    for batch, grids in (FULL if full else SHORT).items():
-        for method, rates in grids.items():
-            ramps = (2, 5, 10) if full and method == "Nesterov" else (5,)
-            found.append((batch, method, [(rate, ramp) for ramp in ramps for rate in rates]))
-        for method, power in (("sqrt", 0.5), ("linear", 1.0)):
-            if batch > SMALL:
-                found.append((batch, method, [(SMALL_RATE * (batch / SMALL) ** power, 5)]))
-    return found
+def scaled_rates(batch: int) -> dict[str, float]:
+    """The small batch's rate scaled by the square root of, and by, the growth of the batch."""
+    k = batch / SMALL
+    return {"sqrt": SMALL_RATE * k**0.5, "linear": SMALL_RATE * k} if k > 1 else {}
+
+
+def tune(bench: Bench, batch: int, method: str, rates: list[float], full: bool) -> Choice:
+    """The choice of rate and ramp that is best on the tuning seeds; remembers all of them."""
+    ramps = (2, 5, 10) if full and method == "Nesterov" else (5,)
+    scaled = scaled_rates(batch) if method == "SGD" else {}
+    found: dict[Choice, float] = {}
+    for choice in [(rate, ramp) for ramp in ramps for rate in (*rates, *scaled.values())]:
+        if choice not in found:
+            seeds = TUNING_FULL if full else TUNING_SHORT
+            found[choice] = statistics.mean(
+                bench.accuracy(batch, method, *choice, seed) for seed in seeds
+            )
+    for name, rate in scaled.items():
+        bench.scaled[batch, name] = rate, found[rate, 5]
+    return max(found, key=found.__getitem__)
 
 
 def main() -> None:
@@ -128,57 +139,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=["digits", "glyphs"], default="digits")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=sorted(FULL), choices=sorted(FULL)
+    )
     parser.add_argument("-o", "--output", type=Path, default=None)
     options = parser.parse_args()
-    tuning = range(3) if options.full else range(1)
+    full = options.full
+    tuning = TUNING_FULL if full else TUNING_SHORT
     comm = connect()
     say = print if comm.rank == 0 else lambda *_, **__: None
     facts = environment_facts()
-    say(f"# {options.data}, {'full' if options.full else 'short'} form\n")
+    say(f"# {options.data}, {'full' if full else 'short'} form\n")
     say(
         f"{facts['processor']}, {facts['cores']} cores, {comm.size} ranks on {comm.backend}, torch "
         f"{facts['versions']['torch']}, commit {facts['commit']}"
     )
     say(f"`horovodrun -np {comm.size} python {' '.join(sys.argv)}`\n")
-    say(
-        f"| batch | method | rate, chosen on seeds {tuning[0]} to {tuning[-1]} | test accuracy, % |"
-    )
+    say(f"| batch | method | rate, chosen on {len(tuning)} other seeds | test accuracy, % |")
     say("|---|---|---|---|", flush=True)
     begun, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as mine:
         bench = Bench(comm, options.data, comm.broadcast_object(mine))
-        for batch, method, choices in cases(options.full):
-            best = choices[0]
-            if len(choices) > 1:
-                tuned = {
-                    choice: statistics.mean(
-                        bench.accuracy(batch, method, *choice, s) for s in tuning
-                    )
-                    for choice in choices
-                }
-                best = max(tuned, key=tuned.__getitem__)
-            watch = (batch, method) == (1024, "LARS")
-            found = [
-                bench.accuracy(batch, method, *best, seed, watch and seed == HELD_OUT[0])
-                for seed in HELD_OUT
-            ]
-            mean, spread = statistics.mean(found), statistics.stdev(found)
-            rate, ramp = best
+
+        def report(batch: int, method: str, choice: Choice, note: str, found: list[float]) -> None:
+            spread = statistics.stdev(found) if len(found) > 1 else None
+            rate, ramp = choice
             rows.append(
-                {
-                    "batch": batch,
-                    "method": method,
-                    "rate": rate,
-                    "ramp": ramp,
-                    "mean": mean,
-                    "spread": spread,
-                }
+                {"batch": batch, "method": method, "rate": rate, "ramp": ramp, "seeds": len(found)}
+                | {"mean": statistics.mean(found), "spread": spread}
             )
-            note = "" if len(choices) > 1 else " (not chosen)"
-            note += f", ramp {ramp} epochs" if ramp != 5 else ""
-            say(
-                f"| {batch} | {method} | {rate:.3g}{note} | {mean:.2f} ± {spread:.2f} |", flush=True
-            )
+            shown = f"{rows[-1]['mean']:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+            say(f"| {batch} | {method} | {rate:.3g}{note} | {shown} |", flush=True)
+
+        def held_out(batch: int, method: str, choice: Choice) -> list[float]:
+            watched = HELD_OUT[0] if (batch, method) == (1024, "LARS") else None
+            return [bench.accuracy(batch, method, *choice, s, s == watched) for s in HELD_OUT]
+
+        for batch in options.batches:
+            if batch == SMALL and not full:
+                choice = (SMALL_RATE, 5)
+                report(batch, "SGD", choice, ", not tuned", held_out(batch, "SGD", choice))
+                continue
+            for method, rates in (FULL if full else SHORT)[batch].items():
+                choice = tune(bench, batch, method, rates, full)
+                note = f", ramp {choice[1]} epochs" if choice[1] != 5 else ""
+                report(batch, method, choice, note, held_out(batch, method, choice))
+            for name, (rate, tuned) in bench.scaled.items():
+                if name[0] == batch:
+                    found = held_out(batch, "SGD", (rate, 5)) if full else [tuned]
+                    note = ", scaled" + ("" if full else "; one tuning seed")
+                    report(batch, name[1], (rate, 5), note, found)
         comm.barrier()
     minutes = (time.perf_counter() - begun) / 60.0
     say(
@@ -188,7 +198,7 @@ def main() -> None:
     if options.output is not None and comm.rank == 0:
         result = {
             "data": options.data,
-            "full": options.full,
+            "full": full,
             "environment": facts,
             "minutes": minutes,
             "table": rows,

@@ -53,7 +53,8 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
         shift = 1.0 + 0.03 * (offset - 2)  # error bars of one batch stand side by side
         axes.errorbar(
             [row["batch"] * shift for row in rows], [row["mean"] for row in rows],
-            [row["spread"] for row in rows], label=NAMES[method], color=colour, marker=marker,
+            [row["spread"] or 0.0 for row in rows], label=NAMES[method], color=colour,
+            marker=marker,
             linestyle=line, capsize=3, markersize=6,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -97,6 +98,12 @@ def spread_of_ratios(result: dict[str, Any]) -> float:
     return sorted(quotients)[len(quotients) // 2]
 
 
+def cell(row: dict[str, Any]) -> str:
+    """Accuracy and the rate that made it."""
+    spread = f" ± {row['spread']:.2f}" if row["spread"] is not None else " (one seed)"
+    return f"{row['mean']:.2f}{spread}, γ {row['rate']:.3g}"
+
+
 def section(result: dict[str, Any]) -> str:
     """One data set's part of the page."""
     data, facts = result["data"], result["environment"]
@@ -114,11 +121,7 @@ def section(result: dict[str, Any]) -> str:
         cells = []
         for method in methods:
             rows = [r for r in result["table"] if (r["batch"], r["method"]) == (batch, method)]
-            cells.append(
-                f"{rows[0]['mean']:.2f} ± {rows[0]['spread']:.2f} (γ {rows[0]['rate']:.3g})"
-                if rows
-                else "–"
-            )
+            cells.append(cell(rows[0]) if rows else "–")
         text += f"| {batch:,} | {' | '.join(cells)} |\n"
     text += (
         f"\n![Accuracy against batch by method](pictures/large_batch-{data}.png)\n\n"
@@ -134,8 +137,8 @@ HEAD = """# The paper's claim, small
 Made by `python benchmarks/plot_large_batch.py`; not to be edited by hand. One network shaped like
 AlexNet, without normalisation; 20 epochs at every batch, gradual warmup over 5 of them, poly decay
 of power 2, momentum 0.9, weight decay 5e-4, over two real ranks. A rate is chosen on other seeds
-than the five that are shown as mean ± standard deviation, in percent. Scaled rates are not chosen:
-they are 0.04, the small batch's, times √k or k with k = B/32.
+than the five that are shown as mean ± standard deviation, in percent. The scaled rates are 0.04,
+the small batch's, times √k or k with k = B/32; SGD may choose them too.
 
 """
 
