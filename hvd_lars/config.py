@@ -189,7 +189,8 @@ class Config(Section):
     """A whole training run."""
 
     extends: str | None = Field(
-        default=None, description="a file beside this one whose keys hold where this one has none"
+        default=None,
+        description="a file, beside this one or bundled, whose keys hold where this one has none",
     )
     recipe: Recipe | None = None
     run: Run = Run()

@@ -48,12 +48,21 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _bundled_folder() -> Path:
+    """The configs inside a wheel; in a checkout they stand beside the package."""
+    folder = _PACKAGE / "configs"
+    return folder if folder.is_dir() else _PACKAGE.parent / "configs"
+
+
 def bundled_configs() -> dict[str, Path]:
     """The configs that come with hvd_lars, by bare name."""
-    folder = _PACKAGE / "configs"  # inside a wheel; in a checkout it stands beside the package
-    if not folder.is_dir():
-        folder = _PACKAGE.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(_bundled_folder().glob("*.yaml"))}
+
+
+def _find_base(path: Path, name: str) -> Path:
+    """The file that ``extends: name`` in ``path`` means: beside it, or among the bundled ones."""
+    beside, bundled = path.parent / name, _bundled_folder() / name
+    return bundled if bundled.is_file() and not beside.is_file() else beside
 
 
 def find_config(name: str) -> Path:
@@ -73,8 +82,9 @@ def find_config(name: str) -> Path:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     if name in bundled:
         return bundled[name]
-    near = difflib.get_close_matches(path.stem, bundled, n=3) or list(bundled)
-    raise UserError(f"{name}: no such file, nor a bundled config (nearest: {', '.join(near)})")
+    near = difflib.get_close_matches(path.stem, bundled, n=3)
+    hint = f"nearest: {', '.join(near)}" if near else f"such as digits; there are {len(bundled)}"
+    raise UserError(f"{name}: no such file, nor a bundled config ({hint})")
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
@@ -99,7 +109,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     tree = _read(path)
     own, base_path, base = tree, path, dict[Any, Any]()
     if isinstance(tree.get("extends"), str):
-        base_path = path.parent / tree.pop("extends")
+        base_path = _find_base(path, tree.pop("extends"))
         base = _read(base_path)
         if "extends" in base:
             raise UserError(f"{base_path}: extends: a file that is extended extends none itself")

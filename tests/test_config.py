@@ -187,6 +187,15 @@ def test_a_base_holds_where_the_file_has_no_key(write):
     assert load_config(write(dump_config(config), "dumped.yaml")) == config
 
 
+def test_a_bundled_base_is_found_from_anywhere_and_a_nearer_one_wins(write, tmp_path):
+    text = "extends: base/cifar10.yaml\nschedule: {base_lr: 1}\ntrain: {global_batch: 8}\n"
+    path = write(text)
+    assert load_config(path).model.name == "resnet18_cifar"
+    (tmp_path / "base").mkdir()
+    write(BASE, "base/cifar10.yaml")
+    assert load_config(path).data.name == "imagefolder"
+
+
 def test_a_data_set_of_another_kind_takes_nothing_from_the_base(write):
     write(BASE, "base.yaml")
     path = write("extends: base.yaml\ndata: {name: digits}\n")

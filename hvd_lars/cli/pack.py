@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hvd_lars.data import shard_writer
+from hvd_lars.data.shard_cache import verify as verify_shards
 from hvd_lars.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -28,14 +29,13 @@ def pack(source: str, target: Path, workers: int, shard_samples: int, verify: bo
         packed = shard_writer.pack(source, target, workers, shard_samples, progress)
     seconds = time.perf_counter() - begun
     rest = packed.samples - packed.written
-    before = f" ({rest:,} were there already)" if rest else ""
-    print(
-        f"{target}: {packed.samples:,} images in {packed.shards:,} shards, "
-        f"{packed.bytes / 1e9:.3f} GB{before}; {packed.written / seconds:,.0f} images/s"
-    )
+    parts = [f"{packed.samples:,} images in {packed.shards:,} shards, {packed.bytes / 1e9:.3f} GB"]
+    parts += [f"{rest:,} were there already"] if rest else []
+    parts += [f"{packed.written / seconds:,.0f} images/s"] if packed.written else []
+    print(f"{target}: {'; '.join(parts)}")
     if verify:
         with _progress("verifying", "shards") as progress:
-            count = shard_writer.verify(target, workers, progress)
+            count = verify_shards(target, workers, progress)
         print(f"{target}: {count:,} shards have the SHA-256 that dataset.json says")
     return 0
 

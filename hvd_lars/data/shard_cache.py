@@ -1,4 +1,7 @@
-"""A node's own copy of the shards; imports shard_index, files and errors."""
+"""Shards compared with their checksums, and a node's own copy of them.
+
+Imports shard_index, files and errors.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import hashlib
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from hvd_lars.data.shard_index import ShardSet
+from hvd_lars.data.shard_index import DATASET, ShardSet, read_manifest
 from hvd_lars.errors import UserError
 from hvd_lars.files import sha256_of
 
@@ -62,3 +66,31 @@ def _copy(shards: ShardSet, name: str, target: Path) -> None:
         draft.rename(target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def verify(folder: Path, threads: int, progress: Callable[[int, int], None]) -> int:
+    """Read every shard and compare its SHA-256 with dataset.json; returns how many there are.
+
+    Args:
+        folder: what ``hvd-lars pack`` wrote.
+        threads: shards read at once.
+        progress: called with the number of shards that were read and of all shards.
+
+    Raises:
+        UserError: a line for every shard that is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    entries = manifest["train"] + manifest["val"]
+    problems = []
+    with ThreadPoolExecutor(threads) as pool:
+        sums = {pool.submit(sha256_of, folder / entry["name"]): entry for entry in entries}
+        for done, future in enumerate(as_completed(sums), start=1):
+            path, error = folder / sums[future]["name"], future.exception()
+            if isinstance(error, OSError):
+                problems.append(f"{path}: cannot be read: {error.strerror}")
+            elif future.result() != sums[future]["sha256"]:
+                problems.append(f"{path}: damaged: not the SHA-256 that {DATASET} says")
+            progress(done, len(entries))
+    if problems:
+        raise UserError("\n".join([*sorted(problems), "remove these and pack again"]))
+    return len(entries)

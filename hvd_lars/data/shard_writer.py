@@ -29,9 +29,9 @@ from hvd_lars.data.listing import Listing, Split, list_folder
 from hvd_lars.data.shard_index import DATASET, FORMAT, INDEX, read_manifest
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
-from hvd_lars.files import sha256_of, sync
+from hvd_lars.files import sync
 
-_PACKING = ".packing"
+_PACKING, _STAMP = ".packing", "identity"
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def pack(
     identity = _identity(listing, jobs)
     total = len(listing.train.labels) + len(listing.val.labels)
     try:
-        (target / _PACKING).mkdir(parents=True, exist_ok=True)
         known = _known(target, identity, [job for key in jobs for job in jobs[key]])
+        (target / _PACKING).mkdir(parents=True, exist_ok=True)
+        (target / _PACKING / _STAMP).write_text(identity)
         done = {name: facts for name, facts in known.items() if _is_there(target, facts)}
         left = [job for key in jobs for job in jobs[key] if job.name not in done]
         count = total - sum(len(job.samples) for job in left)
@@ -101,29 +102,6 @@ def pack(
         raise UserError(f"{where}: cannot be written: {error.strerror or error}") from None
     size = sum(facts["bytes"] for facts in done.values())
     return Packed(total, sum(len(job.samples) for job in left), len(done), size)
-
-
-def verify(target: Path, workers: int, progress: Callable[[int, int], None]) -> int:
-    """Read every shard and compare its SHA-256 with dataset.json; returns how many there are.
-
-    Raises:
-        UserError: a line for every shard that is missing or damaged.
-    """
-    manifest = read_manifest(target)
-    entries = manifest["train"] + manifest["val"]
-    problems = []
-    with _pool(workers) as pool:
-        sums = {pool.submit(sha256_of, target / e["name"]): e for e in entries}
-        for done, future in enumerate(as_completed(sums), start=1):
-            entry = sums[future]
-            if future.exception() is not None:
-                problems.append(f"{target / entry['name']}: {future.exception()}")
-            elif future.result() != entry["sha256"]:
-                problems.append(f"{target / entry['name']}: damaged: not the SHA-256 of {DATASET}")
-            progress(done, len(entries))
-    if problems:
-        raise UserError("\n".join([*sorted(problems), "remove these and pack again"]))
-    return len(entries)
 
 
 def _jobs(listing: Listing, key: str, shard_samples: int) -> Iterator[_Job]:
@@ -148,15 +126,20 @@ def _identity(listing: Listing, jobs: dict[str, list[_Job]]) -> str:
 
 def _known(target: Path, identity: str, jobs: list[_Job]) -> dict[str, dict[str, Any]]:
     """Facts of the shards that were written before, by name."""
-    stamp = target / _PACKING / "identity"
+    stamp = target / _PACKING / _STAMP
     if (target / DATASET).exists():
         manifest = read_manifest(target)
         if manifest.get("identity") != identity:
-            raise UserError(f"{target}: holds shards of other images or sizes; name another folder")
+            raise UserError(
+                f"{target}: holds shards of other images, or of another --shard-samples; name "
+                f"another folder"
+            )
         return {entry["name"]: entry for entry in manifest["train"] + manifest["val"]}
     if stamp.exists() and stamp.read_text() != identity:
-        raise UserError(f"{target}: shards of other images or sizes were begun here; remove it")
-    stamp.write_text(identity)
+        raise UserError(
+            f"{target}: shards of other images, or of another --shard-samples, were begun here; "
+            f"remove it"
+        )
     notes = [target / _PACKING / f"{job.name}.json" for job in jobs]
     return {
         note.name.removesuffix(".json"): json.loads(note.read_text())
