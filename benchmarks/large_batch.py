@@ -93,7 +93,7 @@ class Bench:
         return top1
 
     def _watch(self, trainer) -> None:
-        """Keep λ of every weight after each step; gradients are those of the global batch."""
+        """Keep λ of every weight, from the step's gradient and the weight that the step left."""
         step = trainer.train_step
 
         def watched(number, batches):

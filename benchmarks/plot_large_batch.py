@@ -51,18 +51,19 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
         if not rows:
             continue
         shift = 1.0 + 0.03 * (offset - 2)  # error bars of one batch stand side by side
+        seeds = "" if rows[0]["spread"] is not None else ", one seed"
         axes.errorbar(
             [row["batch"] * shift for row in rows], [row["mean"] for row in rows],
-            [row["spread"] or 0.0 for row in rows], label=NAMES[method], color=colour,
-            marker=marker,
-            linestyle=line, capsize=3, markersize=6,
+            [row["spread"] or 0.0 for row in rows], label=NAMES[method] + seeds, color=colour,
+            marker=marker, linestyle=line, capsize=3 if not seeds else 0, markersize=6,
+            markerfacecolor="white" if seeds else colour,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
     axes.set_ylim(0, 106)
     axes.set_xlabel("global batch B, 20 epochs each")
-    axes.set_ylabel("test accuracy, % (5 held-out seeds)")
+    axes.set_ylabel("test accuracy, %; five held-out seeds where filled")
     axes.set_title(f"{result['data']}: accuracy as the batch grows")
     axes.legend(loc="lower left", frameon=False)
     axes.grid(axis="y", color="0.92")
@@ -81,7 +82,7 @@ def draw_ratios(result: dict[str, Any], path: Path) -> None:
         axes.plot(steps, values, label=layer, color=colours(i / len(layers)), linewidth=1.4)
     axes.set_yscale("log")
     axes.set_xlabel("step of 1,024 samples; warmup ends at a quarter")
-    axes.set_ylabel("trust ratio λ = 0.001·‖w‖ / (‖g‖ + β‖w‖)")
+    axes.set_ylabel("λ = 0.001·‖w‖ / (‖g‖ + β‖w‖), w after the step")
     axes.set_title(f"{result['data']}: every layer has its own rate")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
     axes.grid(color="0.92")

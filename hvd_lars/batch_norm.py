@@ -37,22 +37,25 @@ class _Normalise(torch.autograd.Function):
         variance = (square - mean**2).clamp(min=0.0)
         scale = (variance + eps).rsqrt()
         normalised = (wide - mean.to(wide.dtype).view(shape)) * scale.to(wide.dtype).view(shape)
-        ctx.save_for_backward(normalised, scale, sums[-1])
-        ctx.group, ctx.name, ctx.dtype = group, name, x.dtype
+        ctx.save_for_backward(x, mean, scale, sums[-1])
+        ctx.group, ctx.name = group, name
         ctx.mark_non_differentiable(mean, variance)
         return normalised.to(x.dtype), mean, variance, sums[-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         """One reduction of 2c numbers."""
-        normalised, scale, count = ctx.saved_tensors
+        x, mean, scale, count = ctx.saved_tensors
         dims, shape = _others(grad), _spread(grad)
-        wide = grad.to(normalised.dtype)
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide, scale = grad.to(exact), scale.to(exact).view(shape)
+        # From the input, which lives anyway: the result may be changed in place by what follows.
+        normalised = (x.to(exact) - mean.to(exact).view(shape)) * scale
         sums = torch.stack([wide.sum(dims), (wide * normalised).sum(dims)]).double()
         ctx.group.start_all_reduce_sum(sums, f"batch_norm.{ctx.name}.backward").wait()
         by_mean, by_scale = (sums / count).to(wide.dtype)
         centred = wide - by_mean.view(shape) - normalised * by_scale.view(shape)
-        return (centred * scale.to(wide.dtype).view(shape)).to(ctx.dtype), None, None, None
+        return (centred * scale).to(x.dtype), None, None, None
 
 
 def _others(x: Tensor) -> list[int]:
@@ -116,8 +119,15 @@ def span_ranks(model: nn.Module, group: Reducer) -> int:
     """Make every BatchNorm take its statistics over ``group``, in place; returns how many.
 
     Parameters and buffers stay the same tensors under the same names.
+
+    Raises:
+        ValueError: a layer is a BatchNorm that does more, such as timm's with an activation.
     """
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for name, norm in found:
+        if type(norm) not in plain:
+            raise ValueError(f"{name} is a {type(norm).__name__}, not a plain BatchNorm")
     for name, norm in found:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, GroupBatchNorm(norm, group, name))

@@ -99,6 +99,12 @@ class Images(Section):
             raise ValueError(
                 f"eval_resize is {self.eval_resize}; at least image_size {self.image_size}"
             )
+        largest = max([self.image_size, *(entry.image_size for entry in self.progressive)])
+        if self.augment.crop == "window" and self.eval_resize < largest:
+            raise ValueError(
+                f"eval_resize is {self.eval_resize}; at least {largest}, the largest side, where "
+                f"augment.crop is window"
+            )
         epochs = [entry.epoch for entry in self.progressive]
         if epochs != sorted(set(epochs)):
             raise ValueError(f"progressive has epochs {epochs}; each must be above the one before")
@@ -126,12 +132,18 @@ class ShardsData(Images):
     )
 
 
+class CifarAugmentSettings(AugmentSettings):
+    """The same with CIFAR's crop."""
+
+    crop: Literal["resized", "window", "padded"] = "padded"
+
+
 class _Cifar(Images):
     root: str
     download: bool = Field(default=False, description="fetch the files where they are missing")
     image_size: Positive = 32
     eval_resize: Positive = 32
-    augment: AugmentSettings = AugmentSettings(crop="padded")
+    augment: CifarAugmentSettings = CifarAugmentSettings()
 
 
 class Cifar10Data(_Cifar):

@@ -114,9 +114,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         if "extends" in base:
             raise UserError(f"{base_path}: extends: a file that is extended extends none itself")
         own, tree = tree, _merge(base, tree)
-    # A data set of another kind has other keys: choosing it empties the section.
+    # A data set of another kind has other keys: choosing it comes first.
     overrides = sorted(overrides, key=lambda text: not text.startswith("data.name="))
     overridden = {_override(tree, text) for text in overrides}
+    if "data.name" in overridden:
+        overridden.add("data")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -136,8 +138,9 @@ def _read(path: Path) -> dict[Any, Any]:
     """The mapping that a YAML file holds."""
     try:
         text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else _SHORT.repr(tree)
@@ -147,15 +150,23 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _merge(base: dict[Any, Any], tree: dict[Any, Any]) -> dict[Any, Any]:
-    """Keys of ``base`` where ``tree`` has none; a data section of another name stands alone."""
+    """Keys of ``base`` where ``tree`` has none; of another kind of data, what it shares."""
     merged = dict(base)
     for key, value in tree.items():
         below = base.get(key)
         if isinstance(value, dict) and isinstance(below, dict):
-            other = key == "data" and value.get("name", below.get("name")) != below.get("name")
-            value = value if other else _merge(below, value)
+            if key == "data" and value.get("name", below.get("name")) != below.get("name"):
+                below = _kept(below, value["name"])
+            value = _merge(below, value)
         merged[key] = value
     return merged
+
+
+def _kept(section: dict[Any, Any], name: object) -> dict[Any, Any]:
+    """What a data section keeps when its kind changes: all between a folder and its shards."""
+    same = {section.get("name"), name} <= {"imagefolder", "shards"}
+    odd = ("cache_dir", "train_shards", "val_shards")
+    return {k: v for k, v in section.items() if same and not (name == "imagefolder" and k in odd)}
 
 
 def _holds(tree: dict[Any, Any], key: str) -> bool:
@@ -180,8 +191,12 @@ def _override(tree: dict[Any, Any], text: str) -> str:
         if not isinstance(node, dict):
             raise UserError(f"command line: {key}: {name} is a value, not a section")
     found = parse_yaml(value, f"command line: {key}")
+    if key == "extends":
+        raise UserError("command line: extends: only a file can extend another")
     if key == "data.name" and node.get("name") != found:
+        kept = _kept(node, found)
         node.clear()
+        node.update(kept)
     node[names[-1]] = found
     return key
 

@@ -59,6 +59,21 @@ def test_values_gradients_and_statistics_are_those_of_one_device(comm, case):
         torch.testing.assert_close(model(images), reference(images), rtol=1e-12, atol=1e-12)
 
 
+def test_an_activation_in_place_may_follow(comm):
+    model = nn.Sequential(nn.BatchNorm2d(5, affine=False), nn.ReLU(inplace=True))
+    span_ranks(model, comm.group(comm.size))
+    images, _ = data(CASES[0], 4 * comm.size)
+    model(images[comm.rank :: comm.size].requires_grad_()).sum().backward()
+
+
+def test_a_norm_that_does_more_is_refused(comm):
+    class WithActivation(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(ValueError, match="0 is a WithActivation, not a plain BatchNorm"):
+        span_ranks(nn.Sequential(WithActivation(3)), comm.group(1))
+
+
 def test_a_large_mean_costs_no_precision(comm):
     """Sums about zero would lose every digit of the variance in float32."""
     model = nn.Sequential(nn.BatchNorm2d(5))

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from launch.test_training import hvd_lars
+from test_image_folder import make_folder
 from torch import nn
 
 from hvd_lars.cli.check import check, curve, parse_bytes
 from hvd_lars.config_file import bundled_configs, load_config
+from hvd_lars.data.shard_writer import pack
 from hvd_lars.errors import UserError
 from hvd_lars.memory import footprint
 from hvd_lars.models import build_model
@@ -66,6 +68,7 @@ def test_what_leaves_the_recipe_is_told(capsys):
         "data.root=/elsewhere",
     )
     changes = [line for line in plan["warnings"] if "in place of" in line]
+    assert changes.pop() == "BatchNorm spans 16 samples in place of the recipe's 128"
     assert changes == [
         "data.augment.mixup is 0.2 in place of the recipe's 0.0",
         "schedule.base_lr is 3.0 in place of the recipe's 12.8",
@@ -73,15 +76,48 @@ def test_what_leaves_the_recipe_is_told(capsys):
 
 
 def test_a_device_that_is_too_small_is_told_with_what_would_fit(capsys):
-    large = planned(capsys, "resnet50-lars-b32768", "train.micro_batch=512", memory="16GB")
-    (line,) = [line for line in large["warnings"] if "estimated" in line]
+    def plan(size):
+        options = [f"train.micro_batch={size}", f"train.global_batch={size}", "schedule.end_lr=0"]
+        return planned(capsys, "resnet50-lars-b32768", *options, ranks=1, memory="16GB")
+
+    (line,) = [line for line in plan(512)["warnings"] if "estimated" in line]
     fitting = int(line.partition("train.micro_batch=")[2].split()[0])
-    for size, fits in ((fitting, True), (fitting + 1, False)):
-        plan = planned(capsys, "resnet50-lars-b32768", f"train.micro_batch={size}", memory="16GB")
-        del plan["accumulation"]
-        assert (plan["memory_bytes_total"] <= 16e9) is fits or plan["largest_micro_batch"] < size
+    assert plan(fitting)["memory_bytes_total"] <= 16e9 < plan(fitting + 1)["memory_bytes_total"]
+    assert not any("estimated" in line for line in plan(fitting)["warnings"])
     with pytest.raises(UserError, match="--device-memory: found 'lots'"):
         check(["digits"], [], 1, "lots", as_json=False)
+
+
+def test_the_span_of_batch_norm_is_watched(capsys):
+    def spans(*options):
+        warnings = planned(capsys, "resnet50-mlperf-b32768", *options)["warnings"]
+        return [line for line in warnings if line.startswith("BatchNorm spans")]
+
+    assert spans() == []
+    assert spans("train.micro_batch=16") == [
+        "BatchNorm spans 16 samples in place of the recipe's 128"
+    ]
+    assert spans("train.micro_batch=16", "model.bn_sync_ranks=8") == []
+
+
+def test_shards_in_place_of_the_folder_are_no_departure(capsys, tmp_path):
+    options = ["data.name=shards", f"data.root={tmp_path / 'absent'}"]
+    plan = planned(capsys, "alexnet-bn-lars-b8192", *options, ranks=32)
+    assert not [line for line in plan["warnings"] if "in place of" in line]
+    assert plan["num_train"] == 1_281_167  # what is expected goes with the images
+
+
+def test_check_takes_what_overrides_complete_and_copies_nothing(capsys, tmp_path):
+    root = make_folder(tmp_path / "images", train=4, val=2)
+    pack(str(root), tmp_path / "shards", 1, 100, lambda *_: None)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"data: {{name: shards, cache_dir: {tmp_path / 'node'}, image_size: 32, eval_resize: 32}}\n"
+        "model: {name: resnet18}\nschedule: {base_lr: 1}\n"
+        "train: {duration: 1 epochs, global_batch: 4}\ncheckpoint: {every: 1 epochs}\n"
+    )
+    assert planned(capsys, str(config), f"data.root={tmp_path / 'shards'}")["num_train"] == 12
+    assert not (tmp_path / "node").exists()
 
 
 @pytest.mark.parametrize(

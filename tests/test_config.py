@@ -203,7 +203,10 @@ def test_a_data_set_of_another_kind_takes_nothing_from_the_base(write):
     path = write("extends: base.yaml\n")
     overrides = ["data.image_size=16", "data.name=synthetic"]  # in whichever order
     assert load_config(path, overrides).data.image_size == 16
-    assert load_config(path, ["data.name=shards", "data.root=/s"]).data.workers == 4
+    shards = load_config(path, ["data.name=shards", "data.root=/s"]).data  # the same images
+    assert (shards.workers, shards.augment.lighting, shards.root) == (2, 0.1, "/s")
+    (line,) = lines_of(path, "data.name=cifar10")
+    assert line == "command line: data.root: missing; it is required"
     assert load_config(path, ["data.name=imagefolder"]).data.workers == 2  # the same kind
 
 
@@ -222,6 +225,7 @@ def test_mistakes_in_a_base_are_told_as_its_own(write):
         ("extends: other.yaml", "extends: base.yaml", "that is extended extends none itself"),
         ("- 1", "extends: base.yaml", "base.yaml: found [1]; the sections"),
         (BASE, "extends: 3", "extends: found 3; must be a valid string"),
+        (BASE, 'extends: "a\\0b"', "cannot be read: "),
     ],
 )
 def test_a_base_that_cannot_be_taken(write, base, text, message):
@@ -248,3 +252,19 @@ def test_a_base_that_cannot_be_taken(write, base, text, message):
 def test_mistakes_in_the_new_sections(write, change, message):
     found = lines_of(write(BASE), change)
     assert any(message in line for line in found), found
+
+
+def test_extends_is_for_files(write):
+    (line,) = lines_of(write(BASE), "extends=base.yaml")
+    assert line == "command line: extends: only a file can extend another"
+
+
+def test_cifar_keeps_its_crop_whatever_else_is_asked_for():
+    config = load_config("cifar10-sgd-b128", ["data.augment.mixup=0.2"])
+    assert config.data.augment.crop == "padded"
+
+
+def test_a_window_fits_into_the_resized_image(write):
+    window = ["data.augment.crop=window", "data.progressive=[{epoch: 1, image_size: 288}]"]
+    (line,) = lines_of(write(BASE), *window)
+    assert "eval_resize is 256; at least 288, the largest side" in line

@@ -60,8 +60,10 @@ def test_the_list_is_remembered_until_a_class_folder_changes(folder, tmp_path, m
     os.remove(folder / "train/bee/2.JPEG")
     assert len(list_folder(str(folder), cache).train.paths) == 11
     assert not list(cache.glob("*.tmp*"))
-    for file in cache.iterdir():
-        file.write_bytes(b"torn")
+    for content in (b"torn", b""):
+        for file in cache.iterdir():
+            file.write_bytes(content)
+        assert len(list_folder(str(folder), cache).train.paths) == 11
     assert len(list_folder(str(folder), cache).train.paths) == 11
 
 
@@ -126,6 +128,25 @@ def test_workers_give_the_same_batches_in_the_same_order(folder):
         assert asked is asked_2
         assert torch.equal(images, images_2)
         assert torch.equal(labels, labels_2)
+
+
+def test_workers_leave_the_random_state_alone(folder):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    list(stream(source_of(folder), [Request(0, np.array([1, 2]))], workers=1))
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_a_name_that_is_not_utf8_is_read(folder):
+    os.rename(folder / "val/ant/1.png", os.fsencode(folder) + b"/val/ant/\xff.png")
+    assert source_of(folder).eval_batch(np.arange(6))[0].shape[0] == 6
+
+
+def test_a_picture_of_absurd_size_is_named(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match="not a readable image: Image size"):
+        source_of(folder).eval_batch(np.arange(1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

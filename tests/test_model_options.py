@@ -122,6 +122,7 @@ def test_weights_that_cannot_be_taken_change_nothing(weights, tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "page.html").write_text("<html>not found</html>")
     torch.save({**other.state_dict(), "conv1.weight": torch.zeros(3)}, tmp_path / "shape.pth")
     for path, message in (
         (paths["bare"], "is not in the file: it is another model"),
@@ -129,6 +130,7 @@ def test_weights_that_cannot_be_taken_change_nothing(weights, tmp_path):
         (tmp_path / "evil.pth", "evil.pth: no readable weights"),
         (tmp_path / "torn.safetensors", "torn.safetensors: no readable weights"),
         (tmp_path / "list.pth", "list.pth: no state dict in it"),
+        (tmp_path / "page.html", "page.html: no readable weights"),
         (tmp_path / "shape.pth", r"conv1.weight is \(3,\), the model has \(64, 3, 7, 7\)"),
         (tmp_path, "no checkpoint in it"),
     ):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -15,6 +16,7 @@ import pytest
 import torch
 import webdataset
 from launch.test_training import hvd_lars
+from safetensors.numpy import load_file, save_file
 from test_image_folder import make_folder, source_of
 
 from hvd_lars.data import Augment, Images, ShardImages, cached_root, copy_shards, load_shards
@@ -103,9 +105,10 @@ def test_an_interrupted_pack_goes_on(folder, packed, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not (target / "dataset.json").exists()
     (target / "train-000001.tar").unlink()  # one is lost, one was never renamed
-    (target / ".packing/train-000002.tar").write_bytes(b"half")
+    (target / ".packing/train-000002.tar.7.tmp").write_bytes(b"half")
+    (target / ".packing/val-000000.tar.json").write_bytes(b"")  # and one note is torn
     result = pack(str(folder), target, 1, 10, QUIET)
-    assert (result.samples, result.written, result.shards) == (36, 10, 4)
+    assert (result.samples, result.written, result.shards) == (36, 19, 4)
     assert contents(target) == wanted
 
 
@@ -115,7 +118,7 @@ def test_a_killed_pack_goes_on(tmp_path):
     target = tmp_path / "shards"
     command = this_python("-m", "hvd_lars", "pack", str(folder), str(target), "--shard-samples=20")
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(target.glob("train-*.tar")):
+    while process.poll() is None and not list(target.glob(".packing/train-*.json")):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -133,6 +136,30 @@ def test_a_lost_shard_is_written_again(folder, packed):
     (packed / "train-000001.tar").unlink()
     assert pack(str(folder), packed, 1, 10, QUIET).written == 10
     assert contents(packed) == wanted
+
+
+def test_a_changed_source_is_not_passed_off_as_what_it_was(folder, packed, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    victim = copy / "train/ant/1.png"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    for path in packed.glob("train-*.tar"):
+        path.unlink()
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(UserError, match="not what it was: files of .*copy have changed"):
+            pack(str(copy), packed, 1, 10, QUIET)
+
+
+def test_a_lost_or_damaged_index_is_made_again(folder, packed):
+    wanted = contents(packed)
+    for damage in (b"torn", None):
+        (packed / "index.safetensors").unlink()
+        if damage:
+            (packed / "index.safetensors").write_bytes(damage)
+        with pytest.raises(UserError, match="index.safetensors: damaged"):
+            load(packed)
+        assert pack(str(folder), packed, 1, 10, QUIET).written == 0
+        assert contents(packed) == wanted
 
 
 def test_verify_names_every_damaged_shard(packed):
@@ -229,11 +256,31 @@ def tar_of(path, files):
         ({"a.jpg": b"x"}, "sample a has not a .cls label"),
         ({"a.cls": b"1"}, "sample a has not an image"),
         ({"a.jpg": b"x", "a.cls": b"one"}, "a.cls: found b'one'; a label is a number"),
+        ({"a.jpg": b"x", "a.cls": b"9" * 30}, "a.cls: found b'999"),
     ],
 )
 def test_a_sample_that_is_not_whole_is_named(tmp_path, files, message):
     with pytest.raises(UserError, match=message):
         scan_tar(tar_of(tmp_path / "s.tar", files))
+
+
+@pytest.mark.parametrize("damage", ["at a member", "in a header", "a header's byte"])
+def test_no_sample_is_lost_in_silence(tmp_path, damage):
+    """tarfile takes a bad header for the end of the archive."""
+    files = {f"{i}.{e}": b"0" for i in range(4) for e in ("jpg", "cls")} | {"README": b"no sample"}
+    path = tar_of(tmp_path / "s.tar", files)
+    assert len(scan_tar(path)) == 4
+    data = bytearray(path.read_bytes())
+    third = 4 * 1024
+    if damage == "at a member":
+        data = data[:third]
+    elif damage == "in a header":
+        data = data[: third + 100]
+    else:
+        data[third + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"s.tar: truncated or damaged at byte 4096"):
+        scan_tar(path)
 
 
 def test_a_truncated_or_compressed_foreign_shard_is_named(foreign, tmp_path):
@@ -275,6 +322,10 @@ def name_elsewhere(name):
         (name_elsewhere("train-9.tar"), "train-9.tar: No such file"),
         (lambda m: m.pop("classes"), "dataset.json: damaged: KeyError"),
         (lambda m: m.update(format="hvd_lars shards 7"), "format 'hvd_lars shards 7'"),
+        (
+            lambda m: m["train"][0].update(bytes=float("inf")),
+            "dataset.json: damaged: OverflowError",
+        ),
     ],
 )
 def test_a_wrong_index_gets_one_line(packed, change, message):
@@ -301,31 +352,36 @@ def test_a_pattern_may_not_lead_out_of_the_folder(foreign):
         load_shards(str(foreign), "nothing*.tar", "*val*.tar", None)
 
 
-def test_open_files_are_not_sent_to_workers_and_few_suffice(packed):
-    import resource
+@pytest.mark.parametrize("arrays", ["huge", "flat", "outside"])
+def test_a_hostile_index_reads_nothing_else(packed, arrays):
+    file = packed / "index.safetensors"
+    tensors = load_file(file)
+    if arrays == "huge":  # the sum of the two overflows
+        tensors["train/offset"] = tensors["train/offset"] * 0 + 2**62 + 512
+        tensors["train/size"] = tensors["train/size"] * 0 + 2**62
+    elif arrays == "flat":
+        tensors["train/labels"] = np.zeros((27, 2), dtype=np.int64)
+    else:
+        tensors["train/shard"] = tensors["train/shard"] + 7
+    save_file(tensors, file)
+    break_index(packed, lambda m: m.update(index=hashlib.sha256(file.read_bytes()).hexdigest()))
+    with pytest.raises(UserError, match=r"lies beyond its end|do not fit together"):
+        load(packed)
+
+
+def test_open_files_are_not_sent_to_workers_and_few_suffice(packed, monkeypatch):
+    from hvd_lars.data import shards
 
     store = ShardImages(packed, load(packed).train)
     store.open(0)
     copy = pickle.loads(pickle.dumps(store))
     assert copy.open(5).size == store.open(5).size
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = []
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, hard))
-        fresh = ShardImages(packed, load(packed).train)
-        first = int(fresh._split.shard[0])
-        other = int(np.flatnonzero(fresh._split.shard != first)[0])
-        fresh.open(0)
-        while True:
-            try:
-                taken.append(os.open("/dev/null", os.O_RDONLY))
-            except OSError:
-                break
-        assert fresh.open(other).size == (40, 30)
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(shards, "_OPEN_FILES", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    few = ShardImages(packed, load(packed).train)
+    whole = [few.open(i).tobytes() for i in range(27)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert whole == [store.open(i).tobytes() for i in range(27)]
 
 
 def test_the_nodes_own_copy_is_whole_and_made_once(packed, tmp_path):

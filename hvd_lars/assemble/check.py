@@ -5,24 +5,29 @@ Imports the rest of assemble, memory, optim and config.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from hvd_lars.assemble.network import build_network
+from hvd_lars.assemble.network import build_network, shapes_of
 from hvd_lars.assemble.plan import Plan, make_plan
-from hvd_lars.assemble.sources import build_source, place_of, shape_of
+from hvd_lars.assemble.sources import build_source, place_of
 from hvd_lars.assemble.training import optimizer_groups
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config import Config, Data, Model, Optimizer
 from hvd_lars.config_data import Images
 from hvd_lars.memory import Footprint, footprint
+from hvd_lars.models import batch_norms
 
 # Keys that change nothing in what is computed; all others belong to a recipe.
 _FREE = ("recipe", "run", "comm", "checkpoint")
 _FREE_KEYS = {
+    "data.name",
     "data.root",
+    "data.train_shards",
+    "data.val_shards",
     "data.cache_dir",
     "data.workers",
     "data.expect",
@@ -86,10 +91,13 @@ def examine(
         num_train, num_classes = expect.train, expect.classes
         notes.append(f"{place} is not here: planned for the {num_train:,} images expected")
     else:
-        source = build_source(config, LocalCommunicator())
+        # Looked at only: nothing is copied to a node or downloaded.
+        still = {"cache_dir": None, "download": False}
+        seen = data.model_copy(update={k: v for k, v in still.items() if hasattr(data, k)})
+        source = build_source(config.model_copy(update={"data": seen}), LocalCommunicator())
         num_train, num_classes = source.num_train, source.num_classes
     plan = make_plan(config, num_train, ranks)
-    groups, size = _measure(config.model, config.optimizer, data, num_classes)
+    groups, size, normalised = _measure(config.model, config.optimizer, data, num_classes)
     memory = {
         "weights": size.parameters + size.buffers,
         "gradients": size.parameters,
@@ -112,14 +120,18 @@ def examine(
         warnings += [f"not as published: {d}" for d in config.recipe.departures]
         if recipe is not None:
             warnings += _changes(config, recipe)
+            span = plan.largest_micro_batch * config.model.bn_sync_ranks
+            theirs = recipe.train.micro_batch * recipe.model.bn_sync_ranks
+            if normalised and span != theirs:
+                warnings.append(f"BatchNorm spans {span} samples in place of the recipe's {theirs}")
     return Report(plan, groups, memory, tuple(warnings), tuple(notes))
 
 
 @lru_cache(maxsize=64)  # the recipes share a few networks
 def _measure(
     model_settings: Model, optimizer_settings: Optimizer, data: Data, num_classes: int
-) -> tuple[tuple[Group, ...], Footprint]:
-    """Optimizer groups and memory of a network."""
+) -> tuple[tuple[Group, ...], Footprint, bool]:
+    """Optimizer groups and memory of a network, and whether it has BatchNorm."""
     model = build_network(model_settings, data, num_classes, torch.device("cpu"))
     groups = tuple(
         Group(
@@ -130,7 +142,8 @@ def _measure(
         )
         for group in optimizer_groups(model, optimizer_settings)
     )
-    return groups, footprint(model, shape_of(data))
+    largest = max(shapes_of(data), key=math.prod)
+    return groups, footprint(model, largest), bool(batch_norms(model))
 
 
 def _changes(config: Config, recipe: Config) -> list[str]:

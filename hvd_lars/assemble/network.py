@@ -34,7 +34,7 @@ def build_network(settings: Model, data: Data, num_classes: int, device: torch.d
     if settings.bn_momentum is not None:
         set_batch_norm_momentum(model, settings.bn_momentum)
     model = model.to(device).eval()
-    for shape in _shapes(data):
+    for shape in shapes_of(data):
         try:
             with torch.no_grad():
                 logits = model(torch.zeros(2, *shape, device=device))
@@ -51,7 +51,7 @@ def build_network(settings: Model, data: Data, num_classes: int, device: torch.d
     return model.train()
 
 
-def _shapes(data: Data) -> list[tuple[int, int, int]]:
+def shapes_of(data: Data) -> list[tuple[int, int, int]]:
     """Shapes of the images that the network will be shown."""
     shapes = [shape_of(data)]
     if isinstance(data, ImagesSection):

@@ -124,8 +124,10 @@ def _stores(
             on_each_node(comm, lambda: copy_shards(shards, cache_dir))
             root = cached_root(shards, cache_dir)
         return ShardImages(root, shards.train), ShardImages(root, shards.val), shards.num_classes
-    # One rank a node fetches what is missing; the others then find it.
-    on_each_node(comm, lambda: (load_cifar(data.name, data.root, data.download), None)[1])
+    if data.download:
+        # Rank 0 first: the folder is often shared.  Then nodes that have one of their own.
+        on_root(comm, lambda: len(load_cifar(data.name, data.root, download=True)))
+    on_each_node(comm, lambda: load_cifar(data.name, data.root, data.download))
     images = load_cifar(data.name, data.root, download=False)
     return *images, 10 if data.name == "cifar10" else 100
 

@@ -89,10 +89,12 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
     average = None
     if config.model.ema_decay is not None:
         average = make_average(model, config.model.ema_decay)
-    if config.model.bn_sync_ranks > 1 and not span_ranks(
-        model, comm.group(config.model.bn_sync_ranks)
-    ):
-        raise UserError("model.bn_sync_ranks: the network has no BatchNorm")
+    if config.model.bn_sync_ranks > 1:
+        try:
+            if not span_ranks(model, comm.group(config.model.bn_sync_ranks)):
+                raise ValueError("the network has no BatchNorm")
+        except ValueError as error:
+            raise UserError(f"model.bn_sync_ranks: {error}") from None
     placement = Replicated(model.parameters(), comm, int(config.comm.bucket_mb * 2**20))
     optimizer = build_optimizer(model, config.optimizer, plan.schedule(0), placement)
 

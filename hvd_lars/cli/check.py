@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -31,14 +32,17 @@ def check(
     if ranks < 1:
         raise UserError(f"--ranks: found {ranks}; must be 1 or more")
     memory = None if device_memory is None else parse_bytes(device_memory)
-    loaded: dict[str, tuple[Config, Config]] = {}
+    loaded: dict[str, tuple[Config, Config | None]] = {}
     problems: list[str] = []
     # All files are read before torch is loaded: most mistakes are there.
     for name in configs:
         try:
-            loaded[name] = load_config(name, overrides), load_config(name)
+            loaded[name] = load_config(name, overrides), None
         except UserError as error:
             problems.append(str(error))
+            continue
+        with contextlib.suppress(UserError):  # the file may need the overrides to be whole
+            loaded[name] = loaded[name][0], load_config(name)
     if problems and not loaded:
         raise UserError("\n".join(problems))
     from hvd_lars.assemble.check import examine

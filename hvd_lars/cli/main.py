@@ -178,7 +178,7 @@ def _check(options: argparse.Namespace) -> int:
     from hvd_lars.cli.check import check
 
     # An override is what has a key before its equals sign; a file may hold one in its name.
-    overrides = [t for t in options.configs if "=" in t and not Path(t).exists()]
+    overrides = [t for t in options.configs if "=" in t and not os.path.exists(t)]
     overrides += options.overrides
     configs = [text for text in options.configs if text not in overrides]
     if not configs:

@@ -26,7 +26,7 @@ def on_root(comm: Communicator, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def on_each_node(comm: Communicator, action: Callable[[], None]) -> None:
+def on_each_node(comm: Communicator, action: Callable[[], object]) -> None:
     """Run ``action`` once on every node, on its first rank; returns when all are done.
 
     Raises:

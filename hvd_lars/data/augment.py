@@ -55,7 +55,7 @@ def geometry(augment: Augment, image_size: int, eval_resize: int) -> Any:
     elif augment.crop == "window":
         steps = [v2.Resize(eval_resize, antialias=True), v2.RandomCrop(image_size)]
     else:
-        steps = [v2.RandomCrop(image_size, padding=4)]
+        steps = [v2.RandomCrop(image_size, padding=4, pad_if_needed=True)]
     if augment.flip:
         steps.append(v2.RandomHorizontalFlip())
     return v2.Compose(steps)

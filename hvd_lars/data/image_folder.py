@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -22,5 +23,5 @@ class FolderImages:
 
     def open(self, index: int) -> Image:
         """Decode a file; UserError names it if that fails."""
-        path = Path(self._root, self._paths[index].decode())
+        path = Path(self._root, os.fsdecode(self._paths[index]))
         return decode(path, str(path))

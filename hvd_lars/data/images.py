@@ -56,7 +56,7 @@ def decode(data: bytes | Path, name: str) -> Image:
         with pil.open(BytesIO(data) if isinstance(data, bytes) else data) as file:
             image: Image = file.convert("RGB")
             return image
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         # Pillow names the file, or a buffer in memory, which the line does already.
         problem = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{name}: not a readable image: {problem}") from None

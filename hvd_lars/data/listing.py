@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ Paths = np.ndarray[tuple[int], np.dtype[np.bytes_]]
 
 @dataclass(frozen=True)
 class Split:
-    """Images of ``train`` or ``val``: paths below the root, UTF-8, and labels, both (n,)."""
+    """Images of ``train`` or ``val``: paths below the root as bytes, and labels, both (n,)."""
 
     paths: Paths
     labels: Indices
@@ -57,20 +58,17 @@ def list_folder(root: str, cache: Path | None) -> Listing:
             f"data.root: {folder}: class {odd[0]} is in {where} but not in {other} "
             f"({len(odd)} such classes)"
         )
-    file = None
-    if cache is not None:
-        file = cache / f"{_key(folder, classes)}.npz"
-        with contextlib.suppress(OSError, ValueError, KeyError, BadZipFile), np.load(file) as kept:
-            splits = [Split(kept[f"{s}_paths"], kept[f"{s}_labels"]) for s in ("train", "val")]
-            return Listing(str(folder), tuple(classes["train"]), *splits)
-    train, val = (_scan(folder, split, classes[split]) for split in ("train", "val"))
-    if file is not None:
-        arrays = {
-            f"{key}_{field}": getattr(split, field)
-            for key, split in (("train", train), ("val", val))
-            for field in ("paths", "labels")
-        }
-        write_arrays(file, arrays)
+    names = [f"{key}_{field}" for key in ("train", "val") for field in ("paths", "labels")]
+    file = cache / f"{_key(folder, classes)}.npz" if cache is not None else None
+    arrays = read_arrays(file, names) if file is not None else None
+    if arrays is None:
+        train, val = (_scan(folder, key, classes[key]) for key in ("train", "val"))
+        arrays = dict(zip(names, (train.paths, train.labels, val.paths, val.labels), strict=True))
+        if file is not None:
+            write_arrays(file, arrays)
+    train, val = (
+        Split(arrays[f"{key}_paths"], arrays[f"{key}_labels"]) for key in ("train", "val")
+    )
     return Listing(str(folder), tuple(classes["train"]), train, val)
 
 
@@ -104,13 +102,25 @@ def _scan(folder: Path, split: str, classes: list[str]) -> Split:
     paths: list[bytes] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        with os.scandir(folder / split / name) as entries:
-            images = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
+        try:
+            with os.scandir(folder / split / name) as entries:
+                images = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
+        except OSError as error:
+            raise UserError(f"data.root: {folder / split / name}: {error.strerror}") from None
         if not images:
             raise UserError(f"data.root: {folder / split / name}: no images in it")
-        paths += [f"{split}/{name}/{image}".encode() for image in images]
+        paths += [os.fsencode(f"{split}/{name}/{image}") for image in images]
         labels += [label] * len(images)
     return Split(np.array(paths), np.array(labels, dtype=np.int64))
+
+
+def read_arrays(file: Path, names: list[str]) -> dict[str, Any] | None:
+    """The named arrays of a cache file; None where it is missing or damaged."""
+    try:
+        with np.load(file) as kept:
+            return {name: kept[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+        return None
 
 
 def write_arrays(file: Path, arrays: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 from collections.abc import Iterable, Iterator
 from typing import Any, final
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hvd_lars.data.source import Batch, Request, Source
@@ -67,6 +68,7 @@ def stream(
         prefetch_factor=2,
         multiprocessing_context=context,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # its seed for workers would come from dropout's generator
     )
     for request, batch in zip(asked, loader, strict=True):
         if isinstance(batch, UserError):

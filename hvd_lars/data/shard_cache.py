@@ -20,8 +20,8 @@ from hvd_lars.files import sha256_of
 
 def cached_root(shards: ShardSet, cache_dir: str) -> Path:
     """Where the copy of this data set lies; another set or version has another place."""
-    facts = [str(Path(shards.root).resolve()), sorted(shards.bytes.items()), shards.sha256]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    facts = [str(Path(shards.root).resolve()), shards.identity]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return Path(cache_dir).expanduser() / f"shards-{key}"
 
 

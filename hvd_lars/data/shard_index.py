@@ -1,4 +1,4 @@
-"""Which bytes of which tar shard are which image; imports source and errors.
+"""Which bytes of which tar shard are which image; imports listing, files and errors.
 
 ``hvd-lars pack`` writes ``dataset.json`` (classes, and size and SHA-256 of every shard) and
 ``index.safetensors`` (where every image lies).  Shards of other origin in WebDataset's layout have
@@ -7,7 +7,6 @@ neither: their headers are read once and the result is remembered.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,15 +15,15 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hvd_lars.data.listing import EXTENSIONS, write_arrays
+from hvd_lars.data.listing import EXTENSIONS, read_arrays, write_arrays
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
+from hvd_lars.files import sha256_of
 
 DATASET, INDEX = "dataset.json", "index.safetensors"
 FORMAT = "hvd_lars shards 1"
@@ -48,9 +47,13 @@ class ShardSplit:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A sharded data set: ``bytes`` of every shard, ``sha256`` where it is known."""
+    """A sharded data set: ``bytes`` of every shard, ``sha256`` where it is known.
+
+    ``identity`` changes when the set does.
+    """
 
     root: str
+    identity: str
     num_classes: int
     train: ShardSplit
     val: ShardSplit
@@ -106,12 +109,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             for entry in manifest[split]:
                 if not _SHARD_NAME.fullmatch(entry["name"]):
                     raise UserError(f"{path}: {entry['name']!r} is not the name of a shard")
-                int(entry["bytes"]), str(entry["sha256"])
+                int(entry["bytes"]), str(entry["sha256"]), str(manifest["index"])
         if not all(isinstance(name, str) for name in manifest["classes"]):
             raise ValueError("classes are not names")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
     return dict(manifest)
 
@@ -119,6 +122,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _load_packed(folder: Path) -> ShardSet:
     manifest = read_manifest(folder)
     try:
+        if sha256_of(folder / INDEX) != manifest["index"]:
+            raise UserError(
+                f"{folder / INDEX}: damaged: not the SHA-256 that {DATASET} says; pack again"
+            )
         arrays = load_file(folder / INDEX)
         train, val = (
             ShardSplit(
@@ -128,10 +135,11 @@ def _load_packed(folder: Path) -> ShardSet:
             for key in ("train", "val")
         )
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{folder / INDEX}: damaged: {error}; pack it again") from None
+        raise UserError(f"{folder / INDEX}: damaged: {error}; pack again") from None
     entries = manifest["train"] + manifest["val"]
     return ShardSet(
         str(folder),
+        manifest["index"],
         len(manifest["classes"]),
         train,
         val,
@@ -142,16 +150,17 @@ def _load_packed(folder: Path) -> ShardSet:
 
 def _check_split(folder: Path, key: str, split: ShardSplit, found: ShardSet) -> None:
     """Every image lies inside its shard and every label is a class."""
-    count = len(split.labels)
+    count = split.labels.size
     if count == 0:
         raise UserError(f"data.root: {folder}: no images in {key}")
     if (
-        any(len(getattr(split, array)) != count for array in _ARRAYS)
+        any(getattr(split, array).shape != (count,) for array in _ARRAYS)
         or not ((split.shard >= 0) & (split.shard < len(split.names))).all()
     ):
         raise UserError(f"{folder / INDEX}: damaged: its arrays do not fit together")
     sizes = np.array([found.bytes[name] for name in split.names])
-    bad = (split.offset < 512) | (split.size < 0) | (split.offset + split.size > sizes[split.shard])
+    room = sizes[split.shard] - split.offset  # what follows the offset; no sum can overflow
+    bad = (split.offset < 512) | (split.size < 0) | (split.size > room)
     if bad.any():
         raise UserError(
             f"data.root: {folder / split.names[split.shard[bad.argmax()]]}: an image lies beyond "
@@ -184,13 +193,10 @@ def _load_foreign(folder: Path, patterns: dict[str, str], cache: Path | None) ->
     times = [p.stat().st_mtime_ns for key in paths for p in paths[key]]
     text = json.dumps([str(folder.resolve()), names, sizes, times])
     file = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz" if cache else None
-    arrays: dict[str, Any] = {}
-    if file is not None:
-        with contextlib.suppress(OSError, ValueError, KeyError, BadZipFile), np.load(file) as kept:
-            arrays = {
-                f"{key}_{array}": kept[f"{key}_{array}"] for key in paths for array in _ARRAYS
-            }
-    if not arrays:
+    wanted = [f"{key}_{array}" for key in paths for array in _ARRAYS]
+    arrays = read_arrays(file, wanted) if file is not None else None
+    if arrays is None:
+        arrays = {}
         for key in paths:
             rows = [
                 (number, *row) for number, path in enumerate(paths[key]) for row in scan_tar(path)
@@ -201,7 +207,7 @@ def _load_foreign(folder: Path, patterns: dict[str, str], cache: Path | None) ->
             write_arrays(file, arrays)
     train, val = (ShardSplit(names[k], *(arrays[f"{k}_{a}"] for a in _ARRAYS)) for k in paths)
     num_classes = int(train.labels.max(initial=-1)) + 1
-    return ShardSet(str(folder), num_classes, train, val, sizes, {})
+    return ShardSet(str(folder), text, num_classes, train, val, sizes, {})
 
 
 def scan_tar(path: Path) -> list[tuple[int, int, int]]:
@@ -223,18 +229,25 @@ def scan_tar(path: Path) -> list[tuple[int, int, int]]:
                 if member.offset_data + member.size > end:
                     raise UserError(f"{path}: truncated: it ends inside {member.name}")
                 folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
+                stem, dot, extension = base.partition(".")
+                if not dot:  # a README: WebDataset passes over it too
+                    continue
                 sample = samples.setdefault(f"{folder}/{stem}", {})
                 if extension.lower() == "cls":
-                    text = os.pread(file.fileno(), member.size, member.offset_data)
+                    text = os.pread(file.fileno(), min(member.size, 99), member.offset_data)
                     try:
                         sample["label"] = int(text)
+                        if abs(sample["label"]) >= 2**31:
+                            raise ValueError
                     except ValueError:
                         raise UserError(
                             f"{path}: {member.name}: found {text[:40]!r}; a label is a number"
                         ) from None
                 elif f".{extension.lower()}" in EXTENSIONS:
                     sample |= {"offset": member.offset_data, "size": member.size}
+            # tarfile takes a damaged header for the end: the real end is a block of zeros.
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+                raise UserError(f"{path}: truncated or damaged at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: truncated, or not an uncompressed tar file: {error}") from None
     for key, sample in samples.items():

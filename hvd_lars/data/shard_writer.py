@@ -7,6 +7,7 @@ interruption is not written again.  The same folder gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -26,10 +27,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hvd_lars.data.listing import Listing, Split, list_folder
-from hvd_lars.data.shard_index import DATASET, FORMAT, INDEX, read_manifest
+from hvd_lars.data.shard_index import DATASET, FORMAT, INDEX, read_manifest, scan_tar
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
-from hvd_lars.files import sync
+from hvd_lars.files import sha256_of, sync
 
 _PACKING, _STAMP = ".packing", "identity"
 
@@ -81,21 +82,17 @@ def pack(
     total = len(listing.train.labels) + len(listing.val.labels)
     try:
         known = _known(target, identity, [job for key in jobs for job in jobs[key]])
-        (target / _PACKING).mkdir(parents=True, exist_ok=True)
-        (target / _PACKING / _STAMP).write_text(identity)
+        _begin(target, identity)
         done = {name: facts for name, facts in known.items() if _is_there(target, facts)}
         left = [job for key in jobs for job in jobs[key] if job.name not in done]
         count = total - sum(len(job.samples) for job in left)
         progress(count, total)
-        for facts, samples in _write_all(listing.root, target, left, workers):
-            name = facts["name"]
-            if name in known and known[name]["sha256"] != facts["sha256"]:
-                raise UserError(f"{target / name}: not what it was: files of {source} have changed")
-            done[name] = facts
+        sums = {name: facts["sha256"] for name, facts in known.items()}
+        for facts, samples in _write_all(listing.root, target, left, sums, workers):
+            done[facts["name"]] = facts
             count += samples
             progress(count, total)
-        if not (target / DATASET).exists():
-            _finish(target, identity, listing.classes, jobs, done)
+        _finish(target, identity, listing.classes, jobs, done)
         shutil.rmtree(target / _PACKING)
     except OSError as error:
         where = error.filename or target
@@ -111,7 +108,7 @@ def _jobs(listing: Listing, key: str, shard_samples: int) -> Iterator[_Job]:
         order = np.random.default_rng(0).permutation(len(order))
     for number, first in enumerate(range(0, len(order), shard_samples)):
         chosen = order[first : first + shard_samples]
-        samples = [(split.paths[i].decode(), int(split.labels[i])) for i in chosen]
+        samples = [(os.fsdecode(split.paths[i]), int(split.labels[i])) for i in chosen]
         yield _Job(f"{key}-{number:06d}.tar", first, samples)
 
 
@@ -140,12 +137,27 @@ def _known(target: Path, identity: str, jobs: list[_Job]) -> dict[str, dict[str,
             f"{target}: shards of other images, or of another --shard-samples, were begun here; "
             f"remove it"
         )
-    notes = [target / _PACKING / f"{job.name}.json" for job in jobs]
-    return {
-        note.name.removesuffix(".json"): json.loads(note.read_text())
-        for note in notes
-        if note.exists()
-    }
+    known = {}
+    for job in jobs:
+        # A note that is torn is as good as none: its shard is written again.
+        with contextlib.suppress(OSError, ValueError):
+            known[job.name] = json.loads((target / _PACKING / f"{job.name}.json").read_bytes())
+    return known
+
+
+def _begin(target: Path, identity: str) -> None:
+    """Make the folder; the stamp that says whose it is stays as it is."""
+    (target / _PACKING).mkdir(parents=True, exist_ok=True)
+    if not (target / _PACKING / _STAMP).exists():
+        _write_synced(target / _PACKING / _STAMP, identity)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    """The whole text under its name, or nothing."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    sync(draft)
+    draft.rename(path)
 
 
 def _is_there(target: Path, facts: dict[str, Any]) -> bool:
@@ -160,15 +172,15 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _write_all(
-    root: str, target: Path, jobs: list[_Job], workers: int
+    root: str, target: Path, jobs: list[_Job], sums: dict[str, str], workers: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Write shards in parallel; yields each one's facts and number of samples when it is done."""
     if min(workers, len(jobs)) <= 1:
         for job in jobs:
-            yield _write(root, target, job), len(job.samples)
+            yield _write(root, target, job, sums.get(job.name)), len(job.samples)
         return
     with _pool(min(workers, len(jobs))) as pool:
-        running = {pool.submit(_write, root, target, job): job for job in jobs}
+        running = {pool.submit(_write, root, target, job, sums.get(job.name)): job for job in jobs}
         try:
             for future in as_completed(running):
                 yield future.result(), len(running[future].samples)
@@ -199,18 +211,18 @@ class _Hashing:
         return self.position
 
 
-def _write(root: str, target: Path, job: _Job) -> dict[str, Any]:
-    """One shard; its name is its own only when it is whole."""
-    draft = target / _PACKING / job.name
+def _write(root: str, target: Path, job: _Job, wanted: str | None) -> dict[str, Any]:
+    """One shard; its name is its own only when it is whole, and what it was before."""
+    draft = target / _PACKING / f"{job.name}.{os.getpid()}.tmp"
     try:
         facts = _fill(root, draft, job)
+        if wanted is not None and facts["sha256"] != wanted:
+            raise UserError(f"{target / job.name}: not what it was: files of {root} have changed")
+        draft.rename(target / job.name)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    draft.rename(target / job.name)
-    note = target / _PACKING / f"{job.name}.json"
-    note.with_suffix(".tmp").write_text(json.dumps(facts))
-    note.with_suffix(".tmp").rename(note)
+    _write_synced(target / _PACKING / f"{job.name}.json", json.dumps(facts))
     return facts
 
 
@@ -258,22 +270,29 @@ def _finish(
     jobs: dict[str, list[_Job]],
     done: dict[str, dict[str, Any]],
 ) -> None:
-    """The index, then dataset.json, which says that all is there."""
+    """The index, then dataset.json, which says that all is there.
+
+    Of shards that an earlier run finished, the manifest does not say where the images lie.
+    """
     arrays, entries = {}, {}
     for key in jobs:
         facts = [done[job.name] for job in jobs[key]]
         entries[key] = [{field: f[field] for field in ("name", "bytes", "sha256")} for f in facts]
-        lengths = [len(f["labels"]) for f in facts]
-        arrays[f"{key}/shard"] = np.repeat(np.arange(len(facts)), lengths)
-        for array in ("offset", "size", "labels"):
-            arrays[f"{key}/{array}"] = np.concatenate([np.array(f[array], np.int64) for f in facts])
+        tables = [
+            list(zip(f["offset"], f["size"], f["labels"], strict=True))
+            if "offset" in f
+            else scan_tar(target / f["name"])
+            for f in facts
+        ]
+        table = np.array([row for rows in tables for row in rows], dtype=np.int64).reshape(-1, 3)
+        arrays[f"{key}/shard"] = np.repeat(np.arange(len(facts)), [len(rows) for rows in tables])
+        for i, array in enumerate(("offset", "size", "labels")):
+            arrays[f"{key}/{array}"] = np.ascontiguousarray(table[:, i])
     draft = target / _PACKING / INDEX
     save_file(arrays, draft)
     sync(draft)
+    index = sha256_of(draft)
     draft.rename(target / INDEX)
-    draft = target / _PACKING / DATASET
-    manifest = {"format": FORMAT, "identity": identity, "classes": classes} | entries
-    draft.write_text(json.dumps(manifest, indent=1) + "\n")
-    sync(draft)
-    draft.rename(target / DATASET)
+    manifest = {"format": FORMAT, "identity": identity, "classes": classes, "index": index}
+    _write_synced(target / DATASET, json.dumps(manifest | entries, indent=1) + "\n")
     sync(target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -13,6 +12,9 @@ from hvd_lars.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_OPEN_FILES = 64  # a process may have 1,024, and torch needs its own
 
 
 @final
@@ -45,17 +47,13 @@ class ShardImages:
         return decode(data, f"{path}: {name}")
 
     def _descriptor(self, shard: int, path: Path) -> int:
-        """An open file a shard; all are closed when the process may open no more."""
+        """An open file of a shard; of many, the one that was used longest ago is closed."""
         if shard not in self._files:
-            try:
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                if error.errno != errno.EMFILE or not self._files:
-                    raise
-                for descriptor in self._files.values():
-                    os.close(descriptor)
-                self._files = {shard: os.open(path, os.O_RDONLY)}
-        return self._files[shard]
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(path, os.O_RDONLY)
+        self._files[shard] = descriptor = self._files.pop(shard)  # now the last of the dict
+        return descriptor
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, which belong to one process."""
