@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import IO, final
 
 
 def sha256_of(path: Path) -> str:
@@ -23,3 +24,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@final
+class HashingWriter:
+    """A file that is only written to, with the SHA-256 of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest, self.position = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        """Write and hash."""
+        self.digest.update(data)
+        self.position += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self.position

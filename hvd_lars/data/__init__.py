@@ -1,6 +1,6 @@
 """Images: sources, and which samples make up a global batch.
 
-Imports errors only; rank and size come in as ints.
+Imports errors and files only; rank and size come in as ints.
 """
 
 from hvd_lars.data.augment import Augment

@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast, final
+from typing import Any, cast
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -30,7 +30,7 @@ from hvd_lars.data.listing import Listing, Split, list_folder
 from hvd_lars.data.shard_index import DATASET, FORMAT, INDEX, read_manifest, scan_tar
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
-from hvd_lars.files import sha256_of, sync
+from hvd_lars.files import HashingWriter, sha256_of, sync
 
 _PACKING, _STAMP = ".packing", "identity"
 
@@ -92,7 +92,8 @@ def pack(
             done[facts["name"]] = facts
             count += samples
             progress(count, total)
-        _finish(target, identity, listing.classes, jobs, done)
+        if not _index_is_sound(target):
+            _finish(target, identity, listing.classes, jobs, done)
         shutil.rmtree(target / _PACKING)
     except OSError as error:
         where = error.filename or target
@@ -165,6 +166,13 @@ def _is_there(target: Path, facts: dict[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == int(facts["bytes"])
 
 
+def _index_is_sound(target: Path) -> bool:
+    """Whether dataset.json is there and the index is what it says."""
+    if not (target / DATASET).exists() or not (target / INDEX).exists():
+        return False
+    return bool(read_manifest(target)["index"] == sha256_of(target / INDEX))
+
+
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
@@ -193,24 +201,6 @@ def _write_all(
             raise
 
 
-@final
-class _Hashing:
-    """A file that is only written to, and its SHA-256 so far."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.digest, self.position = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        """Write and hash."""
-        self.digest.update(data)
-        self.position += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        """Bytes written."""
-        return self.position
-
-
 def _write(root: str, target: Path, job: _Job, wanted: str | None) -> dict[str, Any]:
     """One shard; its name is its own only when it is whole, and what it was before."""
     draft = target / _PACKING / f"{job.name}.{os.getpid()}.tmp"
@@ -229,7 +219,7 @@ def _write(root: str, target: Path, job: _Job, wanted: str | None) -> dict[str, 
 def _fill(root: str, draft: Path, job: _Job) -> dict[str, Any]:
     offsets, sizes = [], []
     with draft.open("wb") as file:
-        out = _Hashing(file)
+        out = HashingWriter(file)
         with tarfile.open(fileobj=cast(Any, out), mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for number, (path, label) in enumerate(job.samples, start=job.first):
                 stem, _, extension = path.rpartition("/")[2].rpartition(".")
