@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.errors import UserError
-from hvd_lars.files import sha256_of, sync
+from hvd_lars.files import let_umask_decide, sha256_of, sync
 from hvd_lars.replicas import average_buffers, broadcast_and_verify, named_state
 
 _TENSORS, _PROGRESS, _MANIFEST = "state.safetensors", "progress.json", "manifest.json"
@@ -91,6 +91,7 @@ class Checkpointer:
                 name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()
             }
             save_file(tensors, draft / _TENSORS)
+            let_umask_decide(draft / _TENSORS)
             (draft / _PROGRESS).write_text(json.dumps(dict(progress), indent=2))
             manifest = {name: _fingerprint(draft / name) for name in (_TENSORS, _PROGRESS)}
             (draft / _MANIFEST).write_text(json.dumps(manifest, indent=2))

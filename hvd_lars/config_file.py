@@ -110,6 +110,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     own, base_path, base = tree, path, dict[Any, Any]()
     if isinstance(tree.get("extends"), str):
         base_path = _find_base(path, tree.pop("extends"))
+        if not base_path.is_file():
+            raise UserError(f"{path}: extends: {base_path}: no such file, nor a bundled one")
         base = _read(base_path)
         if "extends" in base:
             raise UserError(f"{base_path}: extends: a file that is extended extends none itself")

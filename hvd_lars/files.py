@@ -17,6 +17,13 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def let_umask_decide(path: Path) -> None:
+    """Give a file the mode that a new one gets: some writers make theirs private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def sync(path: Path) -> None:
     """Return when a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -221,11 +221,12 @@ def test_mistakes_in_a_base_are_told_as_its_own(write):
 @pytest.mark.parametrize(
     ("base", "text", "message"),
     [
-        (None, "extends: base.yaml", "base.yaml: cannot be read: No such file"),
+        (None, "extends: base.yaml", "c.yaml: extends: "),
+        (None, "extends: base.yaml", "no such file, nor"),
         ("extends: other.yaml", "extends: base.yaml", "that is extended extends none itself"),
         ("- 1", "extends: base.yaml", "base.yaml: found [1]; the sections"),
         (BASE, "extends: 3", "extends: found 3; must be a valid string"),
-        (BASE, 'extends: "a\\0b"', "cannot be read: "),
+        (BASE, 'extends: "a\\0b"', "no such file, nor"),
     ],
 )
 def test_a_base_that_cannot_be_taken(write, base, text, message):

@@ -177,7 +177,7 @@ def break_by(folder, how):
     [
         ("no train", "train: No such file or directory; a folder with one folder of images a"),
         ("no classes", "val: no class folders in it"),
-        ("classes differ", r"class cat is in train but not in val \(2 such classes\)"),
+        ("classes differ", r"class cat is in train but not in val \(2 in one split only\)"),
         ("no images", "val/bee: no images in it"),
     ],
 )

@@ -134,8 +134,12 @@ def test_a_killed_pack_goes_on(tmp_path):
 def test_a_lost_shard_is_written_again(folder, packed):
     wanted = contents(packed)
     (packed / "train-000001.tar").unlink()
-    assert pack(str(folder), packed, 1, 10, QUIET).written == 10
+    result = pack(str(folder), packed, 1, 10, QUIET)
+    assert (result.written, result.mended) == (10, ("train-000001.tar",))
     assert contents(packed) == wanted
+    assert {path.stat().st_mode & 0o777 for path in packed.iterdir()} == {
+        (packed / "dataset.json").stat().st_mode & 0o777
+    }
 
 
 def test_a_changed_source_is_not_passed_off_as_what_it_was(folder, packed, tmp_path):
@@ -283,6 +287,17 @@ def test_no_sample_is_lost_in_silence(tmp_path, damage):
         scan_tar(path)
 
 
+def test_a_stray_label_is_named(foreign):
+    extra = {"z.jpg": b"0", "z.cls": b"9000000"}
+    tar_of(foreign / "imagenet-train-9999.tar", extra)
+    with pytest.raises(UserError, match="imagenet-train-9999.tar: .* has label 9000000; allowed"):
+        load(foreign)
+    with pytest.raises(UserError, match="has label 9000000; allowed with 1000 classes: 0 to 999"):
+        load_shards(str(foreign), "*train*.tar", "*val*.tar", None, num_classes=1000)
+    (foreign / "imagenet-train-9999.tar").unlink()
+    assert load_shards(str(foreign), "*train*.tar", "*val*.tar", None, 1000).num_classes == 1000
+
+
 def test_a_truncated_or_compressed_foreign_shard_is_named(foreign, tmp_path):
     path = foreign / "imagenet-train-0001.tar"
     data = path.read_bytes()
@@ -316,7 +331,7 @@ def name_elsewhere(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lose_class, "has label 2; allowed: 0 to 1"),
+        (lose_class, "has label 2; allowed with 2 classes: 0 to 1"),
         (name_elsewhere("../../etc/passwd"), "'../../etc/passwd' is not the name of a shard"),
         (name_elsewhere("/etc/passwd.tar"), "'/etc/passwd.tar' is not the name of a shard"),
         (name_elsewhere("train-9.tar"), "train-9.tar: No such file"),
@@ -422,7 +437,7 @@ def test_a_cache_without_room_or_rights_says_so(packed, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/no/such", "{tmp}/s"], "data.root: /no/such/train: No such file"),
+        (["/no/such", "{tmp}/s"], "SRC: /no/such/train: No such file"),
         (["{images}", "{tmp}/file/s"], "file/s/.packing: cannot be written: Not a directory"),
         (["{images}", "{tmp}/s", "--workers=0"], "--workers: found 0; must be 1 or more"),
     ],

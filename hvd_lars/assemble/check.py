@@ -56,6 +56,7 @@ class Report:
     """A plan with what surrounds it; memory in bytes a rank, by what takes it."""
 
     plan: Plan
+    num_classes: int
     groups: tuple[Group, ...]
     memory: dict[str, float]
     warnings: tuple[str, ...]
@@ -124,7 +125,7 @@ def examine(
             theirs = recipe.train.micro_batch * recipe.model.bn_sync_ranks
             if normalised and span != theirs:
                 warnings.append(f"BatchNorm spans {span} samples in place of the recipe's {theirs}")
-    return Report(plan, groups, memory, tuple(warnings), tuple(notes))
+    return Report(plan, num_classes, groups, memory, tuple(warnings), tuple(notes))
 
 
 @lru_cache(maxsize=64)  # the recipes share a few networks

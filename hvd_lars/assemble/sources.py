@@ -117,7 +117,13 @@ def _stores(
     if isinstance(data, ShardsData):
         shards = on_root(
             comm,
-            lambda: load_shards(data.root, data.train_shards, data.val_shards, _listing_cache()),
+            lambda: load_shards(
+                data.root,
+                data.train_shards,
+                data.val_shards,
+                _listing_cache(),
+                None if data.expect is None else data.expect.classes,
+            ),
         )
         root, cache_dir = Path(shards.root), data.cache_dir
         if cache_dir is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hvd_lars.config import Config
     from hvd_lars.schedules import Schedule
 
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -68,11 +68,11 @@ def check(
 
 def parse_bytes(text: str) -> float:
     """``80GB``, ``640 MB`` or ``16GiB`` in bytes; UserError says what is allowed."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(i?)B?\s*", text)
     if match is None or float(match.group(1)) == 0:
         raise UserError(f"--device-memory: found {text!r}; write it as 80GB or 16GiB")
     number, unit, binary = match.groups()
-    factor = 1024 ** "KMGT".index(unit) * 1024 if binary and unit else _UNITS[unit]
+    factor = 1024 ** "KMGT".index(unit) * 1024 if binary else _UNITS[unit]
     return float(number) * factor
 
 
@@ -97,7 +97,8 @@ def print_report(title: str | None, config: Config, report: Report) -> None:
     settings = config.optimizer
     rows = {
         "model": f"{config.model.name}, {parameters:,} parameters",
-        "data": f"{config.data.name}, {plan.num_train:,} samples an epoch",
+        "data": f"{config.data.name}, {plan.num_train:,} samples an epoch, "
+        f"{report.num_classes:,} classes",
         "steps": f"{intervals.total:,} of {plan.global_batch:,} samples, "
         f"{plan.steps_per_epoch:,} an epoch",
         "ranks": f"{plan.ranks}, each up to {-(-plan.global_batch // plan.ranks):,} samples a step",

@@ -116,7 +116,8 @@ def _run_on_ranks(options: argparse.Namespace) -> Communicator:
         config = _config(options.config, options.overrides)
     else:
         if not (options.run_folder / "config.yaml").is_file():
-            raise UserError(f"{options.run_folder}: not a run folder: no config.yaml in it")
+            reason = "no config.yaml in it" if options.run_folder.is_dir() else "no such folder"
+            raise UserError(f"{options.run_folder}: not a run folder: {reason}")
         # How many ranks trained, and over what, does not bind who evaluates.
         anywhere = ["comm.backend=auto", "run.expect_world_size=null"]
         path = str(options.run_folder / "config.yaml")

@@ -25,13 +25,18 @@ def pack(source: str, target: Path, workers: int, shard_samples: int, verify: bo
         if value < 1:
             raise UserError(f"{option}: found {value}; must be 1 or more")
     begun = time.perf_counter()
-    with _progress("packing", "images") as progress:
-        packed = shard_writer.pack(source, target, workers, shard_samples, progress)
+    try:
+        with _progress("packing", "images") as progress:
+            packed = shard_writer.pack(source, target, workers, shard_samples, progress)
+    except UserError as error:  # the layout's checks speak of the config's key
+        raise UserError(str(error).replace("data.root: ", "SRC: ")) from None
     seconds = time.perf_counter() - begun
     rest = packed.samples - packed.written
     parts = [f"{packed.samples:,} images in {packed.shards:,} shards, {packed.bytes / 1e9:.3f} GB"]
     parts += [f"{rest:,} were there already"] if rest else []
     parts += [f"{packed.written / seconds:,.0f} images/s"] if packed.written else []
+    for name in packed.mended:
+        print(f"{target / name}: was missing or of another size, and is written again")
     print(f"{target}: {'; '.join(parts)}")
     if verify:
         with _progress("verifying", "shards") as progress:

@@ -56,7 +56,7 @@ def list_folder(root: str, cache: Path | None) -> Listing:
         where, other = ("train", "val") if odd[0] in classes["train"] else ("val", "train")
         raise UserError(
             f"data.root: {folder}: class {odd[0]} is in {where} but not in {other} "
-            f"({len(odd)} such classes)"
+            f"({len(odd)} in one split only)"
         )
     names = [f"{key}_{field}" for key in ("train", "val") for field in ("paths", "labels")]
     file = cache / f"{_key(folder, classes)}.npz" if cache is not None else None

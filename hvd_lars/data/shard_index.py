@@ -61,7 +61,9 @@ class ShardSet:
     sha256: dict[str, str]
 
 
-def load_shards(root: str, train: str, val: str, cache: Path | None) -> ShardSet:
+def load_shards(
+    root: str, train: str, val: str, cache: Path | None, num_classes: int | None = None
+) -> ShardSet:
     """The data set in ``root``, after checking that every shard is there in full.
 
     Args:
@@ -69,6 +71,7 @@ def load_shards(root: str, train: str, val: str, cache: Path | None) -> ShardSet
         train: pattern of the training shards' names, for a folder without dataset.json.
         val: the same of the evaluation shards.
         cache: where the index of such a folder is remembered.
+        num_classes: of such a folder; as many as there are labels in training if None.
 
     Raises:
         UserError: a shard is missing, truncated or not a tar file, a sample has no image or no
@@ -78,7 +81,7 @@ def load_shards(root: str, train: str, val: str, cache: Path | None) -> ShardSet
     if (folder / DATASET).is_file():
         found = _load_packed(folder)
     else:
-        found = _load_foreign(folder, {"train": train, "val": val}, cache)
+        found = _load_foreign(folder, {"train": train, "val": val}, cache, num_classes)
     for name, size in found.bytes.items():
         try:
             actual = (folder / name).stat().st_size
@@ -169,13 +172,16 @@ def _check_split(folder: Path, key: str, split: ShardSplit, found: ShardSet) -> 
     out = (split.labels < 0) | (split.labels >= found.num_classes)
     if out.any():
         i = int(out.argmax())
+        path, classes = folder / split.names[split.shard[i]], found.num_classes
         raise UserError(
-            f"data.root: {folder / split.names[split.shard[i]]}: the image at byte "
-            f"{split.offset[i]} has label {split.labels[i]}; allowed: 0 to {found.num_classes - 1}"
+            f"data.root: {path}: the image at byte {split.offset[i]} has label {split.labels[i]}; "
+            f"allowed with {classes} classes: 0 to {classes - 1}"
         )
 
 
-def _load_foreign(folder: Path, patterns: dict[str, str], cache: Path | None) -> ShardSet:
+def _load_foreign(
+    folder: Path, patterns: dict[str, str], cache: Path | None, num_classes: int | None
+) -> ShardSet:
     paths: dict[str, list[Path]] = {}
     for key, pattern in patterns.items():
         try:
@@ -206,8 +212,8 @@ def _load_foreign(folder: Path, patterns: dict[str, str], cache: Path | None) ->
         if file is not None:
             write_arrays(file, arrays)
     train, val = (ShardSplit(names[k], *(arrays[f"{k}_{a}"] for a in _ARRAYS)) for k in paths)
-    num_classes = int(train.labels.max(initial=-1)) + 1
-    return ShardSet(str(folder), text, num_classes, train, val, sizes, {})
+    classes = num_classes or len(np.unique(train.labels))
+    return ShardSet(str(folder), text, classes, train, val, sizes, {})
 
 
 def scan_tar(path: Path) -> list[tuple[int, int, int]]:

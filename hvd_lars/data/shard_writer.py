@@ -30,7 +30,7 @@ from hvd_lars.data.listing import Listing, Split, list_folder
 from hvd_lars.data.shard_index import DATASET, FORMAT, INDEX, read_manifest, scan_tar
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
-from hvd_lars.files import HashingWriter, sha256_of, sync
+from hvd_lars.files import HashingWriter, let_umask_decide, sha256_of, sync
 
 _PACKING, _STAMP = ".packing", "identity"
 
@@ -46,12 +46,16 @@ class _Job:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a pack came to; ``written`` counts the samples of this call."""
+    """What a pack came to; ``written`` counts the samples of this call, ``mended`` names shards.
+
+    A mended shard had been written before, and was missing or of another size.
+    """
 
     samples: int
     written: int
     shards: int
     bytes: int
+    mended: tuple[str, ...]
 
 
 def pack(
@@ -99,7 +103,8 @@ def pack(
         where = error.filename or target
         raise UserError(f"{where}: cannot be written: {error.strerror or error}") from None
     size = sum(facts["bytes"] for facts in done.values())
-    return Packed(total, sum(len(job.samples) for job in left), len(done), size)
+    mended = tuple(job.name for job in left if job.name in known)
+    return Packed(total, sum(len(job.samples) for job in left), len(done), size, mended)
 
 
 def _jobs(listing: Listing, key: str, shard_samples: int) -> Iterator[_Job]:
@@ -280,6 +285,7 @@ def _finish(
             arrays[f"{key}/{array}"] = np.ascontiguousarray(table[:, i])
     draft = target / _PACKING / INDEX
     save_file(arrays, draft)
+    let_umask_decide(draft)
     sync(draft)
     index = sha256_of(draft)
     draft.rename(target / INDEX)
