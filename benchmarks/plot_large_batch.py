@@ -43,8 +43,8 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
     small = next(row for row in result["table"] if row["batch"] == batches[0])
     axes.axhline(small["mean"], color="0.6", linewidth=1, zorder=0)
     axes.annotate(
-        f"SGD at B = {batches[0]}: {small['mean']:.2f} %", (batches[-1], small["mean"]),
-        xytext=(0, 4), textcoords="offset points", ha="right", color="0.35",
+        f"SGD at B = {batches[0]}: {small['mean']:.2f} %", (batches[0], small["mean"]),
+        xytext=(10, 5), textcoords="offset points", ha="left", color="0.35",
     )  # fmt: skip
     for offset, (method, (colour, marker, line)) in enumerate(STYLES.items()):
         rows = [row for row in result["table"] if row["method"] == method]
