@@ -154,7 +154,8 @@ def show_training(shards: Path, work: Path) -> None:
     """Part 3."""
     recipe = "resnet50-lars-b8192"
     overrides = [
-        "data.name=shards", "data.expect=null", f"data.root={shards}", "data.image_size=64", "data.eval_resize=72",
+        "data.name=shards", "data.expect=null", f"data.root={shards}", "data.image_size=64",
+        "data.eval_resize=72",
         "data.workers=1", "train.global_batch=128", "train.micro_batch=32", "train.eval_batch=32",
         "train.duration=4 steps", "schedule.warmup_duration=1 steps", "schedule.base_lr=2",
         "train.eval_every=4 steps", "train.log_every=1 steps", "checkpoint.every=4 steps",
