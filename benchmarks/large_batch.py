@@ -34,7 +34,7 @@ SGD, NESTEROV = "name: sgd, adapt: weights", "name: sgd, adapt: weights, nestero
 LARS = "name: lars, adapt: layer"
 
 SHORT = {
-    256: {"SGD": [0.04, 0.08, 0.12], "Nesterov": [0.04, 0.08, 0.12], "LARS": [4.0, 8.0, 16.0]},
+    256: {"SGD": [0.08], "Nesterov": [0.04, 0.08], "LARS": [8.0, 16.0]},
     1024: {"SGD": [0.01, 0.02, 0.03], "Nesterov": [0.01, 0.02, 0.03], "LARS": [24.0, 32.0, 40.0]},
     4096: {"SGD": [0.05, 0.1, 0.2], "Nesterov": [0.05, 0.1, 0.2], "LARS": [8.0, 16.0, 24.0]},
 }
