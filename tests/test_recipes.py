@@ -4,13 +4,14 @@ import os
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from hvd_lars.assemble import build_trainer
 from hvd_lars.comm import detect_launch
 from hvd_lars.config_file import bundled_configs, load_config
 from hvd_lars.replicas import named_state, verify_agreement
 
-STEPS = 2
+STEPS = 3  # a warmup from 0 and a zero-initialised gamma each hold a branch still for one step
 
 
 def tiny_overrides(name, folder):
@@ -38,14 +39,15 @@ def test_takes_steps(comm, name, tmp_path_factory):
     torch.set_num_threads(1)
     for sink in trainer.sinks:
         sink.close()
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    before = parameters_to_vector(trainer.model.parameters()).clone()
     batches = trainer.batches_from(0)
     for step in range(STEPS):
         loss = trainer.train_step(step, batches)
         comm.start_all_reduce_sum(loss, "loss").wait()
-        assert 0.0 < loss.item() < 100.0
-    moved = [not torch.equal(b, p) for b, p in zip(before, trainer.model.parameters(), strict=True)]
-    assert sum(moved) >= 0.8 * len(moved)  # zero-initialised branches hold their insides still
+        assert torch.isfinite(loss) and loss > 0.0
+    assert not torch.equal(before, parameters_to_vector(trainer.model.parameters()))
+    for name, param in trainer.model.named_parameters():
+        assert trainer.optimizer.state[param]["momentum_buffer"].any(), name
     parameters = named_state(trainer.model, trainer.optimizer)
     parameters = {name: t for name, t in parameters.items() if "running_" not in name}
     verify_agreement(parameters, comm)
