@@ -2,13 +2,23 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
     line.split('"')[1]
     for line in (HERE / "hvd_lars/__init__.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
+)
+
+# A plain C library that ctypes loads.  Without a compiler it is left out, and torch's own
+# operations take the step.  Not linked to an OpenMP runtime: it uses the one that torch brings.
+NATIVE = Extension(
+    "hvd_lars.optim.kernels._native",
+    ["hvd_lars/optim/kernels/native.cpp"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-Wno-psabi"],
+    optional=True,
 )
 
 setup(
@@ -41,5 +51,6 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "dev": ["mypy", "pytest>=8", "ruff", "timm>=1.0", "types-PyYAML", "webdataset>=0.2"],
     },
+    ext_modules=[NATIVE],
     entry_points={"console_scripts": ["hvd-lars = hvd_lars.cli:main"]},
 )

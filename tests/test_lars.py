@@ -14,6 +14,8 @@ from reference.peers import LarcSgd, OptaxLars
 from torch import nn
 
 from hvd_lars import LARS, parameter_groups
+from hvd_lars.optim import lars
+from hvd_lars.optim.kernels.eager import EagerKernel
 
 SHAPES = [(7, 3, 3, 2), (5, 11), (13,), (4, 1)]
 RATES = [0.1 * 20 ** math.sin(t) for t in range(20)]  # swings over a factor of 400 …
@@ -69,8 +71,9 @@ COMBINATIONS = list(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kernel", ["native", "fused", "eager", "elsewhere"])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
-def test_every_combination_of_options_against_the_oracle(combination, dtype):
+def test_every_combination_of_options_against_the_oracle(combination, kernel, dtype, monkeypatch):
     position, denominator, clip, zero_norm, (momentum, nesterov), (decay, eps) = combination
     options = lars_oracle.Options(
         momentum=momentum,
@@ -86,8 +89,11 @@ def test_every_combination_of_options_against_the_oracle(combination, dtype):
     weights, gradients = problem(zero_weight=True, zero_gradient=True)
     wanted, buffers = lars_oracle.run(weights, gradients, RATES, options)
     params = as_params(weights, dtype)
-    optimizer = LARS(params, **vars(options))
+    if kernel == "elsewhere":  # the operations of a device that is not the CPU
+        monkeypatch.setattr(lars, "choose_kernel", lambda *_: EagerKernel(on_host=False))
+    optimizer = LARS(params, **vars(options), kernel=kernel if kernel != "elsewhere" else "auto")
     train(optimizer, params, gradients, RATES)
+    optimizer.unfold_momentum()
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     assert_close(params, wanted, tolerance)
     if momentum:
@@ -118,8 +124,8 @@ def test_equals_timm(nesterov, clip, decay):
     shared = {"momentum": 0.9, "weight_decay": decay, "nesterov": nesterov, "trust_clip": clip}
     peer = timm.optim.Lars(theirs, lr=0.1, trust_coeff=0.02, eps=1e-8, always_adapt=True, **shared)
     train(peer, theirs, gradients, RATES)
-    lars = LARS(ours, trust_coefficient=0.02, eps=1e-8, lr_position="update", **shared)
-    train(lars, ours, gradients, RATES)
+    ours_lars = LARS(ours, trust_coefficient=0.02, eps=1e-8, lr_position="update", **shared)
+    train(ours_lars, ours, gradients, RATES)
     assert_close(ours, [p.detach().numpy() for p in theirs], 1e-12)
 
 
@@ -127,7 +133,7 @@ def test_equals_timm(nesterov, clip, decay):
 def test_equals_apex_larc(clip):
     weights, gradients = problem()
     ours, theirs = as_params(weights), as_params(weights)
-    lars = LARS(
+    ours_lars = LARS(
         ours,
         weight_decay=5e-4,
         trust_coefficient=0.02,
@@ -135,7 +141,7 @@ def test_equals_apex_larc(clip):
         lr_position="update",
         trust_clip=clip,
     )
-    train(lars, ours, gradients, RATES)
+    train(ours_lars, ours, gradients, RATES)
     peer = LarcSgd(theirs, 0.1, 0.9, 5e-4, 0.02, clip, 1e-8)
     for grads, rate in zip(gradients, RATES, strict=True):
         peer.sgd.param_groups[0]["lr"] = rate
@@ -280,6 +286,7 @@ def test_nothing_is_copied_from_the_device_to_the_host(monkeypatch):
     weights, gradients = problem(steps=2)
     params = as_params(weights)
     optimizer = LARS(params, weight_decay=5e-4, trust_clip=True, zero_norm="skip")
+    monkeypatch.setattr(lars, "choose_kernel", lambda *_: EagerKernel(on_host=False))
 
     def refuse(*_):
         raise AssertionError("a step read a tensor's value on the host")
@@ -338,6 +345,7 @@ def test_it_works_with_lr_scheduler_grad_scaler_and_deepcopy():
         ({"lr_position": "outside"}, "lr_position is 'outside'; allowed: momentum, update"),
         ({"denominator": "sum"}, "denominator is 'sum'; allowed: separate, combined"),
         ({"zero_norm": "one"}, "zero_norm is 'one'; allowed: unit, skip"),
+        ({"kernel": "fast"}, "kernel is 'fast'; allowed: auto, native, fused, eager"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov needs momentum above 0"),
     ],
 )

@@ -6,7 +6,8 @@ the same collectives in the same order.  After a sum all ranks hold the same bit
 
 from __future__ import annotations
 
-from typing import NoReturn, Protocol, TypeVar
+from collections.abc import Callable
+from typing import NoReturn, Protocol, TypeVar, final
 
 from torch import Tensor
 
@@ -19,9 +20,30 @@ REDUCIBLE = ("float32", "float64", "int32", "int64")
 class Pending(Protocol):
     """A collective under way."""
 
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once; asking costs little."""
+        ...
+
     def wait(self) -> None:
         """Return when the tensor holds the result."""
         ...
+
+
+@final
+class Then:
+    """A collective that is complete once ``act`` has run after it."""
+
+    def __init__(self, pending: Pending, act: Callable[[], object]) -> None:
+        self._pending, self._act = pending, act
+
+    def done(self) -> bool:
+        """Whether the collective itself is."""
+        return self._pending.done()
+
+    def wait(self) -> None:
+        """Wait, then act."""
+        self._pending.wait()
+        self._act()
 
 
 class Reducer(Protocol):
@@ -55,15 +77,20 @@ class Communicator(Protocol):
         """
         ...
 
-    def reduce_scatter_sum(self, flat: Tensor) -> Tensor:
-        """Sum (numel,) over the ranks; returns this rank's (numel / size,) part.
+    def start_reduce_scatter_sum(self, flat: Tensor, shard: Tensor, name: str) -> Pending:
+        """Begin to sum ``flat`` (numel,) over the ranks, this rank's part into ``shard``.
 
-        Raises ValueError where numel is not a multiple of size.
+        ``shard`` is (numel / size,), the r-th of ``size`` equal parts on rank r.
+        ``flat`` holds nothing of use afterwards.  Raises ValueError where the sizes do not fit.
         """
         ...
 
-    def all_gather(self, shard: Tensor) -> Tensor:
-        """Concatenate every rank's (n,) tensor, of one length on all ranks: (n · size,)."""
+    def start_all_gather(self, flat: Tensor, name: str) -> Pending:
+        """Begin to give every rank all parts of ``flat`` (numel,), of which it holds its own.
+
+        In place: rank r's part is the r-th of ``size`` equal ones.  Raises ValueError where numel
+        is not a multiple of size.
+        """
         ...
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
@@ -104,12 +131,25 @@ def check_reducible(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name}: strides {tensor.stride()} are not contiguous")
 
 
-def check_divisible(flat: Tensor, size: int) -> None:
-    """Raise ValueError where a flat tensor cannot be cut into ``size`` equal parts."""
+def part_of(flat: Tensor, rank: int, size: int) -> Tensor:
+    """Rank ``rank``'s part of a (numel,) tensor, a view; ValueError where it cannot be cut."""
     if flat.dim() != 1 or flat.numel() % size:
         raise ValueError(
-            f"reduce_scatter_sum takes one dimension and a multiple of {size} elements, "
+            f"a collective over parts takes one dimension and a multiple of {size} elements, "
             f"got shape {tuple(flat.shape)}"
+        )
+    part = flat.numel() // size
+    return flat[rank * part : (rank + 1) * part]
+
+
+def check_shard(flat: Tensor, shard: Tensor, size: int) -> None:
+    """Raise TypeError or ValueError where ``shard`` cannot take a part of ``flat``'s sum."""
+    check_reducible(flat, "reduce-scatter")
+    part = part_of(flat, 0, size)
+    if shard.shape != part.shape or shard.dtype != flat.dtype:
+        raise ValueError(
+            f"a part of {tuple(flat.shape)} {flat.dtype} over {size} ranks does not fit into "
+            f"{tuple(shard.shape)} {shard.dtype}"
         )
 
 

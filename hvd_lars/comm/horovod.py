@@ -1,8 +1,9 @@
-"""Horovod as a communicator: MPI or Gloo on CPU, NCCL on GPU; imports base and local."""
+"""Horovod as a communicator: MPI or Gloo on CPU, NCCL on GPU; imports base, local and mpi."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
@@ -11,26 +12,35 @@ from torch import Tensor
 from hvd_lars.comm.base import (
     Pending,
     Reducer,
-    check_divisible,
+    Then,
     check_group_size,
     check_reducible,
+    check_shard,
     end_process,
+    part_of,
 )
 from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.comm.mpi import MpiParts
 
 T = TypeVar("T")
 
 
 @final
 class _Handle:
-    """A Horovod operation under way."""
+    """A Horovod operation under way; ``take`` is given its output."""
 
-    def __init__(self, hvd: Any, handle: int) -> None:
-        self._hvd, self._handle = hvd, handle
+    def __init__(
+        self, hvd: Any, handle: int, take: Callable[[Tensor], object] = lambda output: None
+    ) -> None:
+        self._hvd, self._handle, self._take = hvd, handle, take
+
+    def done(self) -> bool:
+        """Whether Horovod has finished it."""
+        return bool(self._hvd.poll(self._handle))
 
     def wait(self) -> None:
         """Return when Horovod has finished it; RuntimeError if a rank went away."""
-        self._hvd.synchronize(self._handle)
+        self._take(self._hvd.synchronize(self._handle))
 
 
 @final
@@ -62,14 +72,17 @@ class HorovodCommunicator:
 
     Args:
         groups: let :meth:`group` be called; Horovod then looks for new groups in every cycle.
+        mpi_parts: leave reduce-scatter and all-gather of CPU tensors to mpi4py.
     """
 
     backend = "horovod"
 
-    def __init__(self, groups: bool = False) -> None:
+    def __init__(self, groups: bool = False, mpi_parts: bool = False) -> None:
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         if groups:
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
+        # Before Horovod starts MPI: whoever starts it ends it.
+        self._parts = MpiParts() if mpi_parts and MpiParts.beside_others() else None
         import horovod.torch as hvd
 
         hvd.init()
@@ -85,24 +98,28 @@ class HorovodCommunicator:
         check_reducible(tensor, name)
         return _Handle(self._hvd, self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
 
-    def reduce_scatter_sum(self, flat: Tensor) -> Tensor:
-        """Reduce-scatter; on Gloo an all-reduce of a copy and a slice.
+    def start_reduce_scatter_sum(self, flat: Tensor, shard: Tensor, name: str) -> Pending:
+        """Begin to sum, each rank taking its part; on Gloo an all-reduce and a copy of the part.
 
         Gloo's reduce-scatter leaves the socket's send buffer at the size of its message, and
         every later all-reduce over that connection is slow.
         """
-        check_reducible(flat, "reduce_scatter_sum")
-        check_divisible(flat, self.size)
-        if self.controller == "Gloo" and not flat.is_cuda:
-            total: Tensor = self._hvd.allreduce(flat, name="reduce_scatter", op=self._hvd.Sum)
-            return total.chunk(self.size)[self.rank].clone()
-        part: Tensor = self._hvd.reducescatter(flat, name="reduce_scatter", op=self._hvd.Sum)
-        return part
+        check_shard(flat, shard, self.size)
+        if not flat.is_cuda and self._parts is not None:
+            return self._parts.start_reduce_scatter_sum(flat, shard, name)
+        if not flat.is_cuda and self.controller == "Gloo":
+            part = part_of(flat, self.rank, self.size)
+            return Then(self.start_all_reduce_sum(flat, name), lambda: shard.copy_(part))
+        handle = self._hvd.reducescatter_async(flat, name=name, op=self._hvd.Sum)
+        return _Handle(self._hvd, handle, shard.copy_)
 
-    def all_gather(self, shard: Tensor) -> Tensor:
-        """Concatenate the shards in the order of the ranks."""
-        whole: Tensor = self._hvd.allgather(shard, name="all_gather")
-        return whole
+    def start_all_gather(self, flat: Tensor, name: str) -> Pending:
+        """Begin to collect all parts in place."""
+        part = part_of(flat, self.rank, self.size)
+        if not flat.is_cuda and self._parts is not None:
+            return self._parts.start_all_gather(flat, name)
+        handle = self._hvd.allgather_async(part.clone(), name=name)
+        return _Handle(self._hvd, handle, flat.copy_)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """Overwrite with the root's bytes, so that every dtype and layout is served."""
@@ -144,4 +161,6 @@ class HorovodCommunicator:
     def close(self) -> None:
         """Shut Horovod down on every rank together."""
         self._hvd.barrier()
+        if self._parts is not None:
+            self._parts.close()
         self._hvd.shutdown()

@@ -9,10 +9,11 @@ from torch import Tensor
 from hvd_lars.comm.base import (
     Pending,
     Reducer,
-    check_divisible,
     check_group_size,
     check_reducible,
+    check_shard,
     end_process,
+    part_of,
 )
 
 T = TypeVar("T")
@@ -21,6 +22,10 @@ T = TypeVar("T")
 @final
 class _Done:
     """A collective that was complete when it began."""
+
+    def done(self) -> bool:
+        """True."""
+        return True
 
     def wait(self) -> None:
         """Return at once."""
@@ -40,15 +45,16 @@ class LocalCommunicator:
         check_reducible(tensor, name)
         return _Done()
 
-    def reduce_scatter_sum(self, flat: Tensor) -> Tensor:
-        """Return a copy of the whole."""
-        check_reducible(flat, "reduce_scatter_sum")
-        check_divisible(flat, 1)
-        return flat.clone()
+    def start_reduce_scatter_sum(self, flat: Tensor, shard: Tensor, name: str) -> Pending:
+        """Copy the whole."""
+        check_shard(flat, shard, 1)
+        shard.copy_(flat)
+        return _Done()
 
-    def all_gather(self, shard: Tensor) -> Tensor:
-        """Return a copy of the only shard."""
-        return shard.clone()
+    def start_all_gather(self, flat: Tensor, name: str) -> Pending:
+        """Leave the tensor as it is."""
+        part_of(flat, 0, 1)
+        return _Done()
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """Leave the tensor as it is."""

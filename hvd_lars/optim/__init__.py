@@ -2,6 +2,7 @@
 
 from hvd_lars.optim.groups import parameter_groups
 from hvd_lars.optim.lars import LARS
-from hvd_lars.optim.placement import Placement, Replicated
+from hvd_lars.optim.placement import Placement
+from hvd_lars.optim.replicated import Replicated
 
 __all__ = ["LARS", "Placement", "Replicated", "parameter_groups"]

@@ -15,6 +15,7 @@ CHOICES = {
     "denominator": ("separate", "combined"),
     "zero_norm": ("unit", "skip"),
     "adapt": ("own", "layer", "none"),
+    "kernel": ("auto", "native", "fused", "eager"),
 }
 
 

@@ -1,12 +1,13 @@
 """LARS, layer-wise adaptive rate scaling: the mathematics of a step.
 
-Where gradients come from (one device, or the sum over ranks) is the placement's affair.
-Imports groups, norms and placement.
+Where gradients come from (one device, or the sum over ranks) is the placement's affair, how a step
+is computed the kernel's.  Imports groups, kernels, layers and placement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -15,22 +16,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hvd_lars.optim.groups import check_group
-from hvd_lars.optim.norms import flat, in_layout_of, sums_of_squares
+from hvd_lars.optim.kernels import choose_kernel
+from hvd_lars.optim.kernels.fused import unfold
+from hvd_lars.optim.layers import Layer, block_of, is_half, layers_of, ratios_of
 from hvd_lars.optim.placement import Placement
 
 LrPosition = Literal["momentum", "update"]
 Denominator = Literal["separate", "combined"]
 ZeroNorm = Literal["unit", "skip"]
+KernelName = Literal["auto", "native", "fused", "eager"]
 
 
-@dataclass(slots=True)
-class _Layer:
-    """One parameter tensor in a step: ``param`` and ``grad`` have the same shape."""
+@dataclass
+class _Known:
+    """The weights as the last step left them, and the sums of their squares where it took them."""
 
-    param: Tensor
-    grad: Tensor
-    group: dict[str, Any]
-    source: int  # whose trust ratio applies: an index into the step's layers, -1 for none
+    params: list[Tensor]
+    sums: Tensor | None  # (layers,), float64; of this rank's parts
+
+    def __post_init__(self) -> None:
+        self._versions = [param._version for param in self.params]
+
+    def still_holds(self, layers: Sequence[Layer]) -> bool:
+        """Whether these are the same layers and nobody has edited one since."""
+        return len(layers) == len(self.params) and all(
+            layer.param is param and param._version == version
+            for layer, param, version in zip(layers, self.params, self._versions, strict=True)
+        )
 
 
 class LARS(Optimizer):
@@ -48,6 +60,13 @@ class LARS(Optimizer):
     sums squares over its part of every layer; one all-reduce completes those sums; every layer is
     updated.  Without a placement the first and third fall away.  No phase copies a value from the
     device to the host.
+
+    The norms cost no pass over memory where the kernel is native: sums of squares of gradients are
+    taken as their reductions complete, those of weights while the step before writes them.
+    Weights that somebody else edits in between are noticed and read again; an edit through
+    ``.data``, which torch does not count, is noticed one step late, with a warning.
+
+    Parameters of half precision have float32 masters and momentum in the optimizer's state.
 
     Args:
         params: parameters, or parameter groups as :func:`parameter_groups` makes them.  Every
@@ -68,6 +87,9 @@ class LARS(Optimizer):
         trust_clip: use min(λ/γ, 1) in place of λ, so that no layer's rate exceeds γ (LARC).
         zero_norm: ``"unit"`` uses λ = 1 where a norm is zero (paper), ``"skip"`` leaves such a
             layer and its momentum as they are (apex, lightly).
+        kernel: how a step is computed: ``"native"`` (C++ on CPU), ``"fused"`` (torch's fused SGD
+            on CPU), ``"eager"`` (plain torch) or ``"auto"``, the fastest there is.  They agree
+            but for rounding; ranks must not mix them.
         placement: sums gradients over ranks; None for one process, or where something else does
             (``hvd.DistributedOptimizer``, DDP).
 
@@ -88,7 +110,9 @@ class LARS(Optimizer):
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1.
     """
 
-    placement: Placement | None = None  # a copy of the optimizer has none
+    # Class attributes, since a copy and Horovod's DistributedOptimizer lose an instance's own.
+    placement: Placement | None = None
+    _known: dict[torch.device, _Known] | None = None
 
     def __init__(
         self,
@@ -103,6 +127,7 @@ class LARS(Optimizer):
         denominator: Denominator = "separate",
         trust_clip: bool = False,
         zero_norm: ZeroNorm = "unit",
+        kernel: KernelName = "auto",
         placement: Placement | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -116,6 +141,7 @@ class LARS(Optimizer):
             "denominator": denominator,
             "trust_clip": trust_clip,
             "zero_norm": zero_norm,
+            "kernel": kernel,
             "adapt": "own",
         }
         self.placement = placement
@@ -129,7 +155,7 @@ class LARS(Optimizer):
             check_group(param_group, count)
             if self.placement is not None:
                 for param in param_group["params"]:
-                    self.placement.owned(param)
+                    self.placement.norm_part(param)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -158,128 +184,54 @@ class LARS(Optimizer):
                 loss = closure()
         if self.placement is not None:
             self.placement.reduce_gradients()
-        layers = self._layers()
-        ratios = self._trust_ratios(layers)
-        for layer in layers:
-            ratio = ratios[layer.source] if layer.source >= 0 else None
-            self._update(layer, ratio)
+        layers = layers_of(self.param_groups, self.placement)
+        sums = {device: self._step_on(device, here) for device, here in layers.items()}
         if self.placement is not None:
             self.placement.publish_parameters()
+        self._known = {
+            device: _Known([layer.param for layer in here], sums[device])
+            for device, here in layers.items()
+        }
         return loss
 
-    def _layers(self) -> list[_Layer]:
-        """Parameters that have a gradient and are not frozen, in the order of the groups."""
-        layers: list[_Layer] = []
-        index_of: dict[int, int] = {}  # position over all groups -> position among the layers
-        wanted: list[int] = []
-        position = 0
-        for group in self.param_groups:
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None and param.requires_grad:
-                    if param.grad.is_sparse:
-                        raise RuntimeError(
-                            f"LARS takes dense gradients; a parameter of shape "
-                            f"{tuple(param.shape)} has a sparse one"
-                        )
-                    index_of[position] = len(layers)
-                    layers.append(_Layer(param, in_layout_of(param, param.grad), group, -1))
-                    adapt = group["adapt"]
-                    source = position if adapt == "own" else -1
-                    wanted.append(group["ratio_from"][i] if adapt == "layer" else source)
-                position += 1
-        for layer, source in zip(layers, wanted, strict=True):
-            # A bias whose weight is frozen has no ratio to share: it takes the plain rate.
-            layer.source = index_of.get(source, -1)
-        return layers
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; momentum is v, whichever kernel wrote it."""
+        self.unfold_momentum()
+        return super().state_dict()
 
-    def _trust_ratios(self, layers: list[_Layer]) -> dict[int, Tensor]:
-        """λ of every layer that some layer uses: 0-dim float64 tensors on the layer's device."""
-        ratios: dict[int, Tensor] = {}
-        by_device: dict[torch.device, list[int]] = {}
-        for index in sorted({layer.source for layer in layers if layer.source >= 0}):
-            by_device.setdefault(layers[index].param.device, []).append(index)
-        for indices in by_device.values():
-            used = [layers[i] for i in indices]
-            vector = _ratios(used, *self._norms(used))
-            ratios.update(zip(indices, vector.unbind(), strict=True))
-        return ratios
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but float32 state of half parameters stays float32."""
+        super().load_state_dict(state_dict)
+        self._known = None
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        params = (param for group in self.param_groups for param in group["params"])
+        for number, param in zip(numbers, params, strict=True):
+            if is_half(param):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[param][name] = value.detach().to(param.device, copy=True)
 
-    def _norms(self, layers: list[_Layer]) -> tuple[Tensor, Tensor]:
-        """‖w‖ and the denominator's gradient norm, (len(layers),) each, float64."""
-        weights, gradients = [], []
-        for layer in layers:
-            weight, gradient = flat(layer.param), flat(layer.grad)
-            if self.placement is not None:
-                begin, end = self.placement.owned(layer.param)
-                weight, gradient = weight[begin:end], gradient[begin:end]
-            decay = layer.group["weight_decay"]
-            if layer.group["denominator"] == "combined" and decay != 0:
-                gradient = gradient.add(weight, alpha=decay)
-            weights.append(weight)
-            gradients.append(gradient)
-        sums = sums_of_squares(weights + gradients)
-        if self.placement is not None:
-            sums = self.placement.complete_sums(sums)
-        weight_norms, gradient_norms = sums.sqrt().chunk(2)
-        return weight_norms, gradient_norms
+    def unfold_momentum(self) -> None:
+        """Make every ``state[param]["momentum_buffer"]`` hold v; only the fused kernel's do not."""
+        for state in self.state.values():
+            unfold(state)
 
-    def _update(self, layer: _Layer, ratio: Tensor | None) -> None:
-        """Apply the momentum rule to one layer in place.
-
-        With a the rate inside the buffer and b the rate outside it, a·b = γλ:
-        v ← μv + a(g + βw) and w ← w − b·v, Nesterov w ← w − b(μv + a(g + βw)).
-        """
-        group, param, grad = layer.group, layer.param, layer.grad
-        momentum, decay, lr = group["momentum"], group["weight_decay"], group["lr"]
-        inside, outside = (1.0, lr) if group["lr_position"] == "update" else (lr, 1.0)
-        if ratio is None:
-            ratio = torch.ones((), dtype=torch.float64, device=param.device)
-        rate = ratio * inside  # 0-dim: stays on the device
-        # λ = 0 marks a layer to skip: elsewhere a zero norm gives λ = 1.
-        live = ratio != 0 if group["zero_norm"] == "skip" else None
-        scale = rate.to(param.dtype)
-
-        def add_gradient(target: Tensor) -> Tensor:
-            target.addcmul_(grad, scale)
-            return target.addcmul_(param, scale * decay) if decay != 0 else target
-
-        if momentum == 0:
-            step = add_gradient(torch.zeros_like(param))
-        else:
-            state = self.state[param]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(param)
-            buffer = state["momentum_buffer"]
-            if live is None:
-                buffer.mul_(momentum)
-            else:
-                decayed = torch.full_like(ratio, momentum)
-                buffer.mul_(torch.where(live, decayed, 1.0).to(param.dtype))
-            add_gradient(buffer)
-            step = add_gradient(buffer * momentum) if group["nesterov"] else buffer
-        if live is not None:
-            step = step * live
-        param.sub_(step, alpha=outside)
-
-
-def _ratios(layers: list[_Layer], weight_norms: Tensor, gradient_norms: Tensor) -> Tensor:
-    """λ from the two norms; all (len(layers),), float64.
-
-    Hyper-parameters may differ by layer, so they enter as one matrix made on the host.
-    """
-    rows = [
-        [
-            group["weight_decay"] if group["denominator"] == "separate" else 0.0,
-            group["eps"],
-            group["trust_coefficient"],
-            group["lr"],
-            group["trust_clip"],
-            group["zero_norm"] == "unit",
-        ]
-        for group in (layer.group for layer in layers)
-    ]
-    table = torch.tensor(rows, dtype=torch.float64).to(weight_norms.device, non_blocking=True)
-    decay, eps, coefficient, lr, clip, ratio_at_zero = table.unbind(1)
-    ratio = coefficient * weight_norms / (gradient_norms + decay * weight_norms + eps)
-    ratio = torch.where(clip != 0, (ratio / lr).clamp(max=1.0), ratio)
-    return torch.where((weight_norms > 0) & (gradient_norms > 0), ratio, ratio_at_zero)
+    def _step_on(self, device: torch.device, layers: Sequence[Layer]) -> Tensor | None:
+        """The norms' and the update's phases on one device; what is known of the new weights."""
+        known = (self._known or {}).get(device)
+        untouched = known is not None and known.still_holds(layers)
+        sums = known.sums if known is not None and untouched else None
+        kernel = choose_kernel(layers[0].group["kernel"], device.type)
+        blocks = [block_of(layer, self.state, self.placement, untouched) for layer in layers]
+        updated = kernel.update(blocks, ratios_of(layers, blocks, kernel, self.placement, sums))
+        if updated is None:
+            return None
+        before, after = updated
+        if sums is not None and device.type == "cpu" and not torch.equal(before, sums):
+            warnings.warn(
+                "weights were edited through .data between two steps: this step took its trust "
+                "ratios from their norms before that",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return after

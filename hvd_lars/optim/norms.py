@@ -12,6 +12,8 @@ _BLOCK = 4096
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one gapless piece of memory, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(
         (stride, size)
@@ -50,11 +52,13 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     float64 tensors are summed in float64; the others in float32 within blocks of 4096 elements
     and in float64 across blocks, so the error does not grow with the layer.
     """
-    return torch.stack([_sum_of_squares(tensor) for tensor in tensors])
+    return torch.stack([_sum_of_squares(flat(tensor)) for tensor in tensors])
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:
     """Sum of squares of one (numel,) tensor: 0-dim float64."""
+    if not tensor.numel():
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     blocks = tensor.numel() // _BLOCK
     whole = tensor[: blocks * _BLOCK].view(blocks, _BLOCK)

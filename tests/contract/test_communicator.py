@@ -83,30 +83,49 @@ def test_a_strided_tensor_is_refused(comm):
         comm.start_all_reduce_sum(torch.zeros(4, 4).t()[1:], "strided")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("part", [1, 5, 20_000])
-def test_reduce_scatter_returns_this_ranks_part(comm, part):
-    flat = rank_values(comm, part * comm.size, torch.float32)
-    before = flat.clone()
-    mine = comm.reduce_scatter_sum(flat)
-    whole = expected_sum(comm, part * comm.size, torch.float32)
-    assert torch.equal(mine, whole[comm.rank * part : (comm.rank + 1) * part])
-    assert torch.equal(flat, before)
+def test_reduce_scatter_gives_this_ranks_part(comm, part, dtype):
+    flats = [rank_values(comm, part * comm.size, dtype) + i for i in range(3)]
+    shards = [torch.full((part,), torch.nan, dtype=dtype) for _ in flats]
+    pending = [
+        comm.start_reduce_scatter_sum(flat, shard, f"shard {i}")
+        for i, (flat, shard) in enumerate(zip(flats, shards, strict=True))
+    ]
+    for i, (shard, handle) in enumerate(zip(shards, pending, strict=True)):
+        handle.wait()
+        assert handle.done()
+        whole = expected_sum(comm, part * comm.size, dtype) + i * comm.size
+        assert torch.equal(shard, whole[comm.rank * part : (comm.rank + 1) * part])
 
 
 def test_reduce_scatter_refuses_what_does_not_divide(comm):
+    start = comm.start_reduce_scatter_sum
     if comm.size > 1:
         with pytest.raises(ValueError, match=f"a multiple of {comm.size} elements"):
-            comm.reduce_scatter_sum(torch.zeros(comm.size + 1))
+            start(torch.zeros(comm.size + 1), torch.zeros(1), "odd")
     with pytest.raises(ValueError, match="one dimension"):
-        comm.reduce_scatter_sum(torch.zeros(comm.size, 2))
+        start(torch.zeros(comm.size, 2), torch.zeros(2), "matrix")
+    with pytest.raises(ValueError, match="does not fit"):
+        start(torch.zeros(comm.size * 3), torch.zeros(2), "short")
+    with pytest.raises(TypeError, match="bfloat16 cannot be summed"):
+        start(torch.zeros(comm.size).bfloat16(), torch.zeros(1).bfloat16(), "half")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
-def test_all_gather_is_in_the_order_of_the_ranks(comm, dtype):
-    whole = comm.all_gather(rank_values(comm, 11, dtype))
-    assert torch.equal(
-        whole, torch.cat([rank_values(comm, 11, dtype, r) for r in range(comm.size)])
-    )
+def test_all_gather_is_in_place_and_in_the_order_of_the_ranks(comm, dtype):
+    whole = torch.zeros(11 * comm.size, dtype=dtype)
+    whole[11 * comm.rank : 11 * (comm.rank + 1)] = rank_values(comm, 11, dtype)
+    other = torch.full((2 * comm.size,), comm.rank, dtype=dtype)
+    pending = [comm.start_all_gather(whole, "whole"), comm.start_all_gather(other, "other")]
+    for handle in pending:
+        handle.wait()
+    wanted = torch.cat([rank_values(comm, 11, dtype, r) for r in range(comm.size)])
+    assert torch.equal(whole, wanted)
+    assert other.tolist() == [r for r in range(comm.size) for _ in range(2)]
+    if comm.size > 1:
+        with pytest.raises(ValueError, match=f"a multiple of {comm.size} elements"):
+            comm.start_all_gather(torch.zeros(comm.size + 1), "odd")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])

@@ -1,0 +1,224 @@
+"""Gradients in flat buckets that are handed over as backward fills them; imports comm.base, kernels,
+norms and shard_plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from hvd_lars.comm.base import Pending, check_reducible
+from hvd_lars.optim.kernels import Kernel
+from hvd_lars.optim.norms import is_dense
+from hvd_lars.optim.shard_plan import fill_buckets
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Gradients of some parameters in one piece of memory, reduced as one message."""
+
+    params: list[nn.Parameter]
+    starts: list[int]  # of each parameter in flat
+    flat: Tensor  # (numel,), padded with zeros
+    views: list[Tensor]
+    missing: set[int] = field(default_factory=set)  # positions whose gradient is still to come
+    pending: Pending | None = None
+    sums: Tensor | None = None  # (len(params),) early sums of squares
+    version: int = -1  # of what they were taken from
+
+
+@final
+class GradientBuckets:
+    """Collects ``param.grad`` as views of flat buckets and starts a collective for each full one.
+
+    A bucket starts from a hook in backward as soon as it and those before it are full, in an order
+    that is the same on all ranks: the reverse of the parameters', about that in which backward
+    finishes them.  ``backward()`` returns when all are complete; a rank that has no backward pass
+    in a window joins in :meth:`finish`.
+
+    Args:
+        params: parameters to train; those that need no gradient are left out.
+        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        multiple: buckets are padded to a multiple of this many elements.
+        start: begins the collective of the bucket at a position.
+        parts: of a bucket, what early sums of squares are taken from, a tensor for each parameter.
+
+    Raises:
+        ValueError: no parameter, or one that is not dense in memory.
+        TypeError: a parameter's dtype cannot be summed over ranks.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        bucket_bytes: int,
+        multiple: int,
+        start: Callable[[int], Pending],
+        parts: Callable[[int], list[Tensor]],
+    ) -> None:
+        trained = [param for param in params if param.requires_grad]
+        if not trained:
+            raise ValueError("no parameter requires a gradient")
+        for param in trained:
+            if not is_dense(param):
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} has strides {param.stride()}, "
+                    f"which leave gaps in memory"
+                )
+        self.buckets = list(_make_buckets(trained, bucket_bytes, multiple))
+        self.place: dict[Tensor, tuple[int, int]] = {}  # bucket and position in it
+        self._order: dict[Tensor, int] = {}
+        for b, bucket in enumerate(self.buckets):
+            check_reducible(bucket.flat, "gradients")
+            for i, param in enumerate(bucket.params):
+                self.place[param] = (b, i)
+                self._order[param] = len(self._order)
+                param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+        self._start, self._parts = start, parts
+        self._synchronizing = True
+        self._kernel: Kernel | None = None
+        self.zero()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only accumulate."""
+        self._synchronizing = False
+        try:
+            yield
+        finally:
+            self._synchronizing = True
+
+    def zero(self) -> None:
+        """Begin a new window.
+
+        Gradients are None until backward makes them: it then hands its own tensor over, to be
+        copied, which moves fewer bytes than to zero a bucket and add to it.
+        """
+        for bucket in self.buckets:
+            for param in bucket.params:
+                param.grad = None
+        self._begin_window()
+        self._reduced = False
+
+    def finish(self) -> None:
+        """Start the buckets that backward did not fill, then complete all of them in order."""
+        if self._reduced:
+            return
+        for bucket in self.buckets[self._next :]:
+            for i, param in enumerate(bucket.params):
+                _adopt(bucket, i, param)
+        while self._next < len(self.buckets):
+            self._start_next()
+        self._complete(only_done=False)
+        self._begin_window()
+        self._reduced = True
+
+    def end_step(self) -> None:
+        """The sums have been used."""
+        self._reduced = False
+
+    def sum_early(self, kernel: Kernel | None) -> None:
+        """Take sums of squares of each bucket's parts as soon as it is complete."""
+        self._kernel = kernel
+
+    def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
+        """As the placement's protocol says."""
+        if self._kernel is None or any(
+            bucket.sums is None or bucket.version != bucket.flat._version for bucket in self.buckets
+        ):
+            return None
+        together = torch.cat([bucket.sums for bucket in self.buckets if bucket.sums is not None])
+        return together[[self._order[param] for param in params]]
+
+    def _begin_window(self) -> None:
+        self._next = 0  # the first bucket that was not started yet
+        self._completed = 0
+        self._callback_queued = False
+        for bucket in self.buckets:
+            bucket.missing = set(range(len(bucket.params)))
+
+    def _on_gradient(self, param: Tensor) -> None:
+        """Autograd's hook: the gradient of ``param`` for this backward pass is complete."""
+        b, i = self.place[param]
+        bucket = self.buckets[b]
+        if self._reduced or b < self._next:
+            raise RuntimeError(
+                "a gradient arrived after those of its step were summed over the ranks: wrap all "
+                "but the last backward of a step in placement.no_sync(), and begin the next step "
+                "with optimizer.zero_grad()"
+            )
+        _adopt(bucket, i, param)
+        if not self._synchronizing:
+            return
+        if not self._callback_queued:
+            self._callback_queued = True
+            engine = torch.autograd.Variable._execution_engine  # as FSDP does
+            engine.queue_callback(self.finish)
+        bucket.missing.discard(i)
+        while self._next < len(self.buckets) and not self.buckets[self._next].missing:
+            self._start_next()
+            self._complete(only_done=True)
+
+    def _start_next(self) -> None:
+        bucket = self.buckets[self._next]
+        bucket.sums = None
+        bucket.pending = self._start(self._next)
+        self._next += 1
+
+    def _complete(self, only_done: bool) -> None:
+        """Wait for started buckets in order, and sum one's squares while the next is reduced."""
+        while self._completed < self._next:
+            bucket = self.buckets[self._completed]
+            assert bucket.pending is not None
+            if only_done and not bucket.pending.done():
+                return
+            bucket.pending.wait()
+            bucket.pending = None
+            if self._kernel is not None:
+                with torch.no_grad():
+                    bucket.sums = self._kernel.sums_of_squares(self._parts(self._completed))
+                bucket.version = bucket.flat._version
+            self._completed += 1
+
+
+def _adopt(bucket: Bucket, i: int, param: Tensor) -> None:
+    """Make ``param.grad`` the bucket's view, with what backward or somebody else put there."""
+    view = bucket.views[i]
+    if param.grad is view:
+        return
+    if param.grad is None:
+        view.zero_()
+    elif param.grad.data_ptr() != view.data_ptr() or param.grad.stride() != view.stride():
+        if param.grad.is_sparse:
+            raise RuntimeError(
+                f"gradients are reduced dense; a parameter of shape {tuple(param.shape)} has a "
+                f"sparse one"
+            )
+        view.copy_(param.grad)
+    param.grad = view
+
+
+def _make_buckets(
+    params: list[nn.Parameter], bucket_bytes: int, multiple: int
+) -> Iterator[Bucket]:
+    """Buckets in reverse order of the parameters, one dtype and device each."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for param in reversed(params):
+        kinds.setdefault((param.dtype, param.device), []).append(param)
+    for (dtype, device), members in kinds.items():
+        sizes = [param.numel() * param.element_size() for param in members]
+        for positions in fill_buckets(sizes, bucket_bytes):
+            inside = [members[p] for p in positions]
+            numel = sum(param.numel() for param in inside)
+            flat = torch.zeros(-(-numel // multiple) * multiple, dtype=dtype, device=device)
+            views, starts, start = [], [], 0
+            for param in inside:
+                views.append(flat.as_strided(param.shape, param.stride(), start))
+                starts.append(start)
+                start += param.numel()
+            yield Bucket(inside, starts, flat, views)

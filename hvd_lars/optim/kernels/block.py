@@ -1,0 +1,58 @@
+"""What a kernel works on; imports nothing of hvd_lars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Block:
+    """One layer, or this rank's part of it, in a step.
+
+    Tensors are (n,), in memory order, and pair up element by element; only a parameter with gaps
+    in memory keeps its shape.
+    """
+
+    weight: Tensor  # what is updated: float32 masters where the parameter is of half precision
+    gradient: Tensor
+    buffer: Tensor | None  # momentum, like weight; None without momentum
+    copy: Tensor | None  # the parameter of half precision that follows its master
+    group: dict[str, Any]
+    state: dict[str, Any]
+
+
+class Kernel(Protocol):
+    """Sums of squares and the LARS update, over many tensors of one device."""
+
+    name: str
+
+    def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Sum of squares of each tensor: (len(tensors),), float64, on their device."""
+        ...
+
+    def update(self, blocks: Sequence[Block], ratios: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Apply the momentum rule in place; ``ratios`` are the blocks' λ, (n,) float64.
+
+        With a the rate inside the buffer and b the rate outside it, a·b = γλ:
+        v ← μv + a(g + βw) and w ← w − b·v, Nesterov w ← w − b(μv + a(g + βw)).  λ = 0 in a group
+        with ``zero_norm="skip"`` leaves a block and its buffer as they are.
+
+        Returns:
+            Sums of squares of the weights before and after, (n,) float64 each, where the kernel
+            has them without another pass.
+        """
+        ...
+
+
+def rates(group: dict[str, Any]) -> tuple[float, float]:
+    """Factors of λ inside the buffer (a / λ) and of the buffer outside (b), by ``lr_position``."""
+    return (1.0, group["lr"]) if group["lr_position"] == "update" else (group["lr"], 1.0)
+
+
+def is_skipped(block: Block, ratio: float) -> bool:
+    """Whether a zero norm leaves the block as it is."""
+    return ratio == 0.0 and block.group["zero_norm"] == "skip"

@@ -1,0 +1,99 @@
+"""The update in plain torch operations; imports block and norms.
+
+On CPU a loop over the layers with rates on the host.  Elsewhere ``torch._foreach_*`` over all
+layers of a kind with rates that stay on the device, so that no step waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from hvd_lars.optim.kernels.block import Block, is_skipped, rates
+from hvd_lars.optim.norms import sums_of_squares
+
+
+@final
+class EagerKernel:
+    """Runs on any device and takes any layout.
+
+    Args:
+        on_host: the ratios are the host's to read; False keeps them where the layers are.
+    """
+
+    name = "eager"
+
+    def __init__(self, on_host: bool) -> None:
+        self._on_host = on_host
+
+    def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """As the protocol says."""
+        return sums_of_squares(tensors)
+
+    def update(self, blocks: Sequence[Block], ratios: Tensor) -> None:
+        """As the protocol says; takes no sums."""
+        if self._on_host:
+            for block, ratio in zip(blocks, ratios.tolist(), strict=True):
+                if not is_skipped(block, ratio):
+                    update_on_host(block, ratio)
+            return
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for i, block in enumerate(blocks):
+            kinds.setdefault((id(block.group), block.weight.dtype), []).append(i)
+        for members in kinds.values():
+            _update_together([blocks[i] for i in members], ratios[members])
+
+
+def update_on_host(block: Block, ratio: float) -> None:
+    """The rule for one block on CPU with λ on the host."""
+    group, weight = block.group, block.weight
+    inside, outside = rates(group)
+    momentum, decay, scale = group["momentum"], group["weight_decay"], ratio * inside
+    gradient = block.gradient.to(weight.dtype)
+
+    def add_gradient(target: Tensor) -> Tensor:
+        target.add_(gradient, alpha=scale)
+        return target.add_(weight, alpha=scale * decay) if decay != 0 else target
+
+    if block.buffer is None:
+        step = add_gradient(torch.zeros_like(weight))
+    else:
+        step = add_gradient(block.buffer.mul_(momentum))
+        if group["nesterov"]:
+            step = add_gradient(step * momentum)
+    weight.sub_(step, alpha=outside)
+    if block.copy is not None:
+        block.copy.copy_(weight)
+
+
+def _update_together(blocks: list[Block], ratios: Tensor) -> None:
+    """The rule for blocks of one group and dtype without copying a value to the host."""
+    group, weights = blocks[0].group, [block.weight for block in blocks]
+    inside, outside = rates(group)
+    momentum, decay = group["momentum"], group["weight_decay"]
+    dtype = weights[0].dtype
+    scales = list((ratios * inside).to(dtype).unbind())
+    gradients = [block.gradient.to(dtype) for block in blocks]
+    steps = list(torch._foreach_add(gradients, weights, alpha=decay))
+    torch._foreach_mul_(steps, scales)
+    buffers = [block.buffer for block in blocks if block.buffer is not None]
+    if buffers:
+        if group["zero_norm"] == "skip":
+            kept = torch.where(ratios != 0, torch.full_like(ratios, momentum), 1.0).to(dtype)
+            torch._foreach_mul_(buffers, list(kept.unbind()))
+        else:
+            torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, steps)
+        if group["nesterov"]:
+            torch._foreach_add_(steps, buffers, alpha=momentum)
+        else:
+            torch._foreach_copy_(steps, buffers)
+        if group["zero_norm"] == "skip":
+            torch._foreach_mul_(steps, list((ratios != 0).to(dtype).unbind()))
+    torch._foreach_add_(weights, steps, alpha=-outside)
+    for block in blocks:
+        if block.copy is not None:
+            block.copy.copy_(block.weight)

@@ -1,0 +1,93 @@
+"""LARS in one pass of torch's fused SGD on CPU; imports block, eager and norms.
+
+``torch._fused_sgd_`` knows v ← μ'v + (1 − d)(g + βw), w ← w − γ'v with one γ' a call and no rate
+inside the buffer.  With v = a·n, a one number a layer, and s = γλ:
+
+    a' = μa + s,   n' = (μa/a')·n + (s/a')(g + βw),   w' = w − a'·n'
+
+which is the paper's v' = a'n' = μv + s(g + βw); with γ outside the buffer s = λ and the last term
+is γa'n'.  n stays an average of gradients.  The block's
+buffer then holds n and ``state["momentum_scale"]`` holds a: :func:`unfold` makes it v again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from hvd_lars.optim.kernels.block import Block, is_skipped, rates
+from hvd_lars.optim.kernels.eager import update_on_host
+from hvd_lars.optim.norms import sums_of_squares
+
+_SCALE = "momentum_scale"
+
+
+def unfold(state: dict[str, Any]) -> None:
+    """Make a parameter's momentum buffer hold v where it holds v / a."""
+    scale = state.pop(_SCALE, 1.0)
+    if scale != 1.0:
+        state["momentum_buffer"].mul_(scale)
+
+
+@final
+class FusedKernel:
+    """For CPU without a compiler; blocks that torch's kernel would get wrong go the eager way."""
+
+    name = "fused"
+
+    def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """As the protocol says."""
+        return sums_of_squares(tensors)
+
+    def update(self, blocks: Sequence[Block], ratios: Tensor) -> None:
+        """As the protocol says; takes no sums."""
+        for block, ratio in zip(blocks, ratios.tolist(), strict=True):
+            if is_skipped(block, ratio):
+                continue
+            if _fits(block):
+                _update(block, ratio)
+            else:
+                unfold(block.state)
+                update_on_host(block, ratio)
+
+
+def _fits(block: Block) -> bool:
+    """Nesterov has no fold; half gradients and differing strides come out silently wrong."""
+    return (
+        not block.group["nesterov"]
+        and block.gradient.dtype == block.weight.dtype
+        and block.weight.dim() == 1
+        and block.copy is None
+    )
+
+
+def _update(block: Block, ratio: float) -> None:
+    group = block.group
+    inside, outside = rates(group)
+    momentum, scale = group["momentum"], ratio * inside
+    first = False
+    if block.buffer is None:
+        momentum, dampening, lr = 0.0, 0.0, scale * outside
+    else:
+        old = block.state.get(_SCALE, 1.0)
+        new = momentum * old + scale
+        if new == 0.0:
+            return  # nothing has moved yet, and nothing moves
+        block.state[_SCALE] = new
+        momentum, dampening, lr = momentum * old / new, 1.0 - scale / new, new * outside
+        first = momentum == 0.0  # torch takes momentum 0 for "no buffer"
+    torch._fused_sgd_(
+        [block.weight],
+        [block.gradient],
+        [] if block.buffer is None else [block.buffer],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"] if first else momentum,
+        lr=lr,
+        dampening=dampening,
+        nesterov=False,
+        maximize=False,
+        is_first_step=first,
+    )

@@ -1,0 +1,137 @@
+"""The C++ kernels of native.cpp through ctypes; imports block, eager and norms.
+
+setup.py builds them where there is a compiler.  They use the OpenMP runtime that torch has loaded
+already, so that the two share one set of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_lars.optim.kernels.block import Block, is_skipped, rates
+from hvd_lars.optim.kernels.eager import update_on_host
+from hvd_lars.optim.norms import sums_of_squares
+
+_KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def why_not_native() -> str:
+    """Why the library cannot be used here; empty where it can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else ""
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        return "its library was not built (no C++ compiler when hvd_lars was installed)"
+    try:
+        ctypes.CDLL(_openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
+        library = ctypes.CDLL(str(found[0]))
+        for function in (library.hvd_lars_sums, library.hvd_lars_update):
+            function.restype = None
+    except (OSError, AttributeError) as error:
+        return f"{found[0]} cannot be loaded: {error}"
+    return library
+
+
+def _openmp_runtime() -> str:
+    """Torch's OpenMP library; any of the three runtimes serves code that GCC compiled."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        mapped = ""
+    match = re.search(r"/\S*/lib(?:gomp|iomp5|omp)\b[^/\s]*", mapped)
+    return match.group() if match else "libgomp.so.1"
+
+
+@final
+class NativeKernel:
+    """Reads every gradient once for the norms, and weight, gradient and momentum once to update.
+
+    The update also gives the sums of squares of the weights.  Blocks with gaps in memory, or
+    dtypes that native.cpp does not know, go the eager way.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        library = _load()
+        assert not isinstance(library, str), library
+        self._sums, self._update = library.hvd_lars_sums, library.hvd_lars_update
+
+    def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """As the protocol says."""
+        if not all(tensor.is_contiguous() and tensor.dtype in _KINDS for tensor in tensors):
+            return sums_of_squares(tensors)
+        rows = [(0, t.data_ptr(), 0, 0, t.numel(), _KINDS[t.dtype]) for t in tensors]
+        sums = np.empty(len(rows))
+        _call(self._sums, np.array(rows, dtype=np.int64).reshape(-1, 6), sums)
+        return torch.from_numpy(sums)
+
+    def update(self, blocks: Sequence[Block], ratios: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As the protocol says; no sums where a block was left out or went the eager way."""
+        rows, coefficients = [], []
+        for block, ratio in zip(blocks, ratios.tolist(), strict=True):
+            if is_skipped(block, ratio):
+                continue
+            if not _fits(block):
+                update_on_host(block, ratio)
+                continue
+            weight, group = block.weight, block.group
+            rows.append(
+                (
+                    weight.data_ptr(),
+                    block.gradient.data_ptr(),
+                    0 if block.buffer is None else block.buffer.data_ptr(),
+                    0 if block.copy is None else block.copy.data_ptr(),
+                    weight.numel(),
+                    _KINDS[block.gradient.dtype],
+                )
+            )
+            inside, outside = rates(group)
+            momentum, decay = group["momentum"], group["weight_decay"]
+            coefficients.append((momentum, decay, ratio * inside, outside, group["nesterov"]))
+        if not rows:
+            return None
+        table = np.array(rows, dtype=np.int64)
+        sums = np.empty((len(rows), 2))
+        _call(self._update, table, np.array(coefficients, dtype=np.float64), sums)
+        for block in blocks:  # autograd must see what it cannot see ctypes do
+            torch.autograd.graph.increment_version(block.weight)
+            if block.copy is not None:
+                torch.autograd.graph.increment_version(block.copy)
+        if len(rows) < len(blocks):
+            return None
+        before, after = torch.from_numpy(sums).unbind(1)
+        return before, after
+
+
+def _fits(block: Block) -> bool:
+    """Same dtype throughout, or a half gradient and parameter with a float32 master."""
+    tensors = [t for t in (block.weight, block.gradient, block.buffer, block.copy) if t is not None]
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return False
+    if block.buffer is not None and block.buffer.dtype != block.weight.dtype:
+        return False
+    if block.copy is None:
+        return block.gradient.dtype == block.weight.dtype in (torch.float32, torch.float64)
+    half = block.gradient.dtype == block.copy.dtype in (torch.bfloat16, torch.float16)
+    return half and block.weight.dtype == torch.float32
+
+
+def _call(function: Any, table: np.ndarray[Any, Any], *rest: np.ndarray[Any, Any]) -> None:
+    """Pass (layers, 6) int64 rows and float64 arrays; the GIL is free meanwhile."""
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (table, *rest)]
+    threads = ctypes.c_int(torch.get_num_threads())
+    function(pointers[0], ctypes.c_int64(len(table)), *pointers[1:], threads)

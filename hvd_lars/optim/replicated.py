@@ -1,0 +1,128 @@
+"""Every rank holds everything; imports buckets, kernels, norms, shard_plan and comm.base.
+
+On 2 ranks with 2 buckets:
+
+    backward:  … grad of the last layers ready → bucket 0 starts; … first layers → bucket 1 starts
+    step:                │ rank 0: Σ² of ▓▓░░ ▓▓░░ │ sums over ranks │ rank 0: update ▓▓▓▓ ▓▓▓▓
+    (sums are there)     │ rank 1: Σ² of ░░▓▓ ░░▓▓ │ 2·layers values │ rank 1: update ▓▓▓▓ ▓▓▓▓
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import final
+
+from torch import Tensor, nn
+
+from hvd_lars.comm.base import Communicator, Pending
+from hvd_lars.optim.buckets import GradientBuckets
+from hvd_lars.optim.kernels import Kernel
+from hvd_lars.optim.norms import flat
+from hvd_lars.optim.shard_plan import overlap, part_of
+
+
+@final
+class Replicated:
+    """Every rank holds all parameters and momentum; gradients are all-reduced in flat buckets.
+
+    ``param.grad`` are views of the buckets.  A bucket's all-reduce starts in backward as soon as it
+    is full (:class:`GradientBuckets` has the order).  ``backward()`` returns when all are summed,
+    so that clipping and ``torch.amp.GradScaler`` see the whole gradient; a rank that has no
+    backward pass in a window joins in ``LARS.step``.  Gradients are summed, not averaged: scale
+    each rank's loss by 1 / global batch.  A parameter that got no gradient in a window has a
+    gradient of zero.
+
+    Args:
+        params: parameters to train; those that need no gradient are left out.
+        comm: the ranks.
+        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+
+    Raises:
+        ValueError: no parameter, or one that is not dense in memory.
+        TypeError: a parameter's dtype cannot be summed over ranks.
+    """
+
+    _instances = itertools.count()  # all ranks make the same placements in the same order
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], comm: Communicator, bucket_bytes: int = 25 * 2**20
+    ) -> None:
+        self._comm = comm
+        self._name = f"gradients.{next(Replicated._instances)}"
+        # All ranks know the same sums, since their kernels gave them the same bits: one adds them.
+        self.counts_known_sums = comm.rank == 0
+        self._gradients = GradientBuckets(
+            params, bucket_bytes, 1, start=self._start, parts=self._norm_parts
+        )
+        self._owned: dict[Tensor, tuple[int, int]] = {}
+        for bucket in self._gradients.buckets:
+            begin, end = part_of(bucket.flat.numel(), comm.rank, comm.size)
+            for param, start in zip(bucket.params, bucket.starts, strict=True):
+                self._owned[param] = overlap(start, param.numel(), begin, end)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes inside only accumulate: for all but a window's last micro-batch."""
+        return self._gradients.no_sync()
+
+    def zero_gradients(self) -> None:
+        """Begin a new window; gradients are None until backward makes them."""
+        self._gradients.zero()
+
+    def reduce_gradients(self) -> None:
+        """Start the buckets that backward did not fill, then wait for all of them."""
+        self._gradients.finish()
+
+    def publish_parameters(self) -> None:
+        """Every rank has updated every parameter: only the window ends."""
+        self._gradients.end_step()
+
+    def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole parameter and its gradient, in memory order."""
+        b, i = self._gradients.place[param]
+        return flat(param), flat(self._gradients.buckets[b].views[i])
+
+    def norm_part(self, param: Tensor) -> tuple[int, int]:
+        """This rank's share of ``param``; ValueError where it is not among the parameters."""
+        if param not in self._owned:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is in the optimizer but not in its "
+                f"placement"
+            )
+        return self._owned[param]
+
+    def sum_early(self, kernel: Kernel | None) -> None:
+        """Sum squares of this rank's share of each bucket as its reduction completes."""
+        self._gradients.sum_early(kernel)
+
+    def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
+        """As the protocol says."""
+        return self._gradients.early_sums(params)
+
+    def complete_sums(self, sums: Tensor) -> Tensor:
+        """Sum over the ranks in place and return ``sums``."""
+        self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
+        return sums
+
+    def whole(self, param: Tensor, part: Tensor) -> Tensor:
+        """``part`` itself, which is the whole."""
+        return part.view_as(param)
+
+    def part(self, param: Tensor, whole: Tensor) -> Tensor:
+        """``whole`` itself."""
+        return whole
+
+    def _start(self, b: int) -> Pending:
+        return self._comm.start_all_reduce_sum(
+            self._gradients.buckets[b].flat, f"{self._name}.{b}"
+        )
+
+    def _norm_parts(self, b: int) -> list[Tensor]:
+        bucket = self._gradients.buckets[b]
+        return [
+            bucket.flat[start + begin : start + end]
+            for start, (begin, end) in zip(
+                bucket.starts, (self._owned[param] for param in bucket.params), strict=True
+            )
+        ]
