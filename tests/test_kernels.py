@@ -166,6 +166,21 @@ def test_sums_of_squares(kernel, dtype):
     )
 
 
+@pytest.mark.parametrize("part", [(0, 200_003), (70_001, 199_998), (5, 5), (0, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_updates_sums_have_the_bits_of_sums_of_squares(dtype, part):
+    torch.manual_seed(0)
+    weight, gradient, buffer = torch.randn(3, 200_003, dtype=dtype).unbind()
+    group = {"momentum": 0.9, "weight_decay": 1e-3, "lr": 1.0, "nesterov": False}
+    group |= {"lr_position": "momentum", "zero_norm": "unit"}
+    kernel, (begin, end) = choose_kernel("native", "cpu"), part
+    block = Block(weight, gradient, buffer, None, group, {}, part)
+    wanted = kernel.sums_of_squares([weight[begin:end]])
+    before, after = kernel.update([block], torch.full((1,), 0.3, dtype=torch.float64))
+    assert torch.equal(before, wanted)
+    assert torch.equal(after, kernel.sums_of_squares([weight[begin:end]]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_native_reads_every_half_number_and_rounds_as_torch_does(dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -182,7 +197,8 @@ def test_native_reads_every_half_number_and_rounds_as_torch_does(dtype):
     copied = torch.zeros(len(masters), dtype=dtype)
     group = {"momentum": 0.0, "weight_decay": 0.0, "lr": 0.0, "nesterov": False}
     group |= {"lr_position": "momentum", "zero_norm": "unit"}
-    block = Block(masters.clone(), torch.zeros_like(copied), None, copied, group, {})
+    part = (0, len(masters))
+    block = Block(masters.clone(), torch.zeros_like(copied), None, copied, group, {}, part)
     kernel.update([block], torch.ones(1, dtype=torch.float64))
     assert torch.equal(copied.nan_to_num(3.0), masters.to(dtype).nan_to_num(3.0))
 

@@ -63,7 +63,7 @@ def tiny_trainer(
     average = make_average(model, ema) if ema else None
     if norm:
         span_ranks(model, comm.group(comm.size))
-    placement = Replicated(model.parameters(), comm, bucket_bytes=700)
+    placement = Replicated(model.parameters(), comm, bucket_bytes=700, early_norms=True)
     groups = parameter_groups(model, 5e-3, adapt=adapt)
     optimizer = LARS(groups, trust_coefficient=0.02, placement=placement, **options)
     source = TinySource(dtype)

@@ -95,7 +95,8 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
                 raise ValueError("the network has no BatchNorm")
         except ValueError as error:
             raise UserError(f"model.bn_sync_ranks: {error}") from None
-    placement = Replicated(model.parameters(), comm, int(config.comm.bucket_mb * 2**20))
+    bucket_bytes = int(config.comm.bucket_mb * 2**20)
+    placement = Replicated(model.parameters(), comm, bucket_bytes, early_norms=True)
     optimizer = build_optimizer(model, config.optimizer, plan.schedule(0), placement)
 
     def make_folder() -> str:

@@ -33,14 +33,16 @@ class _Handle:
         self, hvd: Any, handle: int, take: Callable[[Tensor], object] = lambda output: None
     ) -> None:
         self._hvd, self._handle, self._take = hvd, handle, take
+        self._taken = False
 
     def done(self) -> bool:
         """Whether Horovod has finished it."""
-        return bool(self._hvd.poll(self._handle))
+        return self._taken or bool(self._hvd.poll(self._handle))
 
     def wait(self) -> None:
         """Return when Horovod has finished it; RuntimeError if a rank went away."""
         self._take(self._hvd.synchronize(self._handle))
+        self._taken = True  # Horovod has forgotten the handle
 
 
 @final

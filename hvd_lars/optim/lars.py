@@ -7,7 +7,7 @@ is computed the kernel's.  Imports groups, kernels, layers and placement.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from hvd_lars.optim.groups import check_group
 from hvd_lars.optim.kernels import choose_kernel
 from hvd_lars.optim.kernels.fused import unfold
-from hvd_lars.optim.layers import Layer, block_of, is_half, layers_of, ratios_of
+from hvd_lars.optim.layers import Layers, block_of, is_half, layers_of, ratios_of, signature
 from hvd_lars.optim.placement import Placement
 
 LrPosition = Literal["momentum", "update"]
@@ -28,21 +28,18 @@ KernelName = Literal["auto", "native", "fused", "eager"]
 
 
 @dataclass
-class _Known:
-    """The weights as the last step left them, and the sums of their squares where it took them."""
+class _Step:
+    """A step's layers, kept for the next one, and the weights as it left them."""
 
-    params: list[Tensor]
-    sums: Tensor | None  # (layers,), float64; of this rank's parts
+    signature: list[object]
+    devices: list[Layers]
+    state: object  # the optimizer's, which the layers' blocks are of
+    sums: list[Tensor | None]  # by device: of squares of this rank's parts, (layers,), float64
+    versions: list[list[int]]
 
-    def __post_init__(self) -> None:
-        self._versions = [param._version for param in self.params]
-
-    def still_holds(self, layers: Sequence[Layer]) -> bool:
-        """Whether these are the same layers and nobody has edited one since."""
-        return len(layers) == len(self.params) and all(
-            layer.param is param and param._version == version
-            for layer, param, version in zip(layers, self.params, self._versions, strict=True)
-        )
+    def untouched(self, i: int) -> bool:
+        """Whether nobody has edited a weight of device ``i`` since, as far as torch counts."""
+        return [layer.param._version for layer in self.devices[i].layers] == self.versions[i]
 
 
 class LARS(Optimizer):
@@ -112,7 +109,7 @@ class LARS(Optimizer):
 
     # Class attributes, since a copy and Horovod's DistributedOptimizer lose an instance's own.
     placement: Placement | None = None
-    _known: dict[torch.device, _Known] | None = None
+    _last: _Step | None = None
 
     def __init__(
         self,
@@ -184,14 +181,19 @@ class LARS(Optimizer):
                 loss = closure()
         if self.placement is not None:
             self.placement.reduce_gradients()
-        layers = layers_of(self.param_groups, self.placement)
-        sums = {device: self._step_on(device, here) for device, here in layers.items()}
+        now = signature(self.param_groups, self.placement is not None)
+        last = self._last
+        if last is None or last.signature != now or last.state is not self.state:
+            devices = layers_of(self.param_groups, self.placement is not None)
+            last = _Step(now, devices, self.state, [None] * len(devices), [[]] * len(devices))
+        self._last = None  # until this step is complete
+        last.sums = [self._step_on(last, i) for i in range(len(last.devices))]
         if self.placement is not None:
             self.placement.publish_parameters()
-        self._known = {
-            device: _Known([layer.param for layer in here], sums[device])
-            for device, here in layers.items()
-        }
+        last.versions = [
+            [layer.param._version for layer in device.layers] for device in last.devices
+        ]
+        self._last = last
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +204,7 @@ class LARS(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but float32 state of half parameters stays float32."""
         super().load_state_dict(state_dict)
-        self._known = None
+        self._last = None
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for number, param in zip(numbers, params, strict=True):
@@ -216,18 +218,17 @@ class LARS(Optimizer):
         for state in self.state.values():
             unfold(state)
 
-    def _step_on(self, device: torch.device, layers: Sequence[Layer]) -> Tensor | None:
+    def _step_on(self, last: _Step, i: int) -> Tensor | None:
         """The norms' and the update's phases on one device; what is known of the new weights."""
-        known = (self._known or {}).get(device)
-        untouched = known is not None and known.still_holds(layers)
-        sums = known.sums if known is not None and untouched else None
-        kernel = choose_kernel(layers[0].group["kernel"], device.type)
-        blocks = [block_of(layer, self.state, self.placement, untouched) for layer in layers]
-        updated = kernel.update(blocks, ratios_of(layers, blocks, kernel, self.placement, sums))
+        here, untouched = last.devices[i], last.untouched(i)
+        known = last.sums[i] if untouched else None
+        kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
+        blocks = [block_of(layer, self.state, self.placement, untouched) for layer in here.layers]
+        updated = kernel.update(blocks, ratios_of(here, blocks, kernel, self.placement, known))
         if updated is None:
             return None
         before, after = updated
-        if sums is not None and device.type == "cpu" and not torch.equal(before, sums):
+        if known is not None and here.device.type == "cpu" and not torch.equal(before, known):
             warnings.warn(
                 "weights were edited through .data between two steps: this step took its trust "
                 "ratios from their norms before that",

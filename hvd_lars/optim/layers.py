@@ -20,24 +20,58 @@ from hvd_lars.optim.ratios import trust_ratios
 
 @dataclass(slots=True)
 class Layer:
-    """One parameter tensor in a step."""
+    """One parameter tensor in a step, and what a kernel updates of it."""
 
     param: Tensor
     group: dict[str, Any]
     source: int  # whose trust ratio applies: an index into its device's layers, -1 for none
+    block: Block | None = None
+    strides: tuple[int, ...] = ()  # of the parameter and …
+    address: int = 0  # … where it was when the block was made
+    gradient: Tensor | None = None  # param.grad then
+    buffer: Tensor | None = None  # the state's momentum_buffer then
 
 
-def layers_of(
-    groups: Sequence[dict[str, Any]], placement: Placement | None
-) -> dict[torch.device, list[Layer]]:
-    """Parameters that have a gradient and are not frozen, in the order of the groups."""
+@dataclass(slots=True)
+class Layers:
+    """The layers of one device in a step."""
+
+    layers: list[Layer]
+    sources: list[int]  # the layers whose trust ratio somebody uses
+    ratio_of: Tensor  # (layers,) where in the sources' ratios, followed by 1, each layer's stands
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of them are."""
+        return self.ratio_of.device
+
+
+def signature(groups: Sequence[dict[str, Any]], placed: bool) -> list[object]:
+    """Changes where :func:`layers_of` would give other layers."""
+    key: list[object] = [
+        (id(g), g["adapt"], g["momentum"] != 0, tuple(g.get("ratio_from", ()))) for g in groups
+    ]
+    for group in groups:
+        if placed:
+            key += [param.requires_grad for param in group["params"]]
+        else:
+            key += [p.grad is not None and p.requires_grad for p in group["params"]]
+        key += map(id, group["params"])
+    return key
+
+
+def layers_of(groups: Sequence[dict[str, Any]], placed: bool) -> list[Layers]:
+    """Parameters that have a gradient and are not frozen, in the order of the groups.
+
+    Under a placement (``placed``) every parameter has a gradient.
+    """
     layers: dict[torch.device, list[Layer]] = {}
     places: dict[int, tuple[torch.device, int]] = {}  # by position over all groups
     shared: list[tuple[Layer, int]] = []
     position = 0
     for group in groups:
         for i, param in enumerate(group["params"]):
-            if param.requires_grad and (placement is not None or _has_gradient(param)):
+            if param.requires_grad and (placed or param.grad is not None):
                 here = layers.setdefault(param.device, [])
                 places[position] = (param.device, len(here))
                 layer = Layer(param, group, len(here) if group["adapt"] == "own" else -1)
@@ -49,15 +83,14 @@ def layers_of(
         # A bias whose weight is frozen or elsewhere has no ratio to share: it takes the plain rate.
         device, index = places.get(source, (None, -1))
         layer.source = index if device == layer.param.device else -1
-    return layers
+    return [_prepared(here, device) for device, here in layers.items()]
 
 
-def _has_gradient(param: Tensor) -> bool:
-    if param.grad is not None and param.grad.is_sparse:
-        raise RuntimeError(
-            f"LARS takes dense gradients; a parameter of shape {tuple(param.shape)} has a sparse one"
-        )
-    return param.grad is not None
+def _prepared(layers: list[Layer], device: torch.device) -> Layers:
+    sources = sorted({layer.source for layer in layers if layer.source >= 0})
+    place = {source: i for i, source in enumerate(sources)}
+    index = [place.get(layer.source, len(sources)) for layer in layers]
+    return Layers(layers, sources, torch.tensor(index, device=device))
 
 
 def is_half(param: Tensor) -> bool:
@@ -71,19 +104,48 @@ def block_of(
     placement: Placement | None,
     untouched: bool,
 ) -> Block:
-    """What a kernel updates of a layer; makes the state it needs.
+    """What a kernel updates of a layer; makes the state it needs, and a new block where needed.
 
     ``untouched``: nobody has edited the parameter since the last step.
     """
+    param, block = layer.param, layer.block
+    if (
+        block is None
+        or not untouched
+        or layer.address != param.data_ptr()
+        or layer.strides != param.stride()
+        or layer.buffer is not block.state.get("momentum_buffer")
+    ):
+        layer.block = block = _make_block(layer, states, placement)
+        layer.address, layer.strides = param.data_ptr(), param.stride()
+        layer.buffer = block.state.get("momentum_buffer")
+    elif placement is None and param.grad is not layer.gradient:
+        assert param.grad is not None
+        block.gradient, block.row = _dense_gradient(param, param.grad), None
+    layer.gradient = param.grad
+    return block
+
+
+def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"LARS takes dense gradients; a parameter of shape {tuple(param.shape)} has a sparse one"
+        )
+    return flat(in_layout_of(param, grad)) if is_dense(param) else grad
+
+
+def _make_block(
+    layer: Layer, states: MutableMapping[Tensor, dict[str, Any]], placement: Placement | None
+) -> Block:
     param, group = layer.param, layer.group
     if placement is not None:
         weight, gradient = placement.block(param)
-    elif is_dense(param):
-        assert param.grad is not None
-        weight, gradient = flat(param), flat(in_layout_of(param, param.grad))
+        norm_part = placement.norm_part(param)
     else:
         assert param.grad is not None
-        weight, gradient = param, param.grad
+        norm_part = (0, param.numel())
+        gradient = _dense_gradient(param, param.grad)
+        weight = flat(param) if is_dense(param) else param
     copy = buffer = None
     state = states[param] if is_half(param) or group["momentum"] != 0 else {}
     if is_half(param):
@@ -91,7 +153,7 @@ def block_of(
         if "master_weight" not in state:
             state["master_weight"] = copy.float()
         weight = state["master_weight"]
-        if not untouched and not torch.equal(weight.to(copy.dtype), copy):
+        if not torch.equal(weight.to(copy.dtype), copy):  # somebody has edited the parameter
             weight.copy_(copy)
     if group["momentum"] != 0:
         like = param if weight.numel() == param.numel() else weight
@@ -103,11 +165,11 @@ def block_of(
         state["momentum_buffer"] = buffer
         if weight.dim() == 1:
             buffer = flat(buffer)
-    return Block(weight, gradient, buffer, copy, group, state)
+    return Block(weight, gradient, buffer, copy, group, state, norm_part)
 
 
 def ratios_of(
-    layers: Sequence[Layer],
+    layers: Layers,
     blocks: Sequence[Block],
     kernel: Kernel,
     placement: Placement | None,
@@ -117,17 +179,15 @@ def ratios_of(
 
     ``known`` are sums of squares of this rank's parts of all weights, where they stand already.
     """
-    one = torch.ones(1, dtype=torch.float64, device=layers[0].param.device)
-    sources = sorted({layer.source for layer in layers if layer.source >= 0})
+    one = torch.ones(1, dtype=torch.float64, device=layers.device)
+    sources = layers.sources
     if not sources:
-        return one.expand(len(layers))
+        return one.expand(len(blocks))
     adapted = [blocks[i] for i in sources]
-    params = [layers[i].param for i in sources]
-    groups = [layers[i].group for i in sources]
+    params = [layers.layers[i].param for i in sources]
+    groups = [block.group for block in adapted]
     norms = _norms(params, adapted, kernel, placement, None if known is None else known[sources])
-    own = torch.cat([trust_ratios(groups, *norms), one])
-    place = {source: i for i, source in enumerate(sources)}
-    return own[[place.get(layer.source, len(sources)) for layer in layers]]
+    return torch.cat([trust_ratios(groups, *norms), one])[layers.ratio_of]
 
 
 def _norms(
@@ -139,19 +199,14 @@ def _norms(
 ) -> tuple[Tensor, Tensor]:
     """‖w‖ and the denominator's gradient norm over all ranks, (layers,) each, float64."""
     combined = any(_is_combined(block.group) for block in blocks)
-    parts = [slice(None) for _ in params]
     early = None
     if placement is not None:
-        parts = [slice(*placement.norm_part(param)) for param in params]
         placement.sum_early(None if combined else kernel)
         early = None if combined else placement.early_sums(params)
-        if known is not None and not placement.counts_known_sums:
-            known = torch.zeros_like(known)
-    pairs = list(zip(blocks, parts, strict=True))
     if known is None:
-        known = kernel.sums_of_squares([block.weight[part] for block, part in pairs])
+        known = kernel.sums_of_squares([_norm_part(block, block.weight) for block in blocks])
     if early is None:
-        early = kernel.sums_of_squares([_gradient(block, part) for block, part in pairs])
+        early = kernel.sums_of_squares([_gradient(block) for block in blocks])
     sums = torch.cat([known, early])
     if placement is not None:
         sums = placement.complete_sums(sums)
@@ -163,10 +218,15 @@ def _is_combined(group: dict[str, Any]) -> bool:
     return group["denominator"] == "combined" and group["weight_decay"] != 0
 
 
-def _gradient(block: Block, part: slice) -> Tensor:
-    """What the denominator's norm is of: g, or g + βw."""
-    gradient = block.gradient[part]
+def _norm_part(block: Block, tensor: Tensor) -> Tensor:
+    begin, end = block.norm_part
+    return tensor if end - begin == tensor.numel() else tensor[begin:end]
+
+
+def _gradient(block: Block) -> Tensor:
+    """What the denominator's norm is of, on this rank: g, or g + βw."""
+    gradient = _norm_part(block, block.gradient)
     if not _is_combined(block.group):
         return gradient
-    decay = block.group["weight_decay"]
-    return gradient.to(block.weight.dtype).add(block.weight[part], alpha=decay)
+    weight, decay = _norm_part(block, block.weight), block.group["weight_decay"]
+    return gradient.to(weight.dtype).add(weight, alpha=decay)

@@ -17,9 +17,6 @@ from hvd_lars.optim.kernels import Kernel
 class Placement(Protocol):
     """Where gradients are summed and which rank updates what."""
 
-    # Whether this rank adds sums of squares of weights that are known since the last update.
-    counts_known_sums: bool
-
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes inside only accumulate: for all but a window's last micro-batch."""
         ...
@@ -44,7 +41,7 @@ class Placement(Protocol):
         ...
 
     def sum_early(self, kernel: Kernel | None) -> None:
-        """From now on sum the gradients' squares as reductions complete; None: do not."""
+        """The kernel that may sum the gradients' squares as reductions complete; None: do not."""
         ...
 
     def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:

@@ -38,6 +38,9 @@ class Replicated:
         params: parameters to train; those that need no gradient are left out.
         comm: the ranks.
         bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        early_norms: sum the squares of each bucket as its reduction completes, for a step that
+            then reads the gradients once less.  Nothing may edit gradients between backward and
+            step: torch does not count the edits of ``GradScaler``.
 
     Raises:
         ValueError: no parameter, or one that is not dense in memory.
@@ -47,12 +50,14 @@ class Replicated:
     _instances = itertools.count()  # all ranks make the same placements in the same order
 
     def __init__(
-        self, params: Iterable[nn.Parameter], comm: Communicator, bucket_bytes: int = 25 * 2**20
+        self,
+        params: Iterable[nn.Parameter],
+        comm: Communicator,
+        bucket_bytes: int = 25 * 2**20,
+        early_norms: bool = False,
     ) -> None:
-        self._comm = comm
+        self._comm, self._early_norms = comm, early_norms
         self._name = f"gradients.{next(Replicated._instances)}"
-        # All ranks know the same sums, since their kernels gave them the same bits: one adds them.
-        self.counts_known_sums = comm.rank == 0
         self._gradients = GradientBuckets(
             params, bucket_bytes, 1, start=self._start, parts=self._norm_parts
         )
@@ -94,7 +99,7 @@ class Replicated:
 
     def sum_early(self, kernel: Kernel | None) -> None:
         """Sum squares of this rank's share of each bucket as its reduction completes."""
-        self._gradients.sum_early(kernel)
+        self._gradients.sum_early(kernel if self._early_norms else None)
 
     def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
         """As the protocol says."""

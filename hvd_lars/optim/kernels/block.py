@@ -23,6 +23,8 @@ class Block:
     copy: Tensor | None  # the parameter of half precision that follows its master
     group: dict[str, Any]
     state: dict[str, Any]
+    norm_part: tuple[int, int]  # begin and end of the elements whose squares this rank sums
+    row: tuple[int, ...] | None = None  # what a kernel made of it; None since a tensor changed
 
 
 class Kernel(Protocol):
@@ -42,8 +44,8 @@ class Kernel(Protocol):
         with ``zero_norm="skip"`` leaves a block and its buffer as they are.
 
         Returns:
-            Sums of squares of the weights before and after, (n,) float64 each, where the kernel
-            has them without another pass.
+            Sums of squares of the weights' norm parts before and after, (n,) float64 each, where
+            the kernel has them without another pass: the bits that ``sums_of_squares`` gives.
         """
         ...
 

