@@ -1,4 +1,4 @@
-"""Saving and restoring the state of training; imports replicas, comm, files and errors."""
+"""Saving and restoring the state of training; imports replicas, optim, comm, files and errors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.errors import UserError
 from hvd_lars.files import let_umask_decide, sha256_of, sync
+from hvd_lars.optim import LARS
 from hvd_lars.replicas import average_buffers, broadcast_and_verify, named_state
 
 _TENSORS, _PROGRESS, _MANIFEST = "state.safetensors", "progress.json", "manifest.json"
@@ -38,7 +39,7 @@ class Checkpointer:
     def save(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: LARS,
         progress: Mapping[str, Any],
         average: nn.Module | None = None,
     ) -> Path:
@@ -58,7 +59,7 @@ class Checkpointer:
     def restore(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: LARS | None = None,
         average: nn.Module | None = None,
     ) -> dict[str, Any]:
         """Load the newest checkpoint on every rank and return its progress; collective.
@@ -70,13 +71,26 @@ class Checkpointer:
             UserError: on every rank: there is none, it is damaged, or it is of another model.
         """
         source, progress, names = on_root(self._comm, self._open_latest)
+        live = named_state(model, average=average)
+        momentum = {}
         if optimizer is not None:
-            _make_momentum(model, optimizer, names)
-        live = named_state(model, optimizer, average)
+            momentum = {
+                param: torch.zeros_like(param)
+                for name, param in model.named_parameters()
+                if f"momentum/{name}" in names
+            }
+            live = {
+                f"momentum/{name}": momentum[param]
+                for name, param in model.named_parameters()
+                if param in momentum
+            } | live
         wanted = {name.partition("/")[0] for name in live} | {"model"}
         names = [name for name in names if name.partition("/")[0] in wanted]
         on_root(self._comm, lambda: _read(source / _TENSORS, live, names))
         broadcast_and_verify(live, self._comm)
+        for param, value in momentum.items():
+            assert optimizer is not None
+            optimizer.set_momentum(param, value)
         return progress
 
     def _write(
@@ -132,13 +146,6 @@ def _steps(folder: Path) -> list[Path]:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _make_momentum(model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
-    """Empty momentum buffers for the tensors that have one in the checkpoint."""
-    for name, param in model.named_parameters():
-        if f"momentum/{name}" in names:
-            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
 
 def _read(path: Path, live: Mapping[str, Tensor], names: list[str]) -> None:

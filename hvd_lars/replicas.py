@@ -1,4 +1,4 @@
-"""Making ranks agree, and proving that they do; imports comm.base.
+"""Making ranks agree, and proving that they do; imports comm.base and optim.
 
 Horovod's own ``broadcast_optimizer_state`` is not used: where a rank's state is empty it takes an
 optimizer step with zero gradients, and weight decay moves that rank's weights.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator
+from hvd_lars.optim import LARS
 
 
 class ReplicasDifferError(RuntimeError):
@@ -21,19 +22,20 @@ class ReplicasDifferError(RuntimeError):
 
 def named_state(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: LARS | None = None,
     average: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Everything that training carries from step to step, by name, momentum first.
 
-    ``momentum/NAME`` are the optimizer's buffers, ``model/NAME`` parameters and buffers of the
-    model, ``average/NAME`` those of its moving average; the tensors are the live ones.
+    ``momentum/NAME`` are the optimizer's whole buffers, ``model/NAME`` parameters and buffers of
+    the model, ``average/NAME`` those of its moving average.  The tensors are the live ones, but
+    for momentum that is spread over the ranks; putting that together is collective.
     """
     state: dict[str, Tensor] = {}
     if optimizer is not None:
         for name, param in model.named_parameters():
-            if "momentum_buffer" in optimizer.state[param]:
-                state[f"momentum/{name}"] = optimizer.state[param]["momentum_buffer"]
+            if (momentum := optimizer.momentum(param)) is not None:
+                state[f"momentum/{name}"] = momentum
     state.update({f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     if average is not None:
         state.update({f"average/{name}": t for name, t in average.state_dict().items()})

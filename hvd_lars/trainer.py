@@ -22,7 +22,7 @@ from hvd_lars.data.randomness import seed_of
 from hvd_lars.data.source import Batch, Indices
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.metrics import Sink
-from hvd_lars.optim import LARS, Replicated
+from hvd_lars.optim import LARS, Placement
 from hvd_lars.replicas import broadcast_and_verify, named_state
 from hvd_lars.schedules import Schedule
 
@@ -74,7 +74,7 @@ class Trainer:
         *,
         model: nn.Module,
         optimizer: LARS,
-        placement: Replicated,
+        placement: Placement,
         schedule: Schedule,
         source: Source,
         batches: GlobalBatches,

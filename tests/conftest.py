@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
 def comm():
     """The communicator of the backend under test, joined once."""
     torch.set_num_threads(1)
-    communicator = connect(BACKEND, groups=True)
+    communicator = connect(BACKEND, groups=True, parts=True)
     yield communicator
     communicator.close()
 

@@ -53,7 +53,16 @@ def tiny_model(dtype, seed=0, norm=False):
 
 
 def tiny_trainer(
-    comm, dtype, micro_batch, folder=None, adapt="weights", seed=0, norm=False, ema=None, **options
+    comm,
+    dtype,
+    micro_batch,
+    folder=None,
+    adapt="weights",
+    seed=0,
+    norm=False,
+    ema=None,
+    placed=Replicated,
+    **options,
 ):
     """A Trainer of the tiny model whose buckets are small enough that there are several.
 
@@ -63,7 +72,7 @@ def tiny_trainer(
     average = make_average(model, ema) if ema else None
     if norm:
         span_ranks(model, comm.group(comm.size))
-    placement = Replicated(model.parameters(), comm, bucket_bytes=700, early_norms=True)
+    placement = placed(model.parameters(), comm, bucket_bytes=700, early_norms=True)
     groups = parameter_groups(model, 5e-3, adapt=adapt)
     optimizer = LARS(groups, trust_coefficient=0.02, placement=placement, **options)
     source = TinySource(dtype)

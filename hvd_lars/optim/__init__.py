@@ -4,5 +4,6 @@ from hvd_lars.optim.groups import parameter_groups
 from hvd_lars.optim.lars import LARS
 from hvd_lars.optim.placement import Placement
 from hvd_lars.optim.replicated import Replicated
+from hvd_lars.optim.sharded import Sharded
 
-__all__ = ["LARS", "Placement", "Replicated", "parameter_groups"]
+__all__ = ["LARS", "Placement", "Replicated", "Sharded", "parameter_groups"]

@@ -47,6 +47,7 @@ class GradientBuckets:
         multiple: buckets are padded to a multiple of this many elements.
         start: begins the collective of the bucket at a position.
         parts: of a bucket, what early sums of squares are taken from, a tensor for each parameter.
+        in_place: the collective leaves the sums in the bucket; else ``param.grad`` is None after.
 
     Raises:
         ValueError: no parameter, or one that is not dense in memory.
@@ -60,6 +61,7 @@ class GradientBuckets:
         multiple: int,
         start: Callable[[int], Pending],
         parts: Callable[[int], list[Tensor]],
+        in_place: bool,
     ) -> None:
         trained = [param for param in params if param.requires_grad]
         if not trained:
@@ -79,7 +81,7 @@ class GradientBuckets:
                 self.place[param] = (b, i)
                 self._order[param] = len(self._order)
                 param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
-        self._start, self._parts = start, parts
+        self._start, self._parts, self._in_place = start, parts, in_place
         self._synchronizing = True
         self._kernel: Kernel | None = None
         self.zero()
@@ -99,9 +101,7 @@ class GradientBuckets:
         Gradients are None until backward makes them: it then hands its own tensor over, to be
         copied, which moves fewer bytes than to zero a bucket and add to it.
         """
-        for bucket in self.buckets:
-            for param in bucket.params:
-                param.grad = None
+        self._forget_gradients()
         self._begin_window()
         self._reduced = False
 
@@ -115,6 +115,8 @@ class GradientBuckets:
         while self._next < len(self.buckets):
             self._start_next()
         self._complete(only_done=False)
+        if not self._in_place:
+            self._forget_gradients()
         self._begin_window()
         self._reduced = True
 
@@ -134,6 +136,11 @@ class GradientBuckets:
             return None
         together = torch.cat([bucket.sums for bucket in self.buckets if bucket.sums is not None])
         return together[[self._order[param] for param in params]]
+
+    def _forget_gradients(self) -> None:
+        for bucket in self.buckets:
+            for param in bucket.params:
+                param.grad = None
 
     def _begin_window(self) -> None:
         self._next = 0  # the first bucket that was not started yet

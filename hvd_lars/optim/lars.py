@@ -213,6 +213,23 @@ class LARS(Optimizer):
                     if isinstance(value, Tensor):
                         self.state[param][name] = value.detach().to(param.device, copy=True)
 
+    def momentum(self, param: Tensor) -> Tensor | None:
+        """v of a parameter, in its shape; None before its first step.
+
+        Collective under a placement; the live tensor where this rank holds the whole.
+        """
+        state = self.state.get(param, {})
+        unfold(state)
+        buffer = state.get("momentum_buffer")
+        if buffer is None or self.placement is None:
+            return buffer
+        return self.placement.whole(param, buffer)
+
+    def set_momentum(self, param: Tensor, value: Tensor) -> None:
+        """Let v of a parameter be ``value``, of its shape; kept, not copied, where it is whole."""
+        part = value if self.placement is None else self.placement.part(param, value)
+        self.state[param] = {"momentum_buffer": part}
+
     def unfold_momentum(self) -> None:
         """Make every ``state[param]["momentum_buffer"]`` hold v; only the fused kernel's do not."""
         for state in self.state.values():

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -66,3 +66,11 @@ class Placement(Protocol):
     def part(self, param: Tensor, whole: Tensor) -> Tensor:
         """This rank's part, like its block, of a tensor of the parameter's shape."""
         ...
+
+
+def check_placed(param: Tensor, placed: Container[Tensor]) -> None:
+    """Raise ValueError where the optimizer's parameter is not among the placement's."""
+    if param not in placed:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is in the optimizer but not in its placement"
+        )

@@ -1,4 +1,5 @@
-"""Every rank holds everything; imports buckets, kernels, norms, shard_plan and comm.base.
+"""Every rank holds everything; imports buckets, kernels, norms, placement, shard_plan
+and comm.base.
 
 On 2 ranks with 2 buckets:
 
@@ -20,6 +21,7 @@ from hvd_lars.comm.base import Communicator, Pending
 from hvd_lars.optim.buckets import GradientBuckets
 from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import flat
+from hvd_lars.optim.placement import check_placed
 from hvd_lars.optim.shard_plan import overlap, part_of
 
 
@@ -59,7 +61,7 @@ class Replicated:
         self._comm, self._early_norms = comm, early_norms
         self._name = f"gradients.{next(Replicated._instances)}"
         self._gradients = GradientBuckets(
-            params, bucket_bytes, 1, start=self._start, parts=self._norm_parts
+            params, bucket_bytes, 1, start=self._start, parts=self._norm_parts, in_place=True
         )
         self._owned: dict[Tensor, tuple[int, int]] = {}
         for bucket in self._gradients.buckets:
@@ -90,11 +92,7 @@ class Replicated:
 
     def norm_part(self, param: Tensor) -> tuple[int, int]:
         """This rank's share of ``param``; ValueError where it is not among the parameters."""
-        if param not in self._owned:
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} is in the optimizer but not in its "
-                f"placement"
-            )
+        check_placed(param, self._owned)
         return self._owned[param]
 
     def sum_early(self, kernel: Kernel | None) -> None:

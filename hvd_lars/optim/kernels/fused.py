@@ -45,7 +45,7 @@ class FusedKernel:
     def update(self, blocks: Sequence[Block], ratios: Tensor) -> None:
         """As the protocol says; takes no sums."""
         for block, ratio in zip(blocks, ratios.tolist(), strict=True):
-            if is_skipped(block, ratio):
+            if is_skipped(block, ratio) or not block.weight.numel():
                 continue
             if _fits(block):
                 _update(block, ratio)

@@ -1,0 +1,178 @@
+"""Each rank updates 1 / size of everything; imports buckets, kernels, norms, placement,
+shard_plan and comm.base.
+
+On 2 ranks with one bucket of two layers, the second across the border:
+
+    parameters      ▓▓▓▓▓▓▓▓▒▒▒▒│▒▒▒▒▒▒▒▒▒▒▒▒    both ranks hold all of them
+    backward:       reduce-scatter of the gradients
+    rank 0 holds    ▓▓▓▓▓▓▓▓▒▒▒▒                 sums of its part, sums Σ² of both layers' shares
+    rank 1 holds                 ▒▒▒▒▒▒▒▒▒▒▒▒    sums of its part, sums Σ² of its share
+    step:           2·layers values summed over the ranks; each updates its part
+    publish:        all-gather of the parameters, in place
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from hvd_lars.comm.base import Communicator, Pending
+from hvd_lars.optim.buckets import GradientBuckets
+from hvd_lars.optim.kernels import Kernel
+from hvd_lars.optim.norms import flat
+from hvd_lars.optim.placement import check_placed
+from hvd_lars.optim.shard_plan import overlap
+
+
+@dataclass(slots=True)
+class _Share:
+    """This rank's part of a parameter."""
+
+    begin: int  # elements of the parameter, in memory order
+    end: int
+    weight: Tensor  # (end - begin,), a view of the parameter's own memory
+    gradient: Tensor  # (end - begin,)
+
+
+@final
+class Sharded:
+    """Every rank holds the parameters; momentum and the update are divided evenly over the ranks.
+
+    Gradients are reduce-scattered in flat buckets, padded to a multiple of the ranks, while
+    backward goes on (:class:`GradientBuckets`); layers may cross the borders.  After the step the
+    parameters are all-gathered.  The same bytes go over the wire as for an all-reduce; a rank's
+    momentum and time of the update are 1 / size of a whole.  ``param.grad`` is None once it has
+    been summed, since no rank holds the whole gradient: clipping by norm and
+    ``torch.amp.GradScaler`` need :class:`Replicated`.
+
+    The parameters' memory moves into the buckets: make the placement after the model is on its
+    device, and before anything keeps a reference to ``param.data``.  ``LARS.state_dict`` holds this
+    rank's part of the momentum; :meth:`LARS.momentum` gives whole ones.
+
+    Args:
+        params: parameters to train; those that need no gradient are left out.
+        comm: the ranks.
+        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        early_norms: sum the squares of each bucket as its reduction completes.
+
+    Raises:
+        ValueError: no parameter, or one that is not dense in memory.
+        TypeError: a parameter's dtype cannot be summed over ranks.
+
+    Source:
+        Rajbhandari et al. 2020, arXiv 1910.02054 (stage 1), with norms of whole layers.
+    """
+
+    _instances = itertools.count()  # all ranks make the same placements in the same order
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        comm: Communicator,
+        bucket_bytes: int = 25 * 2**20,
+        early_norms: bool = False,
+    ) -> None:
+        self._comm, self._early_norms = comm, early_norms
+        self._name = f"shards.{next(Sharded._instances)}"
+        self._gradients = GradientBuckets(
+            params, bucket_bytes, comm.size, self._start, self._norm_parts, in_place=False
+        )
+        self._weights: list[Tensor] = []  # by bucket: (numel,), all parameters
+        self._shards: list[Tensor] = []  # by bucket: (numel / size,), summed gradients
+        self._shares: dict[Tensor, _Share] = {}
+        for bucket in self._gradients.buckets:
+            weights = torch.zeros_like(bucket.flat)
+            part = weights.numel() // comm.size
+            shard = weights.new_zeros(part)
+            first = comm.rank * part
+            for param, start in zip(bucket.params, bucket.starts, strict=True):
+                view = weights.as_strided(param.shape, param.stride(), start)
+                param.data = view.copy_(param.detach())
+                begin, end = overlap(start, param.numel(), first, first + part)
+                self._shares[param] = _Share(
+                    begin,
+                    end,
+                    weights[start + begin : start + end],
+                    shard[start + begin - first : start + end - first] if begin < end else shard[:0],
+                )
+            self._weights.append(weights)
+            self._shards.append(shard)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes inside only accumulate: for all but a window's last micro-batch."""
+        return self._gradients.no_sync()
+
+    def zero_gradients(self) -> None:
+        """Begin a new window; gradients are None until backward makes them."""
+        self._gradients.zero()
+
+    def reduce_gradients(self) -> None:
+        """Start the buckets that backward did not fill, then wait for all of them."""
+        self._gradients.finish()
+
+    def publish_parameters(self) -> None:
+        """All-gather every bucket's parameters in place."""
+        pending = [
+            self._comm.start_all_gather(weights, f"{self._name}.parameters.{b}")
+            for b, weights in enumerate(self._weights)
+        ]
+        for gathering in pending:
+            gathering.wait()
+        for param in self._shares:  # autograd must see that they have changed
+            torch.autograd.graph.increment_version(param)
+        self._gradients.end_step()
+
+    def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of the parameter and of its summed gradient."""
+        share = self._shares[param]
+        return share.weight, share.gradient
+
+    def norm_part(self, param: Tensor) -> tuple[int, int]:
+        """All of this rank's part; ValueError where it is not among the parameters."""
+        check_placed(param, self._shares)
+        share = self._shares[param]
+        return 0, share.end - share.begin
+
+    def sum_early(self, kernel: Kernel | None) -> None:
+        """Sum squares of this rank's part of each bucket as its reduction completes."""
+        self._gradients.sum_early(kernel if self._early_norms else None)
+
+    def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
+        """As the protocol says."""
+        return self._gradients.early_sums(params)
+
+    def complete_sums(self, sums: Tensor) -> Tensor:
+        """Sum over the ranks in place and return ``sums``."""
+        self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
+        return sums
+
+    def whole(self, param: Tensor, part: Tensor) -> Tensor:
+        """Every rank's part put together; collective."""
+        share = self._shares[param]
+        everything = part.new_zeros(param.numel())
+        everything[share.begin : share.end] = flat(part)
+        self._comm.start_all_reduce_sum(everything, f"{self._name}.whole").wait()
+        return everything.as_strided(param.shape, param.stride())
+
+    def part(self, param: Tensor, whole: Tensor) -> Tensor:
+        """This rank's part of ``whole``, which has the parameter's shape."""
+        share = self._shares[param]
+        laid_out = torch.empty_like(param, dtype=whole.dtype).copy_(whole)
+        if share.end - share.begin == param.numel():
+            return laid_out
+        return flat(laid_out)[share.begin : share.end].clone()
+
+    def _start(self, b: int) -> Pending:
+        return self._comm.start_reduce_scatter_sum(
+            self._gradients.buckets[b].flat, self._shards[b], f"{self._name}.gradients.{b}"
+        )
+
+    def _norm_parts(self, b: int) -> list[Tensor]:
+        return [self._shares[param].gradient for param in self._gradients.buckets[b].params]
+

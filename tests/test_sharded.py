@@ -1,0 +1,129 @@
+"""A sharded step is a replicated step is one device's; run under launchers by test_rank_suites."""
+
+import pytest
+import torch
+from tiny import RATES, assert_same_parameters, one_device, tiny_model, tiny_trainer
+
+from hvd_lars.checkpoint import Checkpointer
+from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
+from hvd_lars.replicas import named_state, verify_agreement
+
+pytestmark = pytest.mark.ranks(1, 2, 3, 4, 5, 8)
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+OPTIONS = [
+    {},
+    {"denominator": "combined"},
+    {"lr_position": "update", "nesterov": True},
+    {"adapt": "layer", "zero_norm": "skip"},
+    {"adapt": "all", "trust_clip": True, "eps": 1e-5},
+    {"adapt": "none", "momentum": 0.0},
+    {"kernel": "fused"},
+    {"kernel": "eager", "nesterov": True},
+]
+
+
+def train(trainer):
+    for step in range(len(RATES)):
+        trainer.train_step(step, trainer.batches_from(step))
+    return trainer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("micro_batch", [59, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sharded_equals_replicated_and_one_device(comm, dtype, micro_batch, options):
+    sharded = train(tiny_trainer(comm, dtype, micro_batch, placed=Sharded, **options))
+    replicated = train(tiny_trainer(comm, dtype, micro_batch, **options))
+    reference, optimizer = one_device(dtype, **options)
+    verify_agreement(named_state(sharded.model, sharded.optimizer), comm)
+    assert_same_parameters(sharded.model, reference, TOLERANCE[dtype])
+    assert_same_parameters(sharded.model, replicated.model, TOLERANCE[dtype])
+    found = named_state(sharded.model, sharded.optimizer)
+    wanted = named_state(reference, optimizer)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        scale = wanted[name].norm() + 1e-30
+        assert (found[name] - wanted[name]).norm() / scale < 30 * TOLERANCE[dtype], name
+
+
+def test_a_rank_holds_its_share_of_the_momentum(comm):
+    trainer = train(tiny_trainer(comm, torch.float32, 59, placed=Sharded))
+    state = trainer.optimizer.state
+    mine = sum(state[p]["momentum_buffer"].numel() for p in trainer.model.parameters())
+    total = sum(p.numel() for p in trainer.model.parameters())
+    assert abs(mine - total / comm.size) <= 4 * comm.size  # buckets are padded
+    held = torch.tensor(float(mine))
+    comm.start_all_reduce_sum(held, "held").wait()
+    assert held.item() == total
+
+
+def test_the_same_ranks_end_with_the_same_bits_every_time(comm):
+    ends = [train(tiny_trainer(comm, torch.float32, 7, placed=Sharded)) for _ in range(3)]
+    weights = [torch.cat([p.detach().flatten() for p in t.model.parameters()]) for t in ends]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("saved", [Sharded, Replicated])
+def test_a_checkpoint_serves_both_placements(comm, saved, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float64, 16, folder, placed=saved)
+    for step in range(3):
+        trainer.train_step(step, trainer.batches_from(step))
+    checkpointer = Checkpointer(folder, comm)
+    checkpointer.save(trainer.model, trainer.optimizer, {"step": 3})
+    for step in range(3, 8):
+        trainer.train_step(step, trainer.batches_from(step))
+    for placed in (Sharded, Replicated):
+        other = tiny_trainer(comm, torch.float64, 16, seed=1 + comm.rank, placed=placed)
+        assert checkpointer.restore(other.model, other.optimizer)["step"] == 3
+        for step in range(3, 8):
+            other.train_step(step, other.batches_from(step))
+        assert_same_parameters(other.model, trainer.model, 1e-13)
+        if placed is saved:
+            for a, b in zip(other.model.parameters(), trainer.model.parameters(), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_channels_last_layers_keep_their_layout_across_borders(comm):
+    model = tiny_model(torch.float64).to(memory_format=torch.channels_last)
+    reference = tiny_model(torch.float64)
+    strides = [param.stride() for param in model.parameters()]
+    placement = Sharded(model.parameters(), comm, bucket_bytes=700)
+    optimizer = LARS(parameter_groups(model, 5e-3), lr=1.0, placement=placement)
+    plain = LARS(parameter_groups(reference, 5e-3), lr=1.0)
+    for step in range(4):
+        images = torch.full((2, 3, 6, 6), 1.0 + step, dtype=torch.float64)
+        images[0, 1] = 0.5
+        optimizer.zero_grad()
+        if comm.rank == step % comm.size:  # the others join in the step
+            model(images).square().sum().backward()
+        optimizer.step()
+        assert all(param.grad is None for param in model.parameters())
+        plain.zero_grad()
+        reference(images).square().sum().backward()
+        plain.step()
+    assert [param.stride() for param in model.parameters()] == strides
+    assert_same_parameters(model, reference, 1e-12)
+    for param, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(optimizer.momentum(param), plain.momentum(other))
+
+
+def test_the_graph_of_an_old_forward_pass_is_refused(comm):
+    model = tiny_model(torch.float64)
+    optimizer = LARS(model.parameters(), placement=Sharded(model.parameters(), comm))
+    images = torch.ones(2, 3, 6, 6, dtype=torch.float64)
+    loss = model(images).sum()
+    model(images).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_parameter_outside_the_placement_is_refused(comm):
+    model = tiny_model(torch.float32)
+    placement = Sharded(model[0].parameters(), comm)
+    with pytest.raises(ValueError, match="not in its placement"):
+        LARS(model.parameters(), placement=placement)
