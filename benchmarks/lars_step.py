@@ -117,7 +117,7 @@ def peers() -> dict[str, Callable[[list[nn.Parameter]], Step]]:
 
 
 def sgd(**how: bool) -> Callable[[list[nn.Parameter]], Step]:
-    """torch's own momentum SGD."""
+    """Momentum SGD of torch itself."""
     return lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=1e-4, **how).step
 
 

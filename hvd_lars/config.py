@@ -50,7 +50,10 @@ class Comm(Section):
 
     backend: Literal["auto", "horovod", "mpi", "local"] = "auto"
     bucket_mb: Annotated[float, Field(gt=0, le=4096)] = Field(
-        default=25.0, description="gradients are all-reduced in buckets of this many MiB"
+        default=25.0, description="gradients are summed in buckets of this many MiB"
+    )
+    compression: Literal["none", "fp16"] = Field(
+        default="none", description="fp16: gradients are all-reduced as scaled float16; Horovod"
     )
 
 
@@ -76,6 +79,9 @@ class Model(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="also keep and evaluate an average of the weights"
     )
+    checkpoint_blocks: bool = Field(
+        default=False, description="compute residual blocks again in backward, for memory"
+    )
 
 
 class Optimizer(Section):
@@ -93,6 +99,13 @@ class Optimizer(Section):
     zero_norm: Literal["unit", "skip"] = "unit"
     adapt: Literal["weights", "layer", "all"] = "weights"
     decay: Literal["weights", "all"] = "weights"
+    kernel: Literal["auto", "native", "fused", "eager"] = Field(
+        default="auto", description="how a step is computed; auto: the fastest that all ranks have"
+    )
+    placement: Literal["replicated", "sharded", "auto"] = Field(
+        default="replicated",
+        description="sharded: momentum and update divided over the ranks; auto: the faster one",
+    )
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Optimizer:
@@ -147,6 +160,11 @@ class Train(Section):
     )
     eval_batch: Positive = 512
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="of forward and backward; weights and sums stay float32"
+    )
+    channels_last: bool = Field(default=False, description="memory format of images and weights")
+    compile: bool = Field(default=False, description="torch.compile the network")
     eval_every: DurationField = Duration(1, "epochs")
     log_every: DurationField = Duration(10, "steps")
     threads: Positive | None = Field(

@@ -6,7 +6,7 @@ Imports optim, data, checkpoint, evaluation, metrics and comm.base; takes no Con
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -23,8 +23,10 @@ from hvd_lars.data.source import Batch, Indices
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.metrics import Sink
 from hvd_lars.optim import LARS, Placement
+from hvd_lars.precision import LossScale, Precision, autocast
 from hvd_lars.replicas import broadcast_and_verify, named_state
 from hvd_lars.schedules import Schedule
+from hvd_lars.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Trainer:
         eval_batch: most samples in one evaluation pass.
         workers: processes that make batches ahead of time; 0 for none.
         label_smoothing: share of the target spread over all classes.
+        precision: of forward and backward; ``fp16`` scales the loss and leaves out steps that
+            overflow.
+        channels_last: give images to the model in that memory format.
+        compiled: what computes ``model`` forward; the model itself when absent.
         average: a moving average of the model, brought up to date after every step.
         intervals: how long, and how often the rest is done.
         checkpointer: keeps the state.
@@ -89,6 +95,9 @@ class Trainer:
         workers: int = 0,
         label_smoothing: float = 0.0,
         average: AveragedModel | None = None,
+        precision: Precision = "fp32",
+        channels_last: bool = False,
+        compiled: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.average = model, average
         self.optimizer, self.placement = optimizer, placement
@@ -97,7 +106,13 @@ class Trainer:
         self.micro_batch, self.eval_batch = micro_batch, eval_batch
         self.intervals, self.checkpointer, self.sinks = intervals, checkpointer, sinks
         self.seed, self.workers, self.label_smoothing = seed, workers, label_smoothing
-        self._data_seconds = 0.0
+        self.precision: Precision = precision
+        self.loss_scale = LossScale() if precision == "fp16" else None
+        self.skipped_steps = 0
+        self._forward = compiled or model
+        self._format = torch.channels_last if channels_last else torch.preserve_format
+        self.watch = Stopwatch()
+        placement.timed_by(self.watch)
 
     def run(self) -> Summary:
         """Train from step 0 to the end and return the last evaluation.
@@ -176,34 +191,47 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step)
         self.optimizer.zero_grad()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         share = torch.zeros((), dtype=torch.float64, device=self.device)
         num_pieces = len(self._pieces(step))
         torch.manual_seed(seed_of(self.seed, step, self.comm.rank))  # dropout's
         for i in range(num_pieces):
             images, labels = self._next(batches)
-            with nullcontext() if i == num_pieces - 1 else self.placement.no_sync():
+            with self.watch.part("forward"), autocast(self.precision, self.device):
                 total = functional.cross_entropy(
-                    self.model(images),
+                    self._forward(images),
                     labels,
                     reduction="sum",
                     label_smoothing=self.label_smoothing,
                 )
                 loss = total / self.batches.global_batch
-                loss.backward()  # type: ignore[no-untyped-call]
+            last = i == num_pieces - 1
+            with self.watch.part("backward"), nullcontext() if last else self.placement.no_sync():
+                (loss * scale).backward()  # type: ignore[no-untyped-call]
             share += loss.detach()
-        self.optimizer.step()
+        self._step()
         if self.average is not None:
             self.average.update_parameters(self.model)
         return share
 
+    def _step(self) -> None:
+        """Let the optimizer step; with a loss scale it may find that it cannot."""
+        if self.loss_scale is not None:
+            self.optimizer.loss_scale = self.loss_scale.value
+        with self.watch.part("optimizer"):
+            self.optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.update(self.optimizer.skipped)
+            self.skipped_steps += self.optimizer.skipped
+
     def _next(self, batches: Iterator[tuple[Request, Batch]]) -> Batch:
         """The next micro-batch on the device, ready for the model."""
-        started = time.perf_counter()
-        request, (images, labels) = next(batches)
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        self._data_seconds += time.perf_counter() - started
-        return self.source.on_device(images, labels, request)
+        with self.watch.part("data"):
+            request, (images, labels) = next(batches)
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            images, labels = self.source.on_device(images, labels, request)
+            return images.contiguous(memory_format=self._format), labels
 
     def _log_window(self, done: int, loss: Tensor, steps: int, started: float) -> None:
         """Record the means since the last log line; the loss is summed over the ranks."""
@@ -217,10 +245,11 @@ class Trainer:
             loss=total.item() / steps,
             lr=self.schedule(done - 1),
             images_per_second=steps * self.batches.global_batch / seconds,
-            data_seconds=self._data_seconds / steps,
             step_seconds=seconds / steps,
+            **{f"{part}_seconds": took / steps for part, took in self.watch.seconds.items()},
+            **({} if self.loss_scale is None else {"skipped_steps": self.skipped_steps}),
         )
-        self._data_seconds = 0.0
+        self.watch.reset()
 
     def _record(self, kind: str, step: int, **fields: float | int | str) -> None:
         epoch = round(step / self.batches.steps_per_epoch, 4)

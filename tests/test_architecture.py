@@ -12,6 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # and anything from the rows above.
 LAYERS = [
     ["errors", "files", "memory", "durations", "schedules", "launchers", "run_folder"],
+    ["stopwatch", "precision"],
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
     ["optim", "replicas", "batch_norm"],
     ["evaluation", "checkpoint"],
@@ -21,6 +22,7 @@ LAYERS = [
 ]
 HEIGHT = {name: (i, j) for i, row in enumerate(LAYERS) for j, name in enumerate(row)}
 MAY_IMPORT_NOTHING = ["errors", "files", "memory", "durations", "schedules", "launchers"]
+MAY_IMPORT_NOTHING += ["stopwatch", "precision"]
 
 
 def part_of(path):

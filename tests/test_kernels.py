@@ -176,7 +176,7 @@ def test_the_updates_sums_have_the_bits_of_sums_of_squares(dtype, part):
     kernel, (begin, end) = choose_kernel("native", "cpu"), part
     block = Block(weight, gradient, buffer, None, group, {}, part)
     wanted = kernel.sums_of_squares([weight[begin:end]])
-    before, after = kernel.update([block], torch.full((1,), 0.3, dtype=torch.float64))
+    before, after = kernel.update([block], torch.full((1,), 0.3, dtype=torch.float64), 1.0)
     assert torch.equal(before, wanted)
     assert torch.equal(after, kernel.sums_of_squares([weight[begin:end]]))
 
@@ -199,7 +199,7 @@ def test_native_reads_every_half_number_and_rounds_as_torch_does(dtype):
     group |= {"lr_position": "momentum", "zero_norm": "unit"}
     part = (0, len(masters))
     block = Block(masters.clone(), torch.zeros_like(copied), None, copied, group, {}, part)
-    kernel.update([block], torch.ones(1, dtype=torch.float64))
+    kernel.update([block], torch.ones(1, dtype=torch.float64), 1.0)
     assert torch.equal(copied.nan_to_num(3.0), masters.to(dtype).nan_to_num(3.0))
 
 
@@ -230,3 +230,32 @@ def test_kernels_of_the_cpu_are_refused_elsewhere():
     with pytest.raises(ValueError, match="kernel fused runs on CPU; .* cuda allowed: auto, eager"):
         choose_kernel("fused", "cuda")
     assert choose_kernel("auto", "cuda").name == "eager"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("denominator", ["separate", "combined"])
+def test_a_scaled_loss_takes_the_same_steps_and_an_overflow_none(kernel, denominator):
+    torch.manual_seed(0)
+    start = [torch.randn(40, 30, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    options = OPTIONS | {"kernel": kernel, "denominator": denominator}
+    ends = []
+    for scale in (None, 1024.0):
+        params = [nn.Parameter(tensor.clone()) for tensor in start]
+        groups = [{"params": params[:1]}, {"params": params[1:], "adapt": "none"}]
+        optimizer = LARS(groups, **options)
+        optimizer.loss_scale = scale
+        for step in range(5):
+            for param in params:
+                param.grad = torch.sin(param.detach() + step) * (scale or 1.0)
+            if step == 3 and scale is not None:
+                held, good = params[1].detach().clone(), params[1].grad.clone()
+                for bad in (torch.inf, torch.nan):
+                    params[1].grad[2] = bad
+                    optimizer.step()
+                    assert optimizer.skipped
+                    assert torch.equal(params[1].detach(), held)
+                params[1].grad = good
+            optimizer.step()
+            assert not optimizer.skipped
+        ends.append(torch.cat([param.detach().flatten() for param in params]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-13, atol=1e-15)

@@ -62,6 +62,8 @@ def tiny_trainer(
     norm=False,
     ema=None,
     placed=Replicated,
+    precision="fp32",
+    channels_last=False,
     **options,
 ):
     """A Trainer of the tiny model whose buckets are small enough that there are several.
@@ -92,6 +94,8 @@ def tiny_trainer(
         checkpointer=Checkpointer(folder, comm) if folder else None,
         sinks=[],
         seed=3,
+        precision=precision,
+        channels_last=channels_last,
     )
 
 

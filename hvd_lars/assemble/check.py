@@ -37,7 +37,12 @@ _FREE_KEYS = {
     "train.eval_every",
     "train.log_every",
     "train.threads",
+    "train.channels_last",
+    "train.compile",
     "model.ema_decay",
+    "model.checkpoint_blocks",
+    "optimizer.kernel",
+    "optimizer.placement",
 }
 
 
@@ -99,10 +104,13 @@ def examine(
         num_train, num_classes = source.num_train, source.num_classes
     plan = make_plan(config, num_train, ranks)
     groups, size, normalised = _measure(config.model, config.optimizer, data, num_classes)
+    momentum = size.parameters if config.optimizer.momentum > 0 else 0
+    if config.optimizer.placement == "sharded":
+        momentum = -(-momentum // ranks)
     memory = {
         "weights": size.parameters + size.buffers,
         "gradients": size.parameters,
-        "momentum": size.parameters if config.optimizer.momentum > 0 else 0,
+        "momentum": momentum,
         "average": size.parameters + size.buffers if config.model.ema_decay is not None else 0,
         "activations": size.activations(plan.largest_micro_batch),
     }

@@ -12,6 +12,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.models import (
     build_model,
     initialise_last_layer,
+    recompute_blocks,
     set_batch_norm_momentum,
     zero_last_gammas,
 )
@@ -33,6 +34,13 @@ def build_network(settings: Model, data: Data, num_classes: int, device: torch.d
         initialise_last_layer(model, num_classes, settings.fc_sigma)
     if settings.bn_momentum is not None:
         set_batch_norm_momentum(model, settings.bn_momentum)
+    if settings.checkpoint_blocks:
+        if settings.bn_sync_ranks > 1:
+            raise UserError(
+                "model.checkpoint_blocks: not together with model.bn_sync_ranks above 1, whose "
+                "sums over ranks would be taken again in backward"
+            )
+        recompute_blocks(model)
     model = model.to(device).eval()
     for shape in shapes_of(data):
         try:

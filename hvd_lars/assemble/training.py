@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hvd_lars import run_folder
 from hvd_lars.assemble.network import build_network
+from hvd_lars.assemble.placing import agree_on_kernel, place
 from hvd_lars.assemble.plan import make_plan
 from hvd_lars.assemble.sources import build_source, mixes_pairs, workers_of
 from hvd_lars.batch_norm import span_ranks
@@ -26,7 +27,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.metrics import Console, JsonLines, Sink
 from hvd_lars.models import load_weights
-from hvd_lars.optim import LARS, Replicated, parameter_groups
+from hvd_lars.optim import LARS, Placement, parameter_groups
 from hvd_lars.trainer import Trainer
 
 
@@ -62,10 +63,11 @@ def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, An
 
 
 def build_optimizer(
-    model: nn.Module, settings: Optimizer, lr: float, placement: Replicated
+    model: nn.Module, settings: Optimizer, lr: float, kernel: str, placement: Placement
 ) -> LARS:
     """LARS with the config's groups; ``sgd`` is the same rule without trust ratios."""
-    options = settings.model_dump(exclude={"name", "adapt", "decay", "weight_decay"})
+    elsewhere = {"name", "adapt", "decay", "weight_decay", "kernel", "placement"}
+    options = settings.model_dump(exclude=elsewhere) | {"kernel": kernel}
     return LARS(optimizer_groups(model, settings), lr=lr, placement=placement, **options)
 
 
@@ -95,9 +97,13 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
                 raise ValueError("the network has no BatchNorm")
         except ValueError as error:
             raise UserError(f"model.bn_sync_ranks: {error}") from None
-    bucket_bytes = int(config.comm.bucket_mb * 2**20)
-    placement = Replicated(model.parameters(), comm, bucket_bytes, early_norms=True)
-    optimizer = build_optimizer(model, config.optimizer, plan.schedule(0), placement)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kernel = agree_on_kernel(config.optimizer.kernel, device, comm)
+    placed = place(model, comm, config.optimizer, config.comm, kernel)
+    if placed.reason and comm.rank == 0:
+        print(f"optimizer.placement auto: {placed.reason}")
+    optimizer = build_optimizer(model, config.optimizer, plan.schedule(0), kernel, placed.placement)
 
     def make_folder() -> str:
         folder = run_folder.create_run_folder(config.run.dir, config.run.name)
@@ -113,7 +119,7 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
         model=model,
         average=average,
         optimizer=optimizer,
-        placement=placement,
+        placement=placed.placement,
         schedule=plan.schedule,
         source=source,
         batches=GlobalBatches(
@@ -134,6 +140,9 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
         seed=config.run.seed,
         workers=workers_of(config),
         label_smoothing=config.train.label_smoothing,
+        precision=config.train.precision,
+        channels_last=config.train.channels_last,
+        compiled=torch.compile(model) if config.train.compile else None,
     )
     return trainer, folder
 

@@ -126,7 +126,8 @@ def _run_on_ranks(options: argparse.Namespace) -> Communicator:
 
     launch = detect_launch(os.environ)
     groups = config.model.bn_sync_ranks > 1
-    comm = connect(config.comm.backend, config.run.expect_world_size, groups)
+    parts = options.command == "train" and config.optimizer.placement != "replicated"
+    comm = connect(config.comm.backend, config.run.expect_world_size, groups, parts)
     try:
         if options.command == "train":
             _train(config, comm, launch)

@@ -122,11 +122,14 @@ class Communicator(Protocol):
         ...
 
 
-def check_reducible(tensor: Tensor, name: str) -> None:
-    """Raise TypeError where a backend could not sum the tensor in place."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in REDUCIBLE:
-        raise TypeError(f"{name}: {dtype} cannot be summed over ranks; {', '.join(REDUCIBLE)} can")
+def check_reducible(tensor: Tensor, name: str, also: tuple[str, ...] = ()) -> None:
+    """Raise TypeError where a backend could not sum the tensor in place.
+
+    ``also`` are dtypes that this backend takes beside those of every backend.
+    """
+    dtype, allowed = str(tensor.dtype).removeprefix("torch."), REDUCIBLE + also
+    if dtype not in allowed:
+        raise TypeError(f"{name}: {dtype} cannot be summed over ranks; {', '.join(allowed)} can")
     if not tensor.is_contiguous():
         raise TypeError(f"{name}: strides {tensor.stride()} are not contiguous")
 

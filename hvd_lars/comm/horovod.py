@@ -96,8 +96,8 @@ class HorovodCommunicator:
         self.controller = "MPI" if hvd.mpi_enabled() else "Gloo"
 
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
-        """Begin to sum in place, on Horovod's own thread."""
-        check_reducible(tensor, name)
+        """Begin to sum in place, on Horovod's own thread; takes float16 as well."""
+        check_reducible(tensor, name, also=("float16",))
         return _Handle(self._hvd, self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
 
     def start_reduce_scatter_sum(self, flat: Tensor, shard: Tensor, name: str) -> Pending:

@@ -105,9 +105,7 @@ class MpiParts:
 
         def work() -> None:
             host = torch.empty_like(shard, device="cpu") if shard.is_cuda else shard
-            self._comm.Reduce_scatter_block(
-                flat.cpu().numpy(), host.numpy(), op=self._mpi.SUM
-            )
+            self._comm.Reduce_scatter_block(flat.cpu().numpy(), host.numpy(), op=self._mpi.SUM)
             if shard.is_cuda:
                 shard.copy_(host)
 

@@ -7,6 +7,7 @@ from hvd_lars.models.options import (
     set_batch_norm_momentum,
     zero_last_gammas,
 )
+from hvd_lars.models.recompute import recompute_blocks
 from hvd_lars.models.weights import load_weights
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "initialise_last_layer",
     "load_weights",
     "model_names",
+    "recompute_blocks",
     "set_batch_norm_momentum",
     "zero_last_gammas",
 ]

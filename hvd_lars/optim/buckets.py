@@ -1,5 +1,6 @@
-"""Gradients in flat buckets that are handed over as backward fills them; imports comm.base, kernels,
-norms and shard_plan.
+"""Gradients in flat buckets that are handed over as backward fills them.
+
+Imports comm.base, kernels, norms, shard_plan and stopwatch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hvd_lars.comm.base import Pending, check_reducible
 from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.optim.shard_plan import fill_buckets
+from hvd_lars.stopwatch import Stopwatch
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class GradientBuckets:
         self._start, self._parts, self._in_place = start, parts, in_place
         self._synchronizing = True
         self._kernel: Kernel | None = None
+        self.watch = Stopwatch()
         self.zero()
 
     @contextmanager
@@ -112,9 +115,10 @@ class GradientBuckets:
         for bucket in self.buckets[self._next :]:
             for i, param in enumerate(bucket.params):
                 _adopt(bucket, i, param)
-        while self._next < len(self.buckets):
-            self._start_next()
-        self._complete(only_done=False)
+        with self.watch.part("communication"):
+            while self._next < len(self.buckets):
+                self._start_next()
+            self._complete(only_done=False)
         if not self._in_place:
             self._forget_gradients()
         self._begin_window()
@@ -168,8 +172,9 @@ class GradientBuckets:
             engine.queue_callback(self.finish)
         bucket.missing.discard(i)
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
-            self._start_next()
-            self._complete(only_done=True)
+            with self.watch.part("communication"):
+                self._start_next()
+                self._complete(only_done=True)
 
     def _start_next(self) -> None:
         bucket = self.buckets[self._next]
@@ -210,9 +215,7 @@ def _adopt(bucket: Bucket, i: int, param: Tensor) -> None:
     param.grad = view
 
 
-def _make_buckets(
-    params: list[nn.Parameter], bucket_bytes: int, multiple: int
-) -> Iterator[Bucket]:
+def _make_buckets(params: list[nn.Parameter], bucket_bytes: int, multiple: int) -> Iterator[Bucket]:
     """Buckets in reverse order of the parameters, one dtype and device each."""
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for param in reversed(params):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hvd_lars.optim.groups import check_group
-from hvd_lars.optim.kernels import choose_kernel
+from hvd_lars.optim.kernels import KernelName, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold
 from hvd_lars.optim.layers import Layers, block_of, is_half, layers_of, ratios_of, signature
 from hvd_lars.optim.placement import Placement
@@ -24,7 +24,6 @@ from hvd_lars.optim.placement import Placement
 LrPosition = Literal["momentum", "update"]
 Denominator = Literal["separate", "combined"]
 ZeroNorm = Literal["unit", "skip"]
-KernelName = Literal["auto", "native", "fused", "eager"]
 
 
 @dataclass
@@ -110,6 +109,10 @@ class LARS(Optimizer):
     # Class attributes, since a copy and Horovod's DistributedOptimizer lose an instance's own.
     placement: Placement | None = None
     _last: _Step | None = None
+    # What the loss was multiplied by: gradients are divided by it, and a step is left out on all
+    # ranks where one is not finite, which ``skipped`` then says.  None: neither is looked at.
+    loss_scale: float | None = None
+    skipped: bool = False
 
     def __init__(
         self,
@@ -181,12 +184,13 @@ class LARS(Optimizer):
                 loss = closure()
         if self.placement is not None:
             self.placement.reduce_gradients()
-        now = signature(self.param_groups, self.placement is not None)
+        placed, checked = self.placement is not None, self.loss_scale is not None
+        now = signature(self.param_groups, placed, checked)
         last = self._last
         if last is None or last.signature != now or last.state is not self.state:
-            devices = layers_of(self.param_groups, self.placement is not None)
+            devices = layers_of(self.param_groups, placed, checked)
             last = _Step(now, devices, self.state, [None] * len(devices), [[]] * len(devices))
-        self._last = None  # until this step is complete
+        self._last, self.skipped = None, False  # until this step is complete
         last.sums = [self._step_on(last, i) for i in range(len(last.devices))]
         if self.placement is not None:
             self.placement.publish_parameters()
@@ -214,13 +218,13 @@ class LARS(Optimizer):
                         self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def momentum(self, param: Tensor) -> Tensor | None:
-        """v of a parameter, in its shape; None before its first step.
+        """Momentum v of a parameter, in its shape; None before its first step.
 
         Collective under a placement; the live tensor where this rank holds the whole.
         """
         state = self.state.get(param, {})
         unfold(state)
-        buffer = state.get("momentum_buffer")
+        buffer: Tensor | None = state.get("momentum_buffer")
         if buffer is None or self.placement is None:
             return buffer
         return self.placement.whole(param, buffer)
@@ -241,7 +245,12 @@ class LARS(Optimizer):
         known = last.sums[i] if untouched else None
         kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
         blocks = [block_of(layer, self.state, self.placement, untouched) for layer in here.layers]
-        updated = kernel.update(blocks, ratios_of(here, blocks, kernel, self.placement, known))
+        unscale = 1.0 / (self.loss_scale or 1.0)
+        ratios, norms = ratios_of(here, blocks, kernel, self.placement, known, unscale)
+        if self.loss_scale is not None and not norms.isfinite().all():
+            self.skipped = True
+            return known
+        updated = kernel.update(blocks, ratios, unscale)
         if updated is None:
             return None
         before, after = updated

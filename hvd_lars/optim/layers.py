@@ -37,7 +37,7 @@ class Layers:
     """The layers of one device in a step."""
 
     layers: list[Layer]
-    sources: list[int]  # the layers whose trust ratio somebody uses
+    sources: list[int]  # the layers whose norms are taken: whose trust ratio somebody uses, or all
     ratio_of: Tensor  # (layers,) where in the sources' ratios, followed by 1, each layer's stands
 
     @property
@@ -46,11 +46,10 @@ class Layers:
         return self.ratio_of.device
 
 
-def signature(groups: Sequence[dict[str, Any]], placed: bool) -> list[object]:
+def signature(groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool) -> list[object]:
     """Changes where :func:`layers_of` would give other layers."""
-    key: list[object] = [
-        (id(g), g["adapt"], g["momentum"] != 0, tuple(g.get("ratio_from", ()))) for g in groups
-    ]
+    key: list[object] = [all_norms]
+    key += [(id(g), g["adapt"], g["momentum"] != 0, tuple(g.get("ratio_from", ()))) for g in groups]
     for group in groups:
         if placed:
             key += [param.requires_grad for param in group["params"]]
@@ -60,10 +59,11 @@ def signature(groups: Sequence[dict[str, Any]], placed: bool) -> list[object]:
     return key
 
 
-def layers_of(groups: Sequence[dict[str, Any]], placed: bool) -> list[Layers]:
+def layers_of(groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool) -> list[Layers]:
     """Parameters that have a gradient and are not frozen, in the order of the groups.
 
-    Under a placement (``placed``) every parameter has a gradient.
+    Under a placement (``placed``) every parameter has a gradient.  ``all_norms`` also takes norms
+    that no trust ratio needs.
     """
     layers: dict[torch.device, list[Layer]] = {}
     places: dict[int, tuple[torch.device, int]] = {}  # by position over all groups
@@ -83,11 +83,13 @@ def layers_of(groups: Sequence[dict[str, Any]], placed: bool) -> list[Layers]:
         # A bias whose weight is frozen or elsewhere has no ratio to share: it takes the plain rate.
         device, index = places.get(source, (None, -1))
         layer.source = index if device == layer.param.device else -1
-    return [_prepared(here, device) for device, here in layers.items()]
+    return [_prepared(here, device, all_norms) for device, here in layers.items()]
 
 
-def _prepared(layers: list[Layer], device: torch.device) -> Layers:
+def _prepared(layers: list[Layer], device: torch.device, all_norms: bool) -> Layers:
     sources = sorted({layer.source for layer in layers if layer.source >= 0})
+    if all_norms:
+        sources = list(range(len(layers)))
     place = {source: i for i, source in enumerate(sources)}
     index = [place.get(layer.source, len(sources)) for layer in layers]
     return Layers(layers, sources, torch.tensor(index, device=device))
@@ -129,7 +131,8 @@ def block_of(
 def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
     if grad.is_sparse:
         raise RuntimeError(
-            f"LARS takes dense gradients; a parameter of shape {tuple(param.shape)} has a sparse one"
+            f"LARS takes dense gradients; a parameter of shape {tuple(param.shape)} has a "
+            f"sparse one"
         )
     return flat(in_layout_of(param, grad)) if is_dense(param) else grad
 
@@ -174,20 +177,23 @@ def ratios_of(
     kernel: Kernel,
     placement: Placement | None,
     known: Tensor | None,
-) -> Tensor:
-    """λ of every layer, 1 where it has none: (layers,), float64.
+    unscale: float,
+) -> tuple[Tensor, Tensor]:
+    """λ of every layer, 1 where it has none: (layers,), float64; and the gradients' norms taken.
 
     ``known`` are sums of squares of this rank's parts of all weights, where they stand already.
+    ``unscale`` is the factor of the gradients.
     """
     one = torch.ones(1, dtype=torch.float64, device=layers.device)
     sources = layers.sources
     if not sources:
-        return one.expand(len(blocks))
+        return one.expand(len(blocks)), one[:0]
     adapted = [blocks[i] for i in sources]
     params = [layers.layers[i].param for i in sources]
     groups = [block.group for block in adapted]
-    norms = _norms(params, adapted, kernel, placement, None if known is None else known[sources])
-    return torch.cat([trust_ratios(groups, *norms), one])[layers.ratio_of]
+    known = None if known is None else known[sources]
+    weights, gradients = _norms(params, adapted, kernel, placement, known, unscale)
+    return torch.cat([trust_ratios(groups, weights, gradients), one])[layers.ratio_of], gradients
 
 
 def _norms(
@@ -196,6 +202,7 @@ def _norms(
     kernel: Kernel,
     placement: Placement | None,
     known: Tensor | None,
+    unscale: float,
 ) -> tuple[Tensor, Tensor]:
     """‖w‖ and the denominator's gradient norm over all ranks, (layers,) each, float64."""
     combined = any(_is_combined(block.group) for block in blocks)
@@ -206,16 +213,16 @@ def _norms(
     if known is None:
         known = kernel.sums_of_squares([_norm_part(block, block.weight) for block in blocks])
     if early is None:
-        early = kernel.sums_of_squares([_gradient(block) for block in blocks])
+        early = kernel.sums_of_squares([_gradient(b, unscale, combined) for b in blocks])
     sums = torch.cat([known, early])
     if placement is not None:
         sums = placement.complete_sums(sums)
     weight_norms, gradient_norms = sums.sqrt().chunk(2)
-    return weight_norms, gradient_norms
+    return weight_norms, gradient_norms if combined else gradient_norms * unscale
 
 
 def _is_combined(group: dict[str, Any]) -> bool:
-    return group["denominator"] == "combined" and group["weight_decay"] != 0
+    return bool(group["denominator"] == "combined" and group["weight_decay"] != 0)
 
 
 def _norm_part(block: Block, tensor: Tensor) -> Tensor:
@@ -223,10 +230,12 @@ def _norm_part(block: Block, tensor: Tensor) -> Tensor:
     return tensor if end - begin == tensor.numel() else tensor[begin:end]
 
 
-def _gradient(block: Block) -> Tensor:
-    """What the denominator's norm is of, on this rank: g, or g + βw."""
+def _gradient(block: Block, unscale: float, combined: bool) -> Tensor:
+    """What the denominator's norm is of, on this rank: g, or g + βw, with g unscaled for that."""
     gradient = _norm_part(block, block.gradient)
-    if not _is_combined(block.group):
+    if not combined:
         return gradient
-    weight, decay = _norm_part(block, block.weight), block.group["weight_decay"]
-    return gradient.to(weight.dtype).add(weight, alpha=decay)
+    gradient = gradient.to(block.weight.dtype) * unscale
+    if _is_combined(block.group):
+        gradient.add_(_norm_part(block, block.weight), alpha=block.group["weight_decay"])
+    return gradient

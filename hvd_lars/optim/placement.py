@@ -1,4 +1,4 @@
-"""What a LARS step asks of the ranks around it; imports kernels.
+"""What a LARS step asks of the ranks around it; imports kernels and stopwatch.
 
 :class:`~hvd_lars.optim.replicated.Replicated` and :class:`~hvd_lars.optim.sharded.Sharded` do it.
 """
@@ -12,10 +12,15 @@ from typing import Protocol
 from torch import Tensor
 
 from hvd_lars.optim.kernels import Kernel
+from hvd_lars.stopwatch import Stopwatch
 
 
 class Placement(Protocol):
     """Where gradients are summed and which rank updates what."""
+
+    def timed_by(self, watch: Stopwatch) -> None:
+        """Give the time spent waiting for other ranks to ``communication``."""
+        ...
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes inside only accumulate: for all but a window's last micro-batch."""
@@ -60,7 +65,7 @@ class Placement(Protocol):
         ...
 
     def whole(self, param: Tensor, part: Tensor) -> Tensor:
-        """A tensor of the parameter's shape from every rank's ``part``, like its block; collective."""
+        """Every rank's ``part`` put together in the parameter's shape; collective."""
         ...
 
     def part(self, param: Tensor, whole: Tensor) -> Tensor:
@@ -72,5 +77,6 @@ def check_placed(param: Tensor, placed: Container[Tensor]) -> None:
     """Raise ValueError where the optimizer's parameter is not among the placement's."""
     if param not in placed:
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is in the optimizer but not in its placement"
+            f"a parameter of shape {tuple(param.shape)} is in the optimizer but not in its "
+            f"placement"
         )

@@ -1,5 +1,6 @@
-"""Every rank holds everything; imports buckets, kernels, norms, placement, shard_plan
-and comm.base.
+"""Every rank holds everything.
+
+Imports buckets, kernels, norms, placement, shard_plan, stopwatch and comm.base.
 
 On 2 ranks with 2 buckets:
 
@@ -17,12 +18,13 @@ from typing import final
 
 from torch import Tensor, nn
 
-from hvd_lars.comm.base import Communicator, Pending
+from hvd_lars.comm.base import Communicator, Pending, Reducer
 from hvd_lars.optim.buckets import GradientBuckets
 from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import flat
 from hvd_lars.optim.placement import check_placed
 from hvd_lars.optim.shard_plan import overlap, part_of
+from hvd_lars.stopwatch import Stopwatch
 
 
 @final
@@ -43,6 +45,7 @@ class Replicated:
         early_norms: sum the squares of each bucket as its reduction completes, for a step that
             then reads the gradients once less.  Nothing may edit gradients between backward and
             step: torch does not count the edits of ``GradScaler``.
+        gradients_through: sums the buckets in place of ``comm``, such as a CompressedReducer.
 
     Raises:
         ValueError: no parameter, or one that is not dense in memory.
@@ -57,8 +60,10 @@ class Replicated:
         comm: Communicator,
         bucket_bytes: int = 25 * 2**20,
         early_norms: bool = False,
+        gradients_through: Reducer | None = None,
     ) -> None:
         self._comm, self._early_norms = comm, early_norms
+        self._reducer: Reducer = gradients_through or comm
         self._name = f"gradients.{next(Replicated._instances)}"
         self._gradients = GradientBuckets(
             params, bucket_bytes, 1, start=self._start, parts=self._norm_parts, in_place=True
@@ -68,6 +73,10 @@ class Replicated:
             begin, end = part_of(bucket.flat.numel(), comm.rank, comm.size)
             for param, start in zip(bucket.params, bucket.starts, strict=True):
                 self._owned[param] = overlap(start, param.numel(), begin, end)
+
+    def timed_by(self, watch: Stopwatch) -> None:
+        """Give the time spent waiting for other ranks to ``communication``."""
+        self._gradients.watch = watch
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes inside only accumulate: for all but a window's last micro-batch."""
@@ -105,7 +114,8 @@ class Replicated:
 
     def complete_sums(self, sums: Tensor) -> Tensor:
         """Sum over the ranks in place and return ``sums``."""
-        self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
+        with self._gradients.watch.part("communication"):
+            self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
         return sums
 
     def whole(self, param: Tensor, part: Tensor) -> Tensor:
@@ -117,7 +127,7 @@ class Replicated:
         return whole
 
     def _start(self, b: int) -> Pending:
-        return self._comm.start_all_reduce_sum(
+        return self._reducer.start_all_reduce_sum(
             self._gradients.buckets[b].flat, f"{self._name}.{b}"
         )
 

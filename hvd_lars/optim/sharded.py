@@ -1,5 +1,6 @@
-"""Each rank updates 1 / size of everything; imports buckets, kernels, norms, placement,
-shard_plan and comm.base.
+"""Each rank updates 1 / size of everything.
+
+Imports buckets, kernels, norms, placement, shard_plan, stopwatch and comm.base.
 
 On 2 ranks with one bucket of two layers, the second across the border:
 
@@ -28,6 +29,7 @@ from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import flat
 from hvd_lars.optim.placement import check_placed
 from hvd_lars.optim.shard_plan import overlap
+from hvd_lars.stopwatch import Stopwatch
 
 
 @dataclass(slots=True)
@@ -99,10 +101,16 @@ class Sharded:
                     begin,
                     end,
                     weights[start + begin : start + end],
-                    shard[start + begin - first : start + end - first] if begin < end else shard[:0],
+                    shard[start + begin - first : start + end - first]
+                    if begin < end
+                    else shard[:0],
                 )
             self._weights.append(weights)
             self._shards.append(shard)
+
+    def timed_by(self, watch: Stopwatch) -> None:
+        """Give the time spent waiting for other ranks to ``communication``."""
+        self._gradients.watch = watch
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes inside only accumulate: for all but a window's last micro-batch."""
@@ -118,12 +126,13 @@ class Sharded:
 
     def publish_parameters(self) -> None:
         """All-gather every bucket's parameters in place."""
-        pending = [
-            self._comm.start_all_gather(weights, f"{self._name}.parameters.{b}")
-            for b, weights in enumerate(self._weights)
-        ]
-        for gathering in pending:
-            gathering.wait()
+        with self._gradients.watch.part("communication"):
+            pending = [
+                self._comm.start_all_gather(weights, f"{self._name}.parameters.{b}")
+                for b, weights in enumerate(self._weights)
+            ]
+            for gathering in pending:
+                gathering.wait()
         for param in self._shares:  # autograd must see that they have changed
             torch.autograd.graph.increment_version(param)
         self._gradients.end_step()
@@ -149,7 +158,8 @@ class Sharded:
 
     def complete_sums(self, sums: Tensor) -> Tensor:
         """Sum over the ranks in place and return ``sums``."""
-        self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
+        with self._gradients.watch.part("communication"):
+            self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
         return sums
 
     def whole(self, param: Tensor, part: Tensor) -> Tensor:
@@ -175,4 +185,3 @@ class Sharded:
 
     def _norm_parts(self, b: int) -> list[Tensor]:
         return [self._shares[param].gradient for param in self._gradients.buckets[b].params]
-

@@ -10,6 +10,7 @@ import torch
 from test_image_folder import make_folder
 
 from hvd_lars.launchers import launcher_environment, run_here, this_python
+from hvd_lars.stopwatch import PARTS
 
 HANG_GUARD = 600
 
@@ -93,14 +94,17 @@ def test_the_run_folder_holds_what_it_should(finished):
         "loss",
         "lr",
         "images_per_second",
-        "data_seconds",
+        *(f"{part}_seconds" for part in PARTS),
         "step_seconds",
     }
     assert [r["step"] for r in train] == list(range(10, 201, 10))
     assert train[4] | {"step": 50, "epoch": 5.0, "samples": 51_200} == train[4]
     assert train[4]["lr"] == pytest.approx(32.0 * 49 / 50)
     assert train[-1]["lr"] == pytest.approx(32.0 * (1 / 150) ** 2)
-    assert all(0 < r["data_seconds"] < r["step_seconds"] for r in train)
+    for record in train:
+        parts = [record[f"{part}_seconds"] for part in PARTS]
+        assert all(part > 0 for part in parts)
+        assert sum(parts) < record["step_seconds"]
     evaluations = records_of(folder, "eval")
     wanted = {"kind", "step", "epoch", "loss", "top1", "top5", "num_samples"}
     assert evaluations[0].keys() == wanted

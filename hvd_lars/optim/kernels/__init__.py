@@ -7,19 +7,20 @@ into its coefficients, ``eager`` plain torch.  :func:`choose_kernel` is the one 
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 from hvd_lars.optim.kernels.block import Block, Kernel
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.kernels.fused import FusedKernel
 from hvd_lars.optim.kernels.native import NativeKernel, why_not_native
 
-KERNELS = ("auto", "native", "fused", "eager")
+KernelName = Literal["auto", "native", "fused", "eager"]
 
-__all__ = ["KERNELS", "Block", "Kernel", "choose_kernel", "why_not_native"]
+__all__ = ["Block", "Kernel", "KernelName", "choose_kernel", "why_not_native"]
 
 
 @functools.cache
-def choose_kernel(wanted: str, device: str) -> Kernel:
+def choose_kernel(wanted: KernelName, device: str) -> Kernel:
     """The kernel of that name for a type of device (``"cpu"``, ``"cuda"``).
 
     ``auto`` takes the fastest that this machine has, as benchmarks/lars_step.py measures them:

@@ -30,14 +30,18 @@ class Block:
 class Kernel(Protocol):
     """Sums of squares and the LARS update, over many tensors of one device."""
 
-    name: str
+    name: Any  # as KernelName has it
 
     def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """Sum of squares of each tensor: (len(tensors),), float64, on their device."""
         ...
 
-    def update(self, blocks: Sequence[Block], ratios: Tensor) -> tuple[Tensor, Tensor] | None:
+    def update(
+        self, blocks: Sequence[Block], ratios: Tensor, unscale: float
+    ) -> tuple[Tensor, Tensor] | None:
         """Apply the momentum rule in place; ``ratios`` are the blocks' λ, (n,) float64.
+
+        g is the blocks' gradient times ``unscale``.
 
         With a the rate inside the buffer and b the rate outside it, a·b = γλ:
         v ← μv + a(g + βw) and w ← w − b·v, Nesterov w ← w − b(μv + a(g + βw)).  λ = 0 in a group

@@ -33,26 +33,28 @@ class EagerKernel:
         """As the protocol says."""
         return sums_of_squares(tensors)
 
-    def update(self, blocks: Sequence[Block], ratios: Tensor) -> None:
+    def update(self, blocks: Sequence[Block], ratios: Tensor, unscale: float) -> None:
         """As the protocol says; takes no sums."""
         if self._on_host:
             for block, ratio in zip(blocks, ratios.tolist(), strict=True):
                 if not is_skipped(block, ratio):
-                    update_on_host(block, ratio)
+                    update_on_host(block, ratio, unscale)
             return
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, block in enumerate(blocks):
             kinds.setdefault((id(block.group), block.weight.dtype), []).append(i)
         for members in kinds.values():
-            _update_together([blocks[i] for i in members], ratios[members])
+            _update_together([blocks[i] for i in members], ratios[members], unscale)
 
 
-def update_on_host(block: Block, ratio: float) -> None:
+def update_on_host(block: Block, ratio: float, unscale: float) -> None:
     """The rule for one block on CPU with λ on the host."""
     group, weight = block.group, block.weight
     inside, outside = rates(group)
     momentum, decay, scale = group["momentum"], group["weight_decay"], ratio * inside
     gradient = block.gradient.to(weight.dtype)
+    if unscale != 1.0:
+        gradient = gradient * unscale
 
     def add_gradient(target: Tensor) -> Tensor:
         target.add_(gradient, alpha=scale)
@@ -69,7 +71,7 @@ def update_on_host(block: Block, ratio: float) -> None:
         block.copy.copy_(weight)
 
 
-def _update_together(blocks: list[Block], ratios: Tensor) -> None:
+def _update_together(blocks: list[Block], ratios: Tensor, unscale: float) -> None:
     """The rule for blocks of one group and dtype without copying a value to the host."""
     group, weights = blocks[0].group, [block.weight for block in blocks]
     inside, outside = rates(group)
@@ -77,6 +79,8 @@ def _update_together(blocks: list[Block], ratios: Tensor) -> None:
     dtype = weights[0].dtype
     scales = list((ratios * inside).to(dtype).unbind())
     gradients = [block.gradient.to(dtype) for block in blocks]
+    if unscale != 1.0:
+        gradients = list(torch._foreach_mul(gradients, unscale))
     steps = list(torch._foreach_add(gradients, weights, alpha=decay))
     torch._foreach_mul_(steps, scales)
     buffers = [block.buffer for block in blocks if block.buffer is not None]

@@ -42,16 +42,16 @@ class FusedKernel:
         """As the protocol says."""
         return sums_of_squares(tensors)
 
-    def update(self, blocks: Sequence[Block], ratios: Tensor) -> None:
+    def update(self, blocks: Sequence[Block], ratios: Tensor, unscale: float) -> None:
         """As the protocol says; takes no sums."""
         for block, ratio in zip(blocks, ratios.tolist(), strict=True):
             if is_skipped(block, ratio) or not block.weight.numel():
                 continue
             if _fits(block):
-                _update(block, ratio)
+                _update(block, ratio, unscale)
             else:
                 unfold(block.state)
-                update_on_host(block, ratio)
+                update_on_host(block, ratio, unscale)
 
 
 def _fits(block: Block) -> bool:
@@ -64,7 +64,7 @@ def _fits(block: Block) -> bool:
     )
 
 
-def _update(block: Block, ratio: float) -> None:
+def _update(block: Block, ratio: float, unscale: float) -> None:
     group = block.group
     inside, outside = rates(group)
     momentum, scale = group["momentum"], ratio * inside
@@ -81,7 +81,7 @@ def _update(block: Block, ratio: float) -> None:
         first = momentum == 0.0  # torch takes momentum 0 for "no buffer"
     torch._fused_sgd_(
         [block.weight],
-        [block.gradient],
+        [block.gradient if unscale == 1.0 else block.gradient * unscale],
         [] if block.buffer is None else [block.buffer],
         weight_decay=group["weight_decay"],
         momentum=group["momentum"] if first else momentum,

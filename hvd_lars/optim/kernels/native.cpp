@@ -136,11 +136,11 @@ template <typename T> INLINE double squares(const T* x, int64_t count) {
 }
 
 // What a chunk of the update works with; the order of Coefficient below.
-template <typename S> struct Rule { S momentum, decay, inside, outside; bool nesterov; };
+template <typename S> struct Rule { S momentum, decay, inside, outside, unscale; bool nesterov; };
 
 template <bool HasBuffer, bool Nesterov, typename X, typename S>
 INLINE X advance(X w, X g, X* v, const Rule<S>& rule) {
-  const X d = (g + rule.decay * w) * rule.inside;
+  const X d = (g * rule.unscale + rule.decay * w) * rule.inside;
   if constexpr (!HasBuffer) return w - rule.outside * d;
   *v = rule.momentum * *v + d;
   if constexpr (Nesterov) return w - rule.outside * (rule.momentum * *v + d);
@@ -224,7 +224,7 @@ const int64_t kSize[] = {4, 8, 2, 2};
 
 // Addresses, numbers of elements, and which of them the update sums the squares of.
 struct Layer { int64_t weight, gradient, buffer, copy, count, kind, sum_begin, sum_end; };
-struct Coefficients { double momentum, decay, inside, outside, nesterov; };
+struct Coefficients { double momentum, decay, inside, outside, nesterov, unscale; };
 struct Piece { int64_t layer, begin, count; bool summed; };
 
 template <typename T> T* at(int64_t address, int64_t begin) {
@@ -245,7 +245,7 @@ int threads_for(const std::vector<Piece>& pieces, int threads) {
 
 template <typename S>
 Rule<S> rule_of(const Coefficients& c) {
-  return {S(c.momentum), S(c.decay), S(c.inside), S(c.outside), c.nesterov != 0};
+  return {S(c.momentum), S(c.decay), S(c.inside), S(c.outside), S(c.unscale), c.nesterov != 0};
 }
 
 void update_run(const Layer& layer, const Coefficients& c, int64_t begin, int64_t count,
@@ -306,7 +306,7 @@ void hvd_lars_sums(const Layer* layers, int64_t num_layers, double* sums, int th
   for (size_t p = 0; p < pieces.size(); ++p) sums[pieces[p].layer] += partial[p];
 }
 
-// v = momentum v + inside (g + decay w); w -= outside v, or the same looked ahead (nesterov).
+// v = momentum v + inside (unscale g + decay w); w -= outside v, or the same looked ahead (nesterov).
 // sums[2 i] and sums[2 i + 1]: sums of squares of layer i's weights from sum_begin to sum_end,
 // before and after.
 void hvd_lars_update(const Layer* layers, int64_t num_layers, const Coefficients* coefficients,

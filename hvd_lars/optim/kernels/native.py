@@ -79,7 +79,9 @@ class NativeKernel:
         _call(self._sums, np.array(rows, dtype=np.int64).reshape(-1, 8), sums)
         return torch.from_numpy(sums)
 
-    def update(self, blocks: Sequence[Block], ratios: Tensor) -> tuple[Tensor, Tensor] | None:
+    def update(
+        self, blocks: Sequence[Block], ratios: Tensor, unscale: float
+    ) -> tuple[Tensor, Tensor] | None:
         """As the protocol says; no sums where a block was left out or went the eager way."""
         live = list(blocks)
         scales = ratios.numpy()
@@ -91,14 +93,16 @@ class NativeKernel:
                 if _has_row(block):
                     live.append(block)
                 else:
-                    update_on_host(block, ratio)
-            kept = [not is_skipped(b, r) and _has_row(b) for b, r in zip(blocks, scales)]
+                    update_on_host(block, ratio, unscale)
+            kept = [
+                not is_skipped(b, r) and _has_row(b) for b, r in zip(blocks, scales, strict=True)
+            ]
             scales = scales[kept]
         if not live:
             return None
         table = np.array([block.row for block in live], dtype=np.int64)
         rules = {id(block.group): block.group for block in live}
-        coefficients = {key: _coefficients(group) for key, group in rules.items()}
+        coefficients = {key: _coefficients(group, unscale) for key, group in rules.items()}
         rows = np.array([coefficients[id(block.group)] for block in live], dtype=np.float64)
         rows[:, 2] *= scales
         sums = np.empty((len(live), 2))
@@ -113,10 +117,11 @@ class NativeKernel:
         return before, after
 
 
-def _coefficients(group: dict[str, Any]) -> tuple[float, ...]:
+def _coefficients(group: dict[str, Any], unscale: float) -> tuple[float, ...]:
     """As ``Coefficients`` in native.cpp, without the ratio."""
     inside, outside = rates(group)
-    return group["momentum"], group["weight_decay"], inside, outside, group["nesterov"]
+    momentum, decay, nesterov = group["momentum"], group["weight_decay"], group["nesterov"]
+    return momentum, decay, inside, outside, nesterov, unscale
 
 
 def _has_row(block: Block) -> bool:
