@@ -70,7 +70,7 @@ class Trainer:
         compiled: what computes ``model`` forward; the model itself when absent.
         average: a moving average of the model, brought up to date after every step.
         intervals: how long, and how often the rest is done.
-        checkpointer: keeps the state.
+        checkpointer: keeps the state; nothing is kept without one.
         sinks: take the records; empty but on rank 0.
         seed: of dropout, with step and rank.
     """
@@ -89,9 +89,9 @@ class Trainer:
         micro_batch: int,
         eval_batch: int,
         intervals: Intervals,
-        checkpointer: Checkpointer,
-        sinks: Sequence[Sink],
         seed: int,
+        checkpointer: Checkpointer | None = None,
+        sinks: Sequence[Sink] = (),
         workers: int = 0,
         label_smoothing: float = 0.0,
         average: AveragedModel | None = None,
@@ -143,7 +143,7 @@ class Trainer:
             pause = time.perf_counter()
             if done % self.intervals.evaluate == 0 or last:
                 evaluation = self._evaluate(done)
-            if done % self.intervals.checkpoint == 0 or last:
+            if self.checkpointer is not None and (done % self.intervals.checkpoint == 0 or last):
                 progress = {"step": done}
                 path = self.checkpointer.save(self.model, self.optimizer, progress, self.average)
                 self._record("event", done, event="checkpoint", path=path.name)

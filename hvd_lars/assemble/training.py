@@ -25,7 +25,7 @@ from hvd_lars.config_file import dump_config
 from hvd_lars.data import GlobalBatches
 from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
-from hvd_lars.metrics import Console, JsonLines, Sink
+from hvd_lars.metrics import Console, JsonLines
 from hvd_lars.models import load_weights
 from hvd_lars.optim import LARS, Placement, parameter_groups
 from hvd_lars.trainer import Trainer
@@ -77,7 +77,31 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
     Raises:
         UserError: on every rank alike, for anything in the config that cannot be done.
     """
-    threads = set_threads(config.train.threads, launch)
+    trainer = make_trainer(config, comm, launch)
+
+    def make_folder() -> str:
+        folder = run_folder.create_run_folder(config.run.dir, config.run.name)
+        ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
+        threads, device = torch.get_num_threads(), str(trainer.device)
+        run_folder.describe_run(folder, dump_config(config), ranks, device, threads)
+        return str(folder)
+
+    folder = Path(on_root(comm, make_folder))
+    checkpoints = folder / run_folder.CHECKPOINTS
+    trainer.checkpointer = Checkpointer(checkpoints, comm, config.checkpoint.keep_last)
+    if comm.rank == 0:
+        metrics = JsonLines(folder / run_folder.METRICS)
+        trainer.sinks = [Console(trainer.intervals.total), metrics]
+    return trainer, folder
+
+
+def make_trainer(config: Config, comm: Communicator, launch: Launch) -> Trainer:
+    """A trainer that keeps nothing and says nothing; collective.
+
+    Raises:
+        UserError: on every rank alike, for anything in the config that cannot be done.
+    """
+    set_threads(config.train.threads, launch)
     device = choose_device(comm)
     source = build_source(config, comm, gpu=device.type == "cuda")
     plan = make_plan(config, source.num_train, comm.size)
@@ -104,18 +128,7 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
     if placed.reason and comm.rank == 0:
         print(f"optimizer.placement auto: {placed.reason}")
     optimizer = build_optimizer(model, config.optimizer, plan.schedule(0), kernel, placed.placement)
-
-    def make_folder() -> str:
-        folder = run_folder.create_run_folder(config.run.dir, config.run.name)
-        ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
-        run_folder.describe_run(folder, dump_config(config), ranks, str(device), threads)
-        return str(folder)
-
-    folder = Path(on_root(comm, make_folder))
-    sinks: list[Sink] = []
-    if comm.rank == 0:
-        sinks = [Console(plan.intervals.total), JsonLines(folder / run_folder.METRICS)]
-    trainer = Trainer(
+    return Trainer(
         model=model,
         average=average,
         optimizer=optimizer,
@@ -133,10 +146,6 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
         micro_batch=config.train.micro_batch,
         eval_batch=config.train.eval_batch,
         intervals=plan.intervals,
-        checkpointer=Checkpointer(
-            folder / run_folder.CHECKPOINTS, comm, config.checkpoint.keep_last
-        ),
-        sinks=sinks,
         seed=config.run.seed,
         workers=workers_of(config),
         label_smoothing=config.train.label_smoothing,
@@ -144,7 +153,6 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
         channels_last=config.train.channels_last,
         compiled=torch.compile(model) if config.train.compile else None,
     )
-    return trainer, folder
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -1,4 +1,4 @@
-"""The command ``hvd-lars``: train, eval, check, pack, schema, doctor.
+"""The command ``hvd-lars``: train, eval, check, bench, pack, schema, doctor.
 
 Imports everything, late: a mistyped config is answered before torch is loaded.
 """
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 0, 1 (something broke) or 2 (the user can mend it)."""
     options = _parse(arguments)
     try:
-        if options.command in ("train", "eval"):
+        if options.command in ("train", "eval", "bench"):
             _run_on_ranks(options).close()
         else:
             tools = {"check": _check, "pack": _pack, "schema": _schema, "doctor": _doctor}
@@ -89,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan for")
     check.add_argument("--json", action="store_true", help="print the plan as JSON")
+    bench = commands.add_parser(
+        "bench", help="measure images/s on made-up images, and where a step's time goes"
+    )
+    bench.add_argument("config", metavar="CONFIG", nargs="?", default="digits", help="as for train")
+    bench.add_argument("overrides", metavar="key.sub=value", nargs="*")
+    for name, default, what in (
+        ("--windows", 10, "measurements, whose spread gives the interval"),
+        ("--steps", 10, "steps a window"),
+        ("--accumulate", 1, "micro-batches a rank and step"),
+    ):
+        bench.add_argument(name, type=int, default=default, metavar="N", help=what)
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
     pack = commands.add_parser(
         "pack", help="write an image folder as tar shards; run again, it goes on where it was"
     )
@@ -112,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_on_ranks(options: argparse.Namespace) -> Communicator:
     """Join the ranks and train or evaluate; returns the communicator, to be closed."""
     # Read before torch is imported: most mistakes are in the config.
-    if options.command == "train":
+    if options.command != "eval":
         config = _config(options.config, options.overrides)
     else:
         if not (options.run_folder / "config.yaml").is_file():
@@ -126,11 +138,13 @@ def _run_on_ranks(options: argparse.Namespace) -> Communicator:
 
     launch = detect_launch(os.environ)
     groups = config.model.bn_sync_ranks > 1
-    parts = options.command == "train" and config.optimizer.placement != "replicated"
+    parts = options.command != "eval" and config.optimizer.placement != "replicated"
     comm = connect(config.comm.backend, config.run.expect_world_size, groups, parts)
     try:
         if options.command == "train":
             _train(config, comm, launch)
+        elif options.command == "bench":
+            _bench(options, config, comm, launch)
         else:
             _evaluate(options.run_folder, config, comm, launch)
     except (UserError, KeyboardInterrupt):
@@ -164,6 +178,18 @@ def _train(config: Config, comm: Communicator, launch: Launch) -> None:
             f"images, {summary.images_per_second:,.0f} images/s, run folder {folder}",
             flush=True,
         )
+
+
+def _bench(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> None:
+    from hvd_lars.assemble.bench import bench
+    from hvd_lars.cli.bench import print_bench
+
+    for name, least in (("windows", 2), ("steps", 1), ("accumulate", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name}: found {getattr(options, name)}; must be {least} or more")
+    found = bench(config, comm, launch, options.windows, options.steps, options.accumulate)
+    if comm.rank == 0:
+        print_bench(options.config, found, options.json)
 
 
 def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) -> None:

@@ -1,0 +1,179 @@
+"""How fast a config trains on made-up images; imports the rest of assemble, config and comm."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+
+from hvd_lars.assemble.sources import shape_of
+from hvd_lars.assemble.training import make_trainer
+from hvd_lars.comm.base import Communicator
+from hvd_lars.comm.launcher import Launch
+from hvd_lars.config import Config, Schedule
+from hvd_lars.config_data import Cifar10Data, Cifar100Data, Images, SyntheticData
+from hvd_lars.durations import Duration
+from hvd_lars.stopwatch import PARTS, Stopwatch
+from hvd_lars.trainer import Trainer
+
+# A step reads weights and gradients for the norms, then reads them and momentum and writes both.
+BYTES_A_PARAMETER = 28
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured; times are means over steps and ranks, memory is the largest rank's."""
+
+    ranks: int
+    global_batch: int
+    micro_batch: int
+    parameters: int
+    kernel: str
+    placement: str
+    images_per_second: float  # of all ranks together
+    half_interval: float  # 95 % interval of that mean over the windows, on either side
+    windows: tuple[float, ...]  # images a second of each
+    step_seconds: float
+    part_seconds: dict[str, float]  # by stopwatch.PARTS, a step
+    floor_seconds: float  # 28 bytes for each parameter that a rank updates, at measured bandwidth
+    peak_bytes: int
+
+    @property
+    def floor_ratio(self) -> float:
+        """Optimizer time over its floor."""
+        return self.part_seconds["optimizer"] / self.floor_seconds
+
+
+def bench(
+    config: Config, comm: Communicator, launch: Launch, windows: int, steps: int, accumulate: int
+) -> Bench:
+    """Train on random images for ``windows`` windows of ``steps`` steps; collective.
+
+    Every rank takes ``accumulate`` full micro-batches a step.  A window of warm-up comes first.
+    Digits and glyphs are in memory and stay as they are; other data becomes images of its shape.
+
+    Raises:
+        UserError: on every rank alike, for anything in the config that cannot be done.
+    """
+    total = (windows + 1) * steps
+    trainer = make_trainer(_bench_config(config, comm.size, total, accumulate), comm, launch)
+    on_gpu = trainer.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.model.train()
+    trainer.watch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
+    trainer.placement.timed_by(trainer.watch)
+    batches = trainer.batches_from(0)
+    rates, seconds = [], []
+    for window in range(windows + 1):
+        comm.barrier()
+        if window == 1:
+            trainer.watch.reset()
+        started = time.perf_counter()
+        for step in range(window * steps, (window + 1) * steps):
+            trainer.train_step(step, batches)
+        if on_gpu:
+            torch.cuda.synchronize()
+        taken = _mean_over_ranks(time.perf_counter() - started, comm)
+        if window > 0:
+            seconds.append(taken)
+            rates.append(steps * trainer.batches.global_batch / taken)
+    half = stats.t.ppf(0.975, windows - 1) * statistics.stdev(rates) / windows**0.5
+    parts = {
+        part: _mean_over_ranks(took / (windows * steps), comm)
+        for part, took in trainer.watch.seconds.items()
+    }
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
+    numels = [param.numel() for param in trainer.model.parameters() if param.requires_grad]
+    sharded = config.optimizer.placement == "sharded"
+    updated = sum(numels) // (comm.size if sharded else 1)
+    return Bench(
+        ranks=comm.size,
+        global_batch=trainer.batches.global_batch,
+        micro_batch=config.train.micro_batch,
+        parameters=sum(numels),
+        kernel=trainer.optimizer.param_groups[0]["kernel"],
+        placement=type(trainer.placement).__name__.lower(),
+        images_per_second=statistics.mean(rates),
+        half_interval=float(half),
+        windows=tuple(rates),
+        step_seconds=sum(seconds) / (windows * steps),
+        part_seconds={part: parts[part] for part in PARTS},
+        floor_seconds=_floor_seconds(updated, trainer, comm),
+        peak_bytes=int(_largest_over_ranks(float(peak), comm)),
+    )
+
+
+def _bench_config(config: Config, ranks: int, total: int, accumulate: int) -> Config:
+    """The config with full micro-batches of made-up images and a rate that moves nothing far."""
+    all_steps = Duration(total, "steps")
+    batch = config.train.micro_batch * ranks * accumulate
+    data = config.data
+    if isinstance(data, (Images, Cifar10Data, Cifar100Data, SyntheticData)):
+        channels, side, _ = shape_of(data)
+        classes = {Cifar10Data: 10, Cifar100Data: 100}.get(type(data), 1000)
+        if isinstance(data, SyntheticData):
+            classes = data.num_classes
+        elif isinstance(data, Images) and data.expect is not None:
+            classes = data.expect.classes
+        data = SyntheticData(
+            name="synthetic",
+            num_train=batch,
+            num_eval=1,
+            num_classes=classes,
+            image_size=side,
+            channels=channels,
+        )
+    train = config.train.model_copy(
+        update={
+            "duration": all_steps,
+            "global_batch": batch,
+            "eval_every": all_steps,
+            "log_every": all_steps,
+        }
+    )
+    return config.model_copy(
+        update={
+            "data": data,
+            "train": train,
+            "schedule": Schedule(base_lr=1e-6, policy="constant"),
+            "checkpoint": config.checkpoint.model_copy(update={"every": all_steps}),
+        }
+    )
+
+
+def _mean_over_ranks(value: float, comm: Communicator) -> float:
+    total = torch.tensor(value, dtype=torch.float64)
+    comm.start_all_reduce_sum(total, "bench").wait()
+    return total.item() / comm.size
+
+
+def _largest_over_ranks(value: float, comm: Communicator) -> float:
+    values = torch.zeros(comm.size, dtype=torch.float64)
+    values[comm.rank] = value
+    comm.start_all_reduce_sum(values, "bench").wait()
+    return values.max().item()
+
+
+def _floor_seconds(parameters: int, trainer: Trainer, comm: Communicator) -> float:
+    """Seconds to move the bytes of a step, by ``a += b`` on all ranks at once: 12 bytes each."""
+    a = torch.zeros(max(1, parameters * BYTES_A_PARAMETER // 12), device=trainer.device)
+    b = torch.ones_like(a)
+    taken = []
+    for _ in range(7):
+        comm.barrier()
+        started = time.perf_counter()
+        a.add_(b)
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return _mean_over_ranks(statistics.median(taken), comm)
+
+
+def _resident_peak() -> int:
+    """Most bytes of memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
