@@ -20,7 +20,7 @@ from hvd_lars.comm.base import (
     part_of,
 )
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.comm.mpi import MpiParts
+from hvd_lars.comm.mpi import MpiParts, share_cores
 
 T = TypeVar("T")
 
@@ -83,6 +83,7 @@ class HorovodCommunicator:
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         if groups:
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
+        share_cores()
         # Before Horovod starts MPI: whoever starts it ends it.
         self._parts = MpiParts() if mpi_parts and MpiParts.beside_others() else None
         import horovod.torch as hvd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,15 @@ from hvd_lars.comm.base import (
 )
 
 T = TypeVar("T")
+
+
+def share_cores() -> None:
+    """Let MPI give its core to whoever can use it while it waits; before MPI starts.
+
+    Open MPI polls without pause else, on Horovod's thread too: where every core has a rank, that
+    took a third of the ranks' time (benchmarks/train_step.py).  The variable stands where the user has set it.
+    """
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
 
 @final
@@ -146,6 +156,7 @@ class MpiCommunicator:
     backend = "mpi"
 
     def __init__(self) -> None:
+        share_cores()
         from mpi4py import MPI
 
         self._mpi = MPI

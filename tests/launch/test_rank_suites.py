@@ -33,6 +33,26 @@ def test_suite_under_horovodrun_on_mpi(request):
     check_suite(request, "horovodrun", "horovod", 2)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "backend", "ranks"),
+    [
+        ("mpirun", "horovod", 2),
+        ("mpirun", "horovod", 3),
+        ("mpirun", "horovod", 5),
+        ("mpirun", "horovod", 8),
+        ("mpirun", "mpi", 4),
+        ("horovodrun --gloo", "horovod", 2),
+    ],
+)
+def test_sharded_suite(request, launcher, backend, ranks):
+    check_suite(request, launcher, backend, ranks, ["tests/test_sharded.py"])
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("horovod", 2), ("horovod", 3), ("mpi", 2)])
+def test_fast_paths_suite(request, backend, ranks):
+    check_suite(request, "mpirun", backend, ranks, ["tests/test_fast_paths.py"])
+
+
 def test_every_bundled_config_takes_steps_over_two_ranks(request):
     check_suite(request, "mpirun", "horovod", 2, ["tests/test_recipes.py"])
 
