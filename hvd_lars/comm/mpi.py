@@ -27,7 +27,7 @@ def share_cores() -> None:
     """Let MPI give its core to whoever can use it while it waits; before MPI starts.
 
     Open MPI polls without pause else, on Horovod's thread too: where every core has a rank, that
-    took a third of the ranks' time (benchmarks/train_step.py).  The variable stands where the user has set it.
+    took a third of the ranks' time (benchmarks/train_step.py).  What the user has set stands.
     """
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
