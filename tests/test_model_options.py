@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model, tiny_trainer
 from torch import nn
 
+from hvd_lars import LARS
 from hvd_lars.assemble.network import build_network
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.local import LocalCommunicator
@@ -87,8 +88,8 @@ def weights(tmp_path):
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, paths["parallel"])
     save_file(state, paths["safetensors"])
     checkpointer = Checkpointer(paths["run"] / "checkpoints", LocalCommunicator())
-    checkpointer.save(build_model("resnet18", 5), torch.optim.SGD(model.parameters()), {"step": 9})
-    checkpointer.save(model, torch.optim.SGD(model.parameters()), {"step": 10})
+    checkpointer.save(build_model("resnet18", 5), LARS(model.parameters()), {"step": 9})
+    checkpointer.save(model, LARS(model.parameters()), {"step": 10})
     return model, paths
 
 
