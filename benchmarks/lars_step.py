@@ -95,7 +95,7 @@ def exposed(params: list[nn.Parameter]) -> Step:
         optimizer.step()
         step.seconds = time.perf_counter() - started  # type: ignore[attr-defined]
 
-    step.before = placement.reduce_gradients  # type: ignore[attr-defined]
+    step.before = placement.gradients.finish  # type: ignore[attr-defined]
     return step
 
 

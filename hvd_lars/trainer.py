@@ -112,7 +112,7 @@ class Trainer:
         self._forward = compiled or model
         self._format = torch.channels_last if channels_last else torch.preserve_format
         self.watch = Stopwatch()
-        placement.timed_by(self.watch)
+        placement.gradients.watch = self.watch
 
     def run(self) -> Summary:
         """Train from step 0 to the end and return the last evaluation.
@@ -206,7 +206,10 @@ class Trainer:
                 )
                 loss = total / self.batches.global_batch
             last = i == num_pieces - 1
-            with self.watch.part("backward"), nullcontext() if last else self.placement.no_sync():
+            with (
+                self.watch.part("backward"),
+                nullcontext() if last else self.placement.gradients.no_sync(),
+            ):
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
             share += loss.detach()
         self._step()

@@ -60,10 +60,16 @@ def test_values_gradients_and_statistics_are_those_of_one_device(comm, case):
 
 
 def test_an_activation_in_place_may_follow(comm):
-    model = nn.Sequential(nn.BatchNorm2d(5, affine=False), nn.ReLU(inplace=True))
+    reference = nn.Sequential(nn.BatchNorm2d(5, affine=False), nn.ReLU()).double()
+    model = nn.Sequential(nn.BatchNorm2d(5, affine=False), nn.ReLU(inplace=True)).double()
     span_ranks(model, comm.group(comm.size))
-    images, _ = data(CASES[0], 4 * comm.size)
-    model(images[comm.rank :: comm.size].requires_grad_()).sum().backward()
+    images, scale = data(CASES[0], 4 * comm.size)
+    here = images[comm.rank :: comm.size].clone().requires_grad_()
+    there = images.clone().requires_grad_()
+    (model(here) * scale[comm.rank :: comm.size]).sum().backward()
+    (reference(there) * scale).sum().backward()
+    mine = there.grad[comm.rank :: comm.size]
+    torch.testing.assert_close(here.grad, mine, rtol=1e-11, atol=1e-11)
 
 
 def test_a_norm_that_does_more_is_refused(comm):

@@ -71,7 +71,7 @@ def test_gradients_set_to_none_and_unused_parameters_are_reduced(comm):
         param.grad = None
     images = torch.full((1, 3, 6, 6), 0.5 + comm.rank, dtype=torch.float64)
     model(images).sum().backward()
-    placement.reduce_gradients()
+    placement.gradients.finish()
 
     reference = tiny_model(torch.float64)
     for rank in range(comm.size):
@@ -85,9 +85,9 @@ def test_reducing_twice_does_not_sum_twice(comm):
     model = tiny_model(torch.float64)
     placement = Replicated(model.parameters(), comm)
     model(torch.ones(2, 3, 6, 6, dtype=torch.float64)).sum().backward()
-    placement.reduce_gradients()
+    placement.gradients.finish()
     once = [p.grad.clone() for p in model.parameters()]
-    placement.reduce_gradients()
+    placement.gradients.finish()
     for param, gradient in zip(model.parameters(), once, strict=True):
         assert torch.equal(param.grad, gradient)
 
@@ -110,7 +110,7 @@ def test_a_second_backward_outside_no_sync_is_refused(comm):
     model(images).sum().backward()
     with pytest.raises(RuntimeError, match="no_sync"):
         model(images).sum().backward()
-    placement.zero_gradients()  # a step that is given up
+    placement.gradients.zero()  # a step that is given up
     model(images).sum().backward()
     reference = tiny_model(torch.float32)
     reference(images).sum().backward()

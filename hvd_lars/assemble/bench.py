@@ -66,7 +66,7 @@ def bench(
         torch.cuda.reset_peak_memory_stats()
     trainer.model.train()
     trainer.watch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
-    trainer.placement.timed_by(trainer.watch)
+    trainer.placement.gradients.watch = trainer.watch
     batches = trainer.batches_from(0)
     rates, seconds = [], []
     for window in range(windows + 1):

@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from hvd_lars.comm.base import Pending, check_reducible
+from hvd_lars.comm.base import Communicator, Pending, check_reducible
 from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.optim.shard_plan import fill_buckets
@@ -46,10 +46,13 @@ class GradientBuckets:
     Args:
         params: parameters to train; those that need no gradient are left out.
         bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        comm: the ranks.
+        name: of the placement, the same on all ranks.
         multiple: buckets are padded to a multiple of this many elements.
         start: begins the collective of the bucket at a position.
         parts: of a bucket, what early sums of squares are taken from, a tensor for each parameter.
         in_place: the collective leaves the sums in the bucket; else ``param.grad`` is None after.
+        early_norms: sum the squares of each bucket's parts as its reduction completes.
 
     Raises:
         ValueError: no parameter, or one that is not dense in memory.
@@ -59,11 +62,14 @@ class GradientBuckets:
     def __init__(
         self,
         params: Iterable[nn.Parameter],
+        comm: Communicator,
+        name: str,
         bucket_bytes: int,
         multiple: int,
         start: Callable[[int], Pending],
         parts: Callable[[int], list[Tensor]],
         in_place: bool,
+        early_norms: bool,
     ) -> None:
         trained = [param for param in params if param.requires_grad]
         if not trained:
@@ -83,15 +89,18 @@ class GradientBuckets:
                 self.place[param] = (b, i)
                 self._order[param] = len(self._order)
                 param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+        self._comm, self._name, self._early_norms = comm, name, early_norms
         self._start, self._parts, self._in_place = start, parts, in_place
         self._synchronizing = True
         self._kernel: Kernel | None = None
-        self.watch = Stopwatch()
+        self.watch = (
+            Stopwatch()
+        )  # its part "communication" is the time spent waiting for other ranks
         self.zero()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes inside only accumulate."""
+        """Backward passes inside only accumulate: for all but a window's last micro-batch."""
         self._synchronizing = False
         try:
             yield
@@ -129,17 +138,26 @@ class GradientBuckets:
         self._reduced = False
 
     def sum_early(self, kernel: Kernel | None) -> None:
-        """Take sums of squares of each bucket's parts as soon as it is complete."""
-        self._kernel = kernel
+        """The kernel that may sum squares from the next window on; None: none may."""
+        self._kernel = kernel if self._early_norms else None
 
     def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
-        """As the placement's protocol says."""
+        """Those sums for this step, of the norm parts: (len(params),), float64.
+
+        None where they were not taken or somebody has edited the gradients since.
+        """
         if self._kernel is None or any(
             bucket.sums is None or bucket.version != bucket.flat._version for bucket in self.buckets
         ):
             return None
         together = torch.cat([bucket.sums for bucket in self.buckets if bucket.sums is not None])
         return together[[self._order[param] for param in params]]
+
+    def complete_sums(self, sums: Tensor) -> Tensor:
+        """Sum (n,) float64 over the ranks in place and return them; the same bits on each rank."""
+        with self.watch.part("communication"):
+            self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
+        return sums
 
     def _forget_gradients(self) -> None:
         for bucket in self.buckets:
@@ -160,8 +178,8 @@ class GradientBuckets:
         if self._reduced or b < self._next:
             raise RuntimeError(
                 "a gradient arrived after those of its step were summed over the ranks: wrap all "
-                "but the last backward of a step in placement.no_sync(), and begin the next step "
-                "with optimizer.zero_grad()"
+                "but the last backward of a step in placement.gradients.no_sync(), and begin the "
+                "next step with optimizer.zero_grad()"
             )
         _adopt(bucket, i, param)
         if not self._synchronizing:

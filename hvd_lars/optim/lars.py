@@ -165,7 +165,7 @@ class LARS(Optimizer):
         if self.placement is None:
             super().zero_grad(set_to_none)
         else:
-            self.placement.zero_gradients()
+            self.placement.gradients.zero()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -183,7 +183,7 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.placement is not None:
-            self.placement.reduce_gradients()
+            self.placement.gradients.finish()
         placed, checked = self.placement is not None, self.loss_scale is not None
         now = signature(self.param_groups, placed, checked)
         last = self._last

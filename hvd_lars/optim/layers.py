@@ -189,36 +189,26 @@ def ratios_of(
     if not sources:
         return one.expand(len(blocks)), one[:0]
     adapted = [blocks[i] for i in sources]
-    params = [layers.layers[i].param for i in sources]
     groups = [block.group for block in adapted]
-    known = None if known is None else known[sources]
-    weights, gradients = _norms(params, adapted, kernel, placement, known, unscale)
-    return torch.cat([trust_ratios(groups, weights, gradients), one])[layers.ratio_of], gradients
-
-
-def _norms(
-    params: Sequence[Tensor],
-    blocks: Sequence[Block],
-    kernel: Kernel,
-    placement: Placement | None,
-    known: Tensor | None,
-    unscale: float,
-) -> tuple[Tensor, Tensor]:
-    """‖w‖ and the denominator's gradient norm over all ranks, (layers,) each, float64."""
-    combined = any(_is_combined(block.group) for block in blocks)
+    combined = any(map(_is_combined, groups))
     early = None
-    if placement is not None:
-        placement.sum_early(None if combined else kernel)
-        early = None if combined else placement.early_sums(params)
-    if known is None:
-        known = kernel.sums_of_squares([_norm_part(block, block.weight) for block in blocks])
+    if placement is not None and not combined:
+        early = placement.gradients.early_sums([layers.layers[i].param for i in sources])
     if early is None:
-        early = kernel.sums_of_squares([_gradient(b, unscale, combined) for b in blocks])
+        early = kernel.sums_of_squares([_gradient(block, unscale, combined) for block in adapted])
+    if known is None:
+        known = kernel.sums_of_squares([_norm_part(block, block.weight) for block in adapted])
+    else:
+        known = known[sources]
     sums = torch.cat([known, early])
     if placement is not None:
-        sums = placement.complete_sums(sums)
+        placement.gradients.sum_early(None if combined else kernel)
+        sums = placement.gradients.complete_sums(sums)
     weight_norms, gradient_norms = sums.sqrt().chunk(2)
-    return weight_norms, gradient_norms if combined else gradient_norms * unscale
+    if not combined:
+        gradient_norms = gradient_norms * unscale
+    ratios = torch.cat([trust_ratios(groups, weight_norms, gradient_norms), one])
+    return ratios[layers.ratio_of], gradient_norms
 
 
 def _is_combined(group: dict[str, Any]) -> bool:

@@ -1,37 +1,24 @@
-"""What a LARS step asks of the ranks around it; imports kernels and stopwatch.
+"""What a LARS step asks of the ranks around it; imports buckets.
 
 :class:`~hvd_lars.optim.replicated.Replicated` and :class:`~hvd_lars.optim.sharded.Sharded` do it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Container
 from typing import Protocol
 
 from torch import Tensor
 
-from hvd_lars.optim.kernels import Kernel
-from hvd_lars.stopwatch import Stopwatch
+from hvd_lars.optim.buckets import GradientBuckets
 
 
 class Placement(Protocol):
     """Where gradients are summed and which rank updates what."""
 
-    def timed_by(self, watch: Stopwatch) -> None:
-        """Give the time spent waiting for other ranks to ``communication``."""
-        ...
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Backward passes inside only accumulate: for all but a window's last micro-batch."""
-        ...
-
-    def zero_gradients(self) -> None:
-        """Begin a new accumulation window."""
-        ...
-
-    def reduce_gradients(self) -> None:
-        """Return when the gradients are sums over the ranks; again is a no-op."""
+    @property
+    def gradients(self) -> GradientBuckets:
+        """The gradients: accumulated, summed over the ranks, their squares' sums."""
         ...
 
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,21 +30,6 @@ class Placement(Protocol):
 
         Raises ValueError where the parameter is not among the placement's.
         """
-        ...
-
-    def sum_early(self, kernel: Kernel | None) -> None:
-        """The kernel that may sum the gradients' squares as reductions complete; None: do not."""
-        ...
-
-    def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
-        """Those sums for this step, of the norm parts: (len(params),), float64.
-
-        None where they were not taken or somebody has edited the gradients since.
-        """
-        ...
-
-    def complete_sums(self, sums: Tensor) -> Tensor:
-        """Sum (n,) float64 over the ranks; the same bits on each."""
         ...
 
     def publish_parameters(self) -> None:

@@ -1,6 +1,6 @@
 """Every rank holds everything.
 
-Imports buckets, kernels, norms, placement, shard_plan, stopwatch and comm.base.
+Imports buckets, norms, placement, shard_plan and comm.base.
 
 On 2 ranks with 2 buckets:
 
@@ -12,19 +12,16 @@ On 2 ranks with 2 buckets:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from typing import final
 
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending, Reducer
 from hvd_lars.optim.buckets import GradientBuckets
-from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import flat
 from hvd_lars.optim.placement import check_placed
 from hvd_lars.optim.shard_plan import overlap, part_of
-from hvd_lars.stopwatch import Stopwatch
 
 
 @final
@@ -62,61 +59,38 @@ class Replicated:
         early_norms: bool = False,
         gradients_through: Reducer | None = None,
     ) -> None:
-        self._comm, self._early_norms = comm, early_norms
         self._reducer: Reducer = gradients_through or comm
         self._name = f"gradients.{next(Replicated._instances)}"
-        self._gradients = GradientBuckets(
-            params, bucket_bytes, 1, start=self._start, parts=self._norm_parts, in_place=True
+        self.gradients = GradientBuckets(
+            params,
+            comm,
+            self._name,
+            bucket_bytes,
+            multiple=1,
+            start=self._start,
+            parts=self._norm_parts,
+            in_place=True,
+            early_norms=early_norms,
         )
         self._owned: dict[Tensor, tuple[int, int]] = {}
-        for bucket in self._gradients.buckets:
+        for bucket in self.gradients.buckets:
             begin, end = part_of(bucket.flat.numel(), comm.rank, comm.size)
             for param, start in zip(bucket.params, bucket.starts, strict=True):
                 self._owned[param] = overlap(start, param.numel(), begin, end)
 
-    def timed_by(self, watch: Stopwatch) -> None:
-        """Give the time spent waiting for other ranks to ``communication``."""
-        self._gradients.watch = watch
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Backward passes inside only accumulate: for all but a window's last micro-batch."""
-        return self._gradients.no_sync()
-
-    def zero_gradients(self) -> None:
-        """Begin a new window; gradients are None until backward makes them."""
-        self._gradients.zero()
-
-    def reduce_gradients(self) -> None:
-        """Start the buckets that backward did not fill, then wait for all of them."""
-        self._gradients.finish()
-
     def publish_parameters(self) -> None:
         """Every rank has updated every parameter: only the window ends."""
-        self._gradients.end_step()
+        self.gradients.end_step()
 
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """The whole parameter and its gradient, in memory order."""
-        b, i = self._gradients.place[param]
-        return flat(param), flat(self._gradients.buckets[b].views[i])
+        b, i = self.gradients.place[param]
+        return flat(param), flat(self.gradients.buckets[b].views[i])
 
     def norm_part(self, param: Tensor) -> tuple[int, int]:
         """This rank's share of ``param``; ValueError where it is not among the parameters."""
         check_placed(param, self._owned)
         return self._owned[param]
-
-    def sum_early(self, kernel: Kernel | None) -> None:
-        """Sum squares of this rank's share of each bucket as its reduction completes."""
-        self._gradients.sum_early(kernel if self._early_norms else None)
-
-    def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
-        """As the protocol says."""
-        return self._gradients.early_sums(params)
-
-    def complete_sums(self, sums: Tensor) -> Tensor:
-        """Sum over the ranks in place and return ``sums``."""
-        with self._gradients.watch.part("communication"):
-            self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
-        return sums
 
     def whole(self, param: Tensor, part: Tensor) -> Tensor:
         """``part`` itself, which is the whole."""
@@ -128,11 +102,11 @@ class Replicated:
 
     def _start(self, b: int) -> Pending:
         return self._reducer.start_all_reduce_sum(
-            self._gradients.buckets[b].flat, f"{self._name}.{b}"
+            self.gradients.buckets[b].flat, f"{self._name}.{b}"
         )
 
     def _norm_parts(self, b: int) -> list[Tensor]:
-        bucket = self._gradients.buckets[b]
+        bucket = self.gradients.buckets[b]
         return [
             bucket.flat[start + begin : start + end]
             for start, (begin, end) in zip(

@@ -1,6 +1,6 @@
 """Each rank updates 1 / size of everything.
 
-Imports buckets, kernels, norms, placement, shard_plan, stopwatch and comm.base.
+Imports buckets, norms, placement, shard_plan and comm.base.
 
 On 2 ranks with one bucket of two layers, the second across the border:
 
@@ -15,8 +15,7 @@ On 2 ranks with one bucket of two layers, the second across the border:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -25,11 +24,9 @@ from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending
 from hvd_lars.optim.buckets import GradientBuckets
-from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import flat
 from hvd_lars.optim.placement import check_placed
 from hvd_lars.optim.shard_plan import overlap
-from hvd_lars.stopwatch import Stopwatch
 
 
 @dataclass(slots=True)
@@ -80,15 +77,23 @@ class Sharded:
         bucket_bytes: int = 25 * 2**20,
         early_norms: bool = False,
     ) -> None:
-        self._comm, self._early_norms = comm, early_norms
+        self._comm = comm
         self._name = f"shards.{next(Sharded._instances)}"
-        self._gradients = GradientBuckets(
-            params, bucket_bytes, comm.size, self._start, self._norm_parts, in_place=False
+        self.gradients = GradientBuckets(
+            params,
+            comm,
+            self._name,
+            bucket_bytes,
+            multiple=comm.size,
+            start=self._start,
+            parts=self._norm_parts,
+            in_place=False,
+            early_norms=early_norms,
         )
         self._weights: list[Tensor] = []  # by bucket: (numel,), all parameters
         self._shards: list[Tensor] = []  # by bucket: (numel / size,), summed gradients
         self._shares: dict[Tensor, _Share] = {}
-        for bucket in self._gradients.buckets:
+        for bucket in self.gradients.buckets:
             weights = torch.zeros_like(bucket.flat)
             part = weights.numel() // comm.size
             shard = weights.new_zeros(part)
@@ -108,25 +113,9 @@ class Sharded:
             self._weights.append(weights)
             self._shards.append(shard)
 
-    def timed_by(self, watch: Stopwatch) -> None:
-        """Give the time spent waiting for other ranks to ``communication``."""
-        self._gradients.watch = watch
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Backward passes inside only accumulate: for all but a window's last micro-batch."""
-        return self._gradients.no_sync()
-
-    def zero_gradients(self) -> None:
-        """Begin a new window; gradients are None until backward makes them."""
-        self._gradients.zero()
-
-    def reduce_gradients(self) -> None:
-        """Start the buckets that backward did not fill, then wait for all of them."""
-        self._gradients.finish()
-
     def publish_parameters(self) -> None:
         """All-gather every bucket's parameters in place."""
-        with self._gradients.watch.part("communication"):
+        with self.gradients.watch.part("communication"):
             pending = [
                 self._comm.start_all_gather(weights, f"{self._name}.parameters.{b}")
                 for b, weights in enumerate(self._weights)
@@ -135,7 +124,7 @@ class Sharded:
                 gathering.wait()
         for param in self._shares:  # autograd must see that they have changed
             torch.autograd.graph.increment_version(param)
-        self._gradients.end_step()
+        self.gradients.end_step()
 
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of the parameter and of its summed gradient."""
@@ -147,20 +136,6 @@ class Sharded:
         check_placed(param, self._shares)
         share = self._shares[param]
         return 0, share.end - share.begin
-
-    def sum_early(self, kernel: Kernel | None) -> None:
-        """Sum squares of this rank's part of each bucket as its reduction completes."""
-        self._gradients.sum_early(kernel if self._early_norms else None)
-
-    def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
-        """As the protocol says."""
-        return self._gradients.early_sums(params)
-
-    def complete_sums(self, sums: Tensor) -> Tensor:
-        """Sum over the ranks in place and return ``sums``."""
-        with self._gradients.watch.part("communication"):
-            self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
-        return sums
 
     def whole(self, param: Tensor, part: Tensor) -> Tensor:
         """Every rank's part put together; collective."""
@@ -180,8 +155,8 @@ class Sharded:
 
     def _start(self, b: int) -> Pending:
         return self._comm.start_reduce_scatter_sum(
-            self._gradients.buckets[b].flat, self._shards[b], f"{self._name}.gradients.{b}"
+            self.gradients.buckets[b].flat, self._shards[b], f"{self._name}.gradients.{b}"
         )
 
     def _norm_parts(self, b: int) -> list[Tensor]:
-        return [self._shares[param].gradient for param in self._gradients.buckets[b].params]
+        return [self._shares[param].gradient for param in self.gradients.buckets[b].params]
