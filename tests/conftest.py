@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from hvd_lars.comm import connect, detect_launch
+from hvd_lars.optim import lars
+from hvd_lars.optim.kernels.eager import EagerKernel
+from hvd_lars.optim.kernels.gpu import GpuKernel
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 BACKEND = os.environ.get("HVD_LARS_TEST_BACKEND")
 
 
@@ -47,6 +52,29 @@ def comm():
     communicator = connect(BACKEND, groups=True, parts=True)
     yield communicator
     communicator.close()
+
+
+@pytest.fixture
+def take_kernel(monkeypatch):
+    """A function from a name to LARS's ``kernel``, which makes CPU tensors take that kernel.
+
+    Beside the kernels of the CPU there are "elsewhere", plain torch as on another device, and
+    "gpu", Triton's kernels in its interpreter.
+    """
+
+    def take(name):
+        if name == "elsewhere":
+            kernel = EagerKernel(on_host=False)
+        elif name == "gpu":
+            if torch.cuda.is_available():
+                pytest.skip("the interpreter is for machines without a GPU")
+            kernel = GpuKernel()
+        else:
+            return name
+        monkeypatch.setattr(lars, "choose_kernel", lambda *_: kernel)
+        return "auto"
+
+    return take
 
 
 @pytest.hookimpl(wrapper=True)

@@ -93,9 +93,9 @@ def test_all_ranks_take_the_kernel_that_all_have(comm, monkeypatch):
     assert placing.agree_on_kernel("eager", CPU, comm) == "eager"
     lacking = comm.size - 1
     if comm.rank == lacking:
-        monkeypatch.setattr(placing, "why_not_native", lambda: "it was not built")
+        monkeypatch.setattr(placing, "why_not_native", lambda _: "it was not built")
     assert placing.agree_on_kernel("auto", CPU, comm) == "fused"
-    with pytest.raises(UserError, match=f"found native, which 1 of {comm.size} ranks cannot load"):
+    with pytest.raises(UserError, match=f"found native, which 1 of {comm.size} ranks cannot use"):
         placing.agree_on_kernel("native", CPU, comm)
     with pytest.raises(UserError, match="kernel fused runs on CPU"):
         placing.agree_on_kernel("fused", torch.device("cuda"), comm)

@@ -14,8 +14,6 @@ from reference.peers import LarcSgd, OptaxLars
 from torch import nn
 
 from hvd_lars import LARS, parameter_groups
-from hvd_lars.optim import lars
-from hvd_lars.optim.kernels.eager import EagerKernel
 
 SHAPES = [(7, 3, 3, 2), (5, 11), (13,), (4, 1)]
 RATES = [0.1 * 20 ** math.sin(t) for t in range(20)]  # swings over a factor of 400 …
@@ -70,10 +68,14 @@ COMBINATIONS = list(
 )
 
 
+KERNELS = ["native", "fused", "eager", "elsewhere"]
+CASES = list(itertools.product(KERNELS, COMBINATIONS))
+CASES += [("gpu", combination) for combination in COMBINATIONS[::7]]  # its interpreter is slow
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("kernel", ["native", "fused", "eager", "elsewhere"])
-@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
-def test_every_combination_of_options_against_the_oracle(combination, kernel, dtype, monkeypatch):
+@pytest.mark.parametrize(("kernel", "combination"), CASES, ids=str)
+def test_every_combination_of_options_against_the_oracle(combination, kernel, dtype, take_kernel):
     position, denominator, clip, zero_norm, (momentum, nesterov), (decay, eps) = combination
     options = lars_oracle.Options(
         momentum=momentum,
@@ -89,9 +91,7 @@ def test_every_combination_of_options_against_the_oracle(combination, kernel, dt
     weights, gradients = problem(zero_weight=True, zero_gradient=True)
     wanted, buffers = lars_oracle.run(weights, gradients, RATES, options)
     params = as_params(weights, dtype)
-    if kernel == "elsewhere":  # the operations of a device that is not the CPU
-        monkeypatch.setattr(lars, "choose_kernel", lambda *_: EagerKernel(on_host=False))
-    optimizer = LARS(params, **vars(options), kernel=kernel if kernel != "elsewhere" else "auto")
+    optimizer = LARS(params, **vars(options), kernel=take_kernel(kernel))
     train(optimizer, params, gradients, RATES)
     optimizer.unfold_momentum()
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
@@ -282,11 +282,13 @@ def test_a_parameter_without_gradient_is_left_alone():
     assert not torch.equal(used.detach(), torch.ones(2, 2))
 
 
-def test_nothing_is_copied_from_the_device_to_the_host(monkeypatch):
+@pytest.mark.parametrize(("kernel", "scale"), [("elsewhere", None), ("gpu", None), ("gpu", 8.0)])
+def test_nothing_is_copied_from_the_device_to_the_host(kernel, scale, take_kernel, monkeypatch):
     weights, gradients = problem(steps=2)
     params = as_params(weights)
     optimizer = LARS(params, weight_decay=5e-4, trust_clip=True, zero_norm="skip")
-    monkeypatch.setattr(lars, "choose_kernel", lambda *_: EagerKernel(on_host=False))
+    optimizer.loss_scale = scale
+    take_kernel(kernel)
 
     def refuse(*_):
         raise AssertionError("a step read a tensor's value on the host")

@@ -33,24 +33,23 @@ def agree_on_kernel(wanted: KernelName, device: torch.device, comm: Communicator
     Raises:
         UserError: on every rank alike, some of them do not have the one that is wanted.
     """
-    if device.type != "cpu":
-        try:
-            name: KernelName = choose_kernel(wanted, device.type).name
-            return name
-        except ValueError as error:
-            raise UserError(f"optimizer.kernel: {error}") from None
-    native = torch.tensor(float(not why_not_native()))
-    comm.start_all_reduce_sum(native, "kernel").wait()
-    everywhere = int(native.item()) == comm.size
-    if wanted == "native" and not everywhere:
+    try:
+        choose_kernel("auto" if wanted == "native" else wanted, device.type)
+    except ValueError as error:
+        raise UserError(f"optimizer.kernel: {error}") from None
+    if wanted in ("fused", "eager"):
+        return wanted
+    reason = why_not_native(device.type)
+    count = torch.tensor(float(not reason), device=device)
+    comm.start_all_reduce_sum(count, "kernel").wait()
+    missing = comm.size - int(count.item())
+    others: list[KernelName] = ["fused", "eager"] if device.type == "cpu" else ["eager"]
+    if wanted == "native" and missing:
         raise UserError(
-            f"optimizer.kernel: found native, which {comm.size - int(native.item())} of "
-            f"{comm.size} ranks cannot load ({why_not_native() or 'others than this one'}); "
-            f"allowed: auto, fused, eager"
+            f"optimizer.kernel: found native, which {missing} of {comm.size} ranks cannot use "
+            f"({reason or 'others than this one'}); allowed: auto, {', '.join(others)}"
         )
-    if wanted == "auto":
-        return "native" if everywhere else "fused"
-    return wanted
+    return others[0] if missing else "native"
 
 
 def place(

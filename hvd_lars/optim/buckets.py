@@ -83,6 +83,7 @@ class GradientBuckets:
         self.buckets = list(_make_buckets(trained, bucket_bytes, multiple))
         self.place: dict[Tensor, tuple[int, int]] = {}  # bucket and position in it
         self._order: dict[Tensor, int] = {}
+        self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order
         for b, bucket in enumerate(self.buckets):
             check_reducible(bucket.flat, "gradients")
             for i, param in enumerate(bucket.params):
@@ -151,7 +152,10 @@ class GradientBuckets:
         ):
             return None
         together = torch.cat([bucket.sums for bucket in self.buckets if bucket.sums is not None])
-        return together[[self._order[param] for param in params]]
+        if self._asked is None or self._asked[0] is not params:
+            index = torch.tensor([self._order[param] for param in params], device=together.device)
+            self._asked = (params, index)
+        return together[self._asked[1]]
 
     def complete_sums(self, sums: Tensor) -> Tensor:
         """Sum (n,) float64 over the ranks in place and return them; the same bits on each rank."""

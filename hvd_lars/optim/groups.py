@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 CHOICES = {
     "lr_position": ("momentum", "update"),
@@ -93,6 +93,8 @@ def check_group(group: dict[str, Any], count: int) -> None:
     """
     for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"):
         value = group[name]
+        if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
+            continue  # to look at it would wait for its device
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"LARS: {name} is {value}; it must be finite and not negative")
     for name, allowed in CHOICES.items():

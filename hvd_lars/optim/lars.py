@@ -36,9 +36,12 @@ class _Step:
     sums: list[Tensor | None]  # by device: of squares of this rank's parts, (layers,), float64
     versions: list[list[int]]
 
-    def untouched(self, i: int) -> bool:
-        """Whether nobody has edited a weight of device ``i`` since, as far as torch counts."""
-        return [layer.param._version for layer in self.devices[i].layers] == self.versions[i]
+    def untouched(self) -> list[bool]:
+        """By device, whether nobody has edited a weight since, as far as torch counts."""
+        return [
+            [layer.param._version for layer in device.layers] == versions
+            for device, versions in zip(self.devices, self.versions, strict=True)
+        ]
 
 
 class LARS(Optimizer):
@@ -112,7 +115,7 @@ class LARS(Optimizer):
     # What the loss was multiplied by: gradients are divided by it, and a step is left out on all
     # ranks where one is not finite, which ``skipped`` then says.  None: neither is looked at.
     loss_scale: float | None = None
-    skipped: bool = False
+    _finite: Tensor | None = None
 
     def __init__(
         self,
@@ -190,8 +193,8 @@ class LARS(Optimizer):
         if last is None or last.signature != now or last.state is not self.state:
             devices = layers_of(self.param_groups, placed, checked)
             last = _Step(now, devices, self.state, [None] * len(devices), [[]] * len(devices))
-        self._last, self.skipped = None, False  # until this step is complete
-        last.sums = [self._step_on(last, i) for i in range(len(last.devices))]
+        self._last, self._finite = None, None  # until this step is complete
+        self._step_on(last)
         if self.placement is not None:
             self.placement.publish_parameters()
         last.versions = [
@@ -199,6 +202,11 @@ class LARS(Optimizer):
         ]
         self._last = last
         return loss
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was left out; to ask waits for the device."""
+        return self._finite is not None and not bool(self._finite)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; momentum is v, whichever kernel wrote it."""
@@ -239,26 +247,41 @@ class LARS(Optimizer):
         for state in self.state.values():
             unfold(state)
 
-    def _step_on(self, last: _Step, i: int) -> Tensor | None:
-        """The norms' and the update's phases on one device; what is known of the new weights."""
-        here, untouched = last.devices[i], last.untouched(i)
-        known = last.sums[i] if untouched else None
-        kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
-        blocks = [block_of(layer, self.state, self.placement, untouched) for layer in here.layers]
+    def _step_on(self, last: _Step) -> None:
+        """The norms' phases on each device, then the update's, of which the weights' sums stay."""
         unscale = 1.0 / (self.loss_scale or 1.0)
-        ratios, norms = ratios_of(here, blocks, kernel, self.placement, known, unscale)
-        if self.loss_scale is not None and not norms.isfinite().all():
-            self.skipped = True
-            return known
-        updated = kernel.update(blocks, ratios, unscale)
-        if updated is None:
-            return None
-        before, after = updated
-        if known is not None and here.device.type == "cpu" and not torch.equal(before, known):
-            warnings.warn(
-                "weights were edited through .data between two steps: this step took its trust "
-                "ratios from their norms before that",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return after
+        updates = []
+        for here, sums, untouched in zip(last.devices, last.sums, last.untouched(), strict=True):
+            known = sums if untouched else None
+            kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
+            blocks = [block_of(each, self.state, self.placement, untouched) for each in here.layers]
+            ratios, norms = ratios_of(here, blocks, kernel, self.placement, known, unscale)
+            if self.loss_scale is not None:
+                finite = norms.isfinite().all()
+                earlier = finite if self._finite is None else self._finite.to(finite.device)
+                self._finite = finite & earlier
+            updates.append((kernel, blocks, ratios, known))
+        for i, (kernel, blocks, ratios, known) in enumerate(updates):
+            live = None if self._finite is None else self._finite.to(ratios.device)
+            last.sums[i] = _kept(last.sums[i], kernel.update(blocks, ratios, unscale, live), known)
+
+
+def _kept(
+    memory: Tensor | None, sums: tuple[Tensor | None, Tensor] | None, known: Tensor | None
+) -> Tensor | None:
+    """What is known of the weights after an update, in the memory of what was known before.
+
+    In the same memory, since a step in a CUDA graph reads at each replay what the one before it
+    left there.
+    """
+    if sums is None:
+        return None
+    before, after = sums
+    if before is not None and known is not None and not torch.equal(before, known):
+        warnings.warn(
+            "weights were edited through .data between two steps: this step took its trust "
+            "ratios from their norms before that",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return after if memory is None else memory.copy_(after)

@@ -38,6 +38,8 @@ class Layers:
 
     layers: list[Layer]
     sources: list[int]  # the layers whose norms are taken: whose trust ratio somebody uses, or all
+    adapted: list[Tensor]  # their parameters
+    places: Tensor  # (sources,) the same, on the device
     ratio_of: Tensor  # (layers,) where in the sources' ratios, followed by 1, each layer's stands
 
     @property
@@ -92,7 +94,9 @@ def _prepared(layers: list[Layer], device: torch.device, all_norms: bool) -> Lay
         sources = list(range(len(layers)))
     place = {source: i for i, source in enumerate(sources)}
     index = [place.get(layer.source, len(sources)) for layer in layers]
-    return Layers(layers, sources, torch.tensor(index, device=device))
+    adapted = [layers[i].param for i in sources]
+    places = torch.tensor(sources, dtype=torch.int64, device=device)
+    return Layers(layers, sources, adapted, places, torch.tensor(index, device=device))
 
 
 def is_half(param: Tensor) -> bool:
@@ -193,13 +197,13 @@ def ratios_of(
     combined = any(map(_is_combined, groups))
     early = None
     if placement is not None and not combined:
-        early = placement.gradients.early_sums([layers.layers[i].param for i in sources])
+        early = placement.gradients.early_sums(layers.adapted)
     if early is None:
         early = kernel.sums_of_squares([_gradient(block, unscale, combined) for block in adapted])
     if known is None:
         known = kernel.sums_of_squares([_norm_part(block, block.weight) for block in adapted])
     else:
-        known = known[sources]
+        known = known[layers.places]
     sums = torch.cat([known, early])
     if placement is not None:
         placement.gradients.sum_early(None if combined else kernel)

@@ -1,7 +1,8 @@
 """The arithmetic of a step over many layers, in several ways that agree; imports nothing above.
 
-``native`` is this package's own code (C++ on CPU), ``fused`` torch's fused SGD with LARS folded
-into its coefficients, ``eager`` plain torch.  :func:`choose_kernel` is the one place that decides.
+``native`` is this package's own code (C++ on CPU, Triton on a GPU), ``fused`` torch's fused SGD
+with LARS folded into its coefficients, ``eager`` plain torch.  :func:`choose_kernel` is the one
+place that decides.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Literal
 from hvd_lars.optim.kernels.block import Block, Kernel
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.kernels.fused import FusedKernel
-from hvd_lars.optim.kernels.native import NativeKernel, why_not_native
+from hvd_lars.optim.kernels.gpu import GpuKernel, why_not_gpu
+from hvd_lars.optim.kernels.native import NativeKernel, why_not_loaded
 
 KernelName = Literal["auto", "native", "fused", "eager"]
 
@@ -24,20 +26,28 @@ def choose_kernel(wanted: KernelName, device: str) -> Kernel:
     """The kernel of that name for a type of device (``"cpu"``, ``"cuda"``).
 
     ``auto`` takes the fastest that this machine has, as benchmarks/lars_step.py measures them:
-    native, else fused, else eager on CPU; eager elsewhere.
+    native, else fused on CPU or eager elsewhere.
 
     Raises:
         ValueError: there is no such kernel for the device; says why and which there are.
     """
-    if device != "cpu":
-        if wanted in ("native", "fused"):
-            raise ValueError(
-                f"kernel {wanted} runs on CPU; for parameters on {device} allowed: auto, eager"
-            )
-        return EagerKernel(on_host=False)
-    reason = why_not_native()
-    if wanted == "native" and reason:
-        raise ValueError(f"kernel native: {reason}; allowed here: auto, fused, eager")
-    if wanted == "native" or (wanted == "auto" and not reason):
-        return NativeKernel()
-    return EagerKernel(on_host=True) if wanted == "eager" else FusedKernel()
+    on_cpu = device == "cpu"
+    if wanted == "fused" and not on_cpu:
+        raise ValueError(
+            f"kernel fused runs on CPU; for parameters on {device} allowed: auto, native, eager"
+        )
+    if wanted in ("auto", "native"):
+        reason = why_not_native(device)
+        if not reason:
+            return NativeKernel() if on_cpu else GpuKernel()
+        if wanted == "native":
+            others = "auto, fused, eager" if on_cpu else "auto, eager"
+            raise ValueError(f"kernel native: {reason}; allowed here: {others}")
+    return FusedKernel() if on_cpu and wanted != "eager" else EagerKernel(on_host=on_cpu)
+
+
+def why_not_native(device: str) -> str:
+    """Why this package's own code cannot serve a type of device here; empty where it can."""
+    if device == "cpu":
+        return why_not_loaded()
+    return why_not_gpu() if device == "cuda" else f"it does not know {device}"

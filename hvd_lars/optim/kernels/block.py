@@ -37,11 +37,16 @@ class Kernel(Protocol):
         ...
 
     def update(
-        self, blocks: Sequence[Block], ratios: Tensor, unscale: float
-    ) -> tuple[Tensor, Tensor] | None:
+        self,
+        blocks: Sequence[Block],
+        ratios: Tensor,
+        unscale: float,
+        live: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor] | None:
         """Apply the momentum rule in place; ``ratios`` are the blocks' λ, (n,) float64.
 
-        g is the blocks' gradient times ``unscale``.
+        g is the blocks' gradient times ``unscale``.  Where ``live``, a 0-dim bool on their device,
+        is False, everything stays as it is.
 
         With a the rate inside the buffer and b the rate outside it, a·b = γλ:
         v ← μv + a(g + βw) and w ← w − b·v, Nesterov w ← w − b(μv + a(g + βw)).  λ = 0 in a group
@@ -50,13 +55,15 @@ class Kernel(Protocol):
         Returns:
             Sums of squares of the weights' norm parts before and after, (n,) float64 each, where
             the kernel has them without another pass: the bits that ``sums_of_squares`` gives.
+            None in place of those before where it does not look.
         """
         ...
 
 
 def rates(group: dict[str, Any]) -> tuple[float, float]:
     """Factors of λ inside the buffer (a / λ) and of the buffer outside (b), by ``lr_position``."""
-    return (1.0, group["lr"]) if group["lr_position"] == "update" else (group["lr"], 1.0)
+    lr = float(group["lr"])
+    return (1.0, lr) if group["lr_position"] == "update" else (lr, 1.0)
 
 
 def is_skipped(block: Block, ratio: float) -> bool:

@@ -33,8 +33,16 @@ class EagerKernel:
         """As the protocol says."""
         return sums_of_squares(tensors)
 
-    def update(self, blocks: Sequence[Block], ratios: Tensor, unscale: float) -> None:
+    def update(
+        self,
+        blocks: Sequence[Block],
+        ratios: Tensor,
+        unscale: float,
+        live: Tensor | None = None,
+    ) -> None:
         """As the protocol says; takes no sums."""
+        if live is not None and not live:
+            return
         if self._on_host:
             for block, ratio in zip(blocks, ratios.tolist(), strict=True):
                 if not is_skipped(block, ratio):

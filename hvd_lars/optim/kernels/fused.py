@@ -42,8 +42,16 @@ class FusedKernel:
         """As the protocol says."""
         return sums_of_squares(tensors)
 
-    def update(self, blocks: Sequence[Block], ratios: Tensor, unscale: float) -> None:
+    def update(
+        self,
+        blocks: Sequence[Block],
+        ratios: Tensor,
+        unscale: float,
+        live: Tensor | None = None,
+    ) -> None:
         """As the protocol says; takes no sums."""
+        if live is not None and not live:
+            return
         for block, ratio in zip(blocks, ratios.tolist(), strict=True):
             if is_skipped(block, ratio) or not block.weight.numel():
                 continue

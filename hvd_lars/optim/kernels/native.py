@@ -24,7 +24,7 @@ from hvd_lars.optim.norms import sums_of_squares
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def why_not_native() -> str:
+def why_not_loaded() -> str:
     """Why the library cannot be used here; empty where it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else ""
@@ -80,38 +80,44 @@ class NativeKernel:
         return torch.from_numpy(sums)
 
     def update(
-        self, blocks: Sequence[Block], ratios: Tensor, unscale: float
+        self,
+        blocks: Sequence[Block],
+        ratios: Tensor,
+        unscale: float,
+        live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """As the protocol says; no sums where a block was left out or went the eager way."""
-        live = list(blocks)
+        if live is not None and not live:
+            return None
+        taken = list(blocks)
         scales = ratios.numpy()
         if any(map(is_skipped, blocks, scales)) or not all(map(_has_row, blocks)):
-            live = []
+            taken = []
             for block, ratio in zip(blocks, scales.tolist(), strict=True):
                 if is_skipped(block, ratio):
                     continue
                 if _has_row(block):
-                    live.append(block)
+                    taken.append(block)
                 else:
                     update_on_host(block, ratio, unscale)
             kept = [
                 not is_skipped(b, r) and _has_row(b) for b, r in zip(blocks, scales, strict=True)
             ]
             scales = scales[kept]
-        if not live:
+        if not taken:
             return None
-        table = np.array([block.row for block in live], dtype=np.int64)
-        rules = {id(block.group): block.group for block in live}
+        table = np.array([block.row for block in taken], dtype=np.int64)
+        rules = {id(block.group): block.group for block in taken}
         coefficients = {key: _coefficients(group, unscale) for key, group in rules.items()}
-        rows = np.array([coefficients[id(block.group)] for block in live], dtype=np.float64)
+        rows = np.array([coefficients[id(block.group)] for block in taken], dtype=np.float64)
         rows[:, 2] *= scales
-        sums = np.empty((len(live), 2))
+        sums = np.empty((len(taken), 2))
         _call(self._update, table, rows, sums)
-        for block in live:  # autograd must see what it cannot see ctypes do
+        for block in taken:  # autograd must see what it cannot see ctypes do
             torch.autograd.graph.increment_version(block.weight)
             if block.copy is not None:
                 torch.autograd.graph.increment_version(block.copy)
-        if len(live) < len(blocks):
+        if len(taken) < len(blocks):
             return None
         before, after = torch.from_numpy(sums).unbind(1)
         return before, after

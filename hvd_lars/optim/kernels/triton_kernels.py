@@ -1,0 +1,137 @@
+"""The two passes over memory of a LARS step on a GPU, in Triton; imports nothing of hvd_lars.
+
+A program takes one chunk of a layer; a table on the device says which, and where its tensors lie,
+so that one launch serves all layers.  Sums of squares: a program writes the sum of its chunk, and
+the last program of a layer to finish adds the chunks up in their order, in float64.  So a sum has
+the same bits whatever order the programs run in, and needs no second launch.
+"""
+
+# ruff: noqa: N803 - Triton's compile-time arguments are written in capitals
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHUNK = 4096  # elements of a program
+FOLD = 1024  # chunk sums that are added at once
+
+
+@triton.jit
+def _complete(
+    total,
+    slot,
+    first,
+    count,
+    layer,
+    partials,
+    arrived,
+    sums,
+    FOLD: tl.constexpr,
+):
+    """Keep the sum of a chunk; the layer's last program adds them up and resets the counter."""
+    tl.store(partials + slot, total.to(tl.float64))
+    tl.debug_barrier()  # the store comes before the counter, for all threads
+    if tl.atomic_add(arrived + layer, 1) == count - 1:
+        together = tl.zeros([FOLD], dtype=tl.float64)
+        begin = 0
+        while begin < count:  # range() of a loaded number is beyond Triton's interpreter
+            at = begin + tl.arange(0, FOLD)
+            together += tl.load(partials + first + at, mask=at < count, other=0.0, volatile=True)
+            begin += FOLD
+        tl.store(sums + layer, tl.sum(together, axis=0))
+        tl.store(arrived + layer, 0)
+
+
+@triton.jit
+def _at(table, row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor whose address stands in the table."""
+    pointer = tl.load(table + row * 8 + column).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _range(row, ALIGNED: tl.constexpr):
+    """Where a chunk begins and ends."""
+    begin, end = tl.load(row + 1), tl.load(row + 2)
+    if ALIGNED:
+        begin, end = tl.multiple_of(begin, 8), tl.multiple_of(end, 8)
+    return begin, end
+
+
+@triton.jit
+def sums_kernel(
+    chunks,  # (programs, 4) int64: layer, begin, end, slot
+    layers,  # (layers, 8) int64: address, …, first slot, number of slots
+    partials,  # (slots,) float64
+    arrived,  # (layers,) int32, zeros before and after
+    sums,  # (layers,) float64
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """Sums of squares of all layers of one dtype."""
+    row = chunks + tl.program_id(0) * 4
+    layer, slot = tl.load(row), tl.load(row + 3)
+    begin, end = _range(row, ALIGNED)
+    at = begin + tl.arange(0, CHUNK)
+    x = tl.load(_at(layers, layer, 0, DTYPE, ALIGNED) + at, mask=at < end, other=0.0).to(WIDE)
+    first, count = tl.load(layers + layer * 8 + 4), tl.load(layers + layer * 8 + 5)
+    _complete(tl.sum(x * x, axis=0), slot, first, count, layer, partials, arrived, sums, FOLD)
+
+
+@triton.jit
+def update_kernel(
+    chunks,  # as above; slot -1 outside the norm part
+    layers,  # (layers, 8) int64: weight, gradient, buffer, copy, first slot, slots, group
+    groups,  # (groups, 5) float64: μ, β, a / λ, b, 1 where λ = 0 leaves a layer alone
+    ratios,  # (layers,) float64: λ
+    factors,  # (2,) float64: of the gradients; 0 leaves every layer alone
+    partials,
+    arrived,
+    sums,
+    WEIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    HAS_BUFFER: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """The momentum rule over all layers of one kind, and the new weights' sums of squares."""
+    row = chunks + tl.program_id(0) * 4
+    layer, slot = tl.load(row), tl.load(row + 3)
+    begin, end = _range(row, ALIGNED)
+    rule = groups + tl.load(layers + layer * 8 + 6) * 5
+    ratio = tl.load(ratios + layer)
+    live = (tl.load(factors + 1) != 0.0) & ((ratio != 0.0) | (tl.load(rule + 4) == 0.0))
+    momentum, decay = tl.load(rule).to(WEIGHT), tl.load(rule + 1).to(WEIGHT)
+    scale = (ratio * tl.load(rule + 2)).to(WEIGHT)
+    outside, unscale = tl.load(rule + 3).to(WEIGHT), tl.load(factors).to(WEIGHT)
+
+    at = begin + tl.arange(0, CHUNK)
+    inside, written = at < end, at < tl.where(live, end, begin)
+    weights = _at(layers, layer, 0, WEIGHT, ALIGNED) + at
+    w = tl.load(weights, mask=inside, other=0.0)
+    g = tl.load(_at(layers, layer, 1, GRADIENT, ALIGNED) + at, mask=inside, other=0.0)
+    step = scale * (g.to(WEIGHT) * unscale + decay * w)
+    if HAS_BUFFER:
+        buffers = _at(layers, layer, 2, WEIGHT, ALIGNED) + at
+        v = momentum * tl.load(buffers, mask=inside, other=0.0) + step
+        tl.store(buffers, v, mask=written)
+        if NESTEROV:
+            step += momentum * v
+        else:
+            step = v
+    w = tl.where(written, w - outside * step, w)
+    tl.store(weights, w, mask=written)
+    if HAS_COPY:
+        tl.store(_at(layers, layer, 3, GRADIENT, ALIGNED) + at, w.to(GRADIENT), mask=written)
+    if slot >= 0:
+        first, count = tl.load(layers + layer * 8 + 4), tl.load(layers + layer * 8 + 5)
+        total = tl.sum(tl.where(inside, w * w, 0.0), axis=0)
+        _complete(total, slot, first, count, layer, partials, arrived, sums, FOLD)

@@ -1,0 +1,165 @@
+"""What the GPU's kernels have of their own; their steps are in test_lars.py and test_kernels.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from hvd_lars import LARS
+from hvd_lars.optim.kernels import choose_kernel, gpu
+
+COMPILE = """
+import json
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hvd_lars.optim.kernels import triton_kernels as kernels
+
+TYPES = dict.fromkeys(["chunks", "layers"], "*i64") | {"arrived": "*i32"}
+TYPES |= dict.fromkeys(["groups", "ratios", "factors", "partials", "sums"], "*fp64")
+
+def assembly(kernel, generation, **constants):
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: TYPES.get(name, "constexpr") for name in names},
+        constexprs={
+            (names.index(name),): value
+            for name, value in (constants | SIZES).items()
+        },
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in TYPES},
+    )
+    found = triton.compile(source, target=GPUTarget("cuda", generation, 32)).asm
+    assert found["cubin"]
+    return found["ptx"]
+
+SIZES = dict(CHUNK=kernels.CHUNK, FOLD=kernels.FOLD)
+counts = []
+for generation in (80, 90):
+    for aligned in (False, True):
+        sums = assembly(
+            kernels.sums_kernel, generation, DTYPE=tl.float32, WIDE=tl.float32, ALIGNED=aligned
+        )
+        counts.append([aligned, sums.count("ld.global.v4"), 0])
+        for half, nesterov in ((False, False), (True, True)):
+            update = assembly(
+                kernels.update_kernel,
+                generation,
+                WEIGHT=tl.float32,
+                GRADIENT=tl.bfloat16 if half else tl.float32,
+                HAS_BUFFER=True,
+                HAS_COPY=half,
+                NESTEROV=nesterov,
+                ALIGNED=aligned,
+            )
+            counts.append([aligned, update.count("ld.global.v4"), update.count("st.global.v4")])
+print(json.dumps(counts))
+"""
+
+
+def test_the_kernels_compile_for_gpus_and_load_16_bytes_at_once_where_they_may():
+    """Triton's compiler needs no GPU; without the interpreter's variable it is the real one."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for aligned, loads, stores in json.loads(done.stdout):
+        assert (loads > 0) == aligned
+        assert stores == 0 or aligned
+
+
+def with_the_gpus_kernel(take_kernel, lr, sizes):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(n)) for n in sizes]
+    optimizer = LARS(params, lr=lr, weight_decay=1e-3, kernel=take_kernel("gpu"))
+    for _ in range(4):
+        for param in params:
+            param.grad = torch.cos(param.detach() * 3)
+        optimizer.step()
+    return optimizer, torch.cat([param.detach() for param in params])
+
+
+@pytest.mark.parametrize("sizes", [(64, 8), (64, 8, 5), (9000, 16384)])
+def test_a_rate_on_the_device_and_any_alignment_take_the_same_steps(take_kernel, sizes):
+    _, wanted = with_the_gpus_kernel(lambda _: "eager", 2.0, sizes)
+    _, found = with_the_gpus_kernel(take_kernel, torch.tensor(2.0), sizes)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rate_on_the_device_can_be_changed_there(take_kernel):
+    ends = []
+    for rate in (torch.tensor(2.0), 2.0):
+        optimizer, before = with_the_gpus_kernel(take_kernel, rate, (300,))
+        if isinstance(rate, torch.Tensor):
+            rate.fill_(0.5)
+        else:
+            optimizer.param_groups[0]["lr"] = 0.5
+        optimizer.step()
+        ends.append(optimizer.param_groups[0]["params"][0].detach())
+        assert not torch.equal(ends[-1], before)
+    assert torch.equal(*ends)
+
+
+def test_a_steps_sums_stay_where_a_captured_step_reads_them(take_kernel):
+    optimizer, _ = with_the_gpus_kernel(take_kernel, 2.0, (64, 8))
+    memory = optimizer._last.sums[0].data_ptr()
+    optimizer.step()
+    assert optimizer._last.sums[0].data_ptr() == memory
+    weights = optimizer.param_groups[0]["params"]
+    wanted = torch.stack([w.detach().double().square().sum() for w in weights])
+    torch.testing.assert_close(optimizer._last.sums[0], wanted, rtol=1e-6, atol=0)
+
+
+def test_a_gpu_that_cannot_run_them_or_gets_them_wrong_takes_plain_torch(monkeypatch, take_kernel):
+    take_kernel("gpu")
+    cpu = torch.device("cpu")
+    gpu._try_on.cache_clear()
+    choose_kernel.cache_clear()
+    try:
+        assert gpu._try_on(cpu) == ""
+        assert choose_kernel("auto", "cuda").name == "eager"  # there is no GPU
+        with pytest.raises(ValueError, match="kernel native: Triton does not run here: "):
+            choose_kernel("native", "cuda")
+        gpu._try_on.cache_clear()
+        monkeypatch.setattr(gpu.GpuKernel, "sums_of_squares", lambda *_: torch.zeros(3))
+        assert gpu._try_on(cpu) == "Triton's results differ from torch's here"
+    finally:
+        gpu._try_on.cache_clear()
+        choose_kernel.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_steps_on_a_gpu_also_in_a_cuda_graph(dtype, nesterov):
+    torch.manual_seed(0)
+    start = [torch.randn(n, dtype=dtype) for n in (70_000, 4096, 5, 64)]
+    options = {"weight_decay": 1e-3, "trust_coefficient": 0.02, "nesterov": nesterov}
+    ends = []
+    for device, kernel in (("cpu", "eager"), ("cuda", "native")):
+        params = [nn.Parameter(tensor.to(device)) for tensor in start]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        rate = torch.tensor(2.0, device=device)
+        optimizer = LARS(params, lr=rate, kernel=kernel, **options)
+        replay = optimizer.step
+        for step in range(8):
+            for param in params:
+                param.grad.copy_(torch.cos(param.detach() * 3 + step))
+            rate.fill_(2.0 - 0.1 * step)
+            if device == "cuda" and step == 3:
+                graph = torch.cuda.CUDAGraph()
+                held = [param.detach().clone() for param in params]
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+                assert all(torch.equal(a, b) for a, b in zip(held, params, strict=True))
+                replay = graph.replay
+            replay()
+        ends.append(torch.cat([param.detach().cpu().float() for param in params]))
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(*ends, rtol=tolerance, atol=tolerance)
