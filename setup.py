@@ -46,7 +46,7 @@ setup(
     extras_require={
         # Horovod is not here: no released wheel or sdist builds, launch/build_horovod.py does.
         "mpi": ["mpi4py>=4.0"],
-        "vision": ["torchvision>=0.19"],
+        "vision": ["pillow>=9", "simplejpeg>=1.7", "torchvision>=0.19"],
         "timm": ["timm>=1.0"],
         "plot": ["matplotlib>=3.8"],
         "dev": ["mypy", "pytest>=8", "ruff", "timm>=1.0", "types-PyYAML", "webdataset>=0.2"],

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A generated folder in ImageNet's layout through pack, train and eval, and how fast input is.
+"""A generated folder in ImageNet's layout through pack, train and eval.
 
     python benchmarks/imagenet_like.py [--train 4] [--val 1] [--rounds 5]
 
@@ -7,10 +7,7 @@ Makes 1,000 classes of JPEGs of ImageNet's usual size (500×375, about 110 KB), 
 
 1. packs them with one worker and with one a core; the floor is copying the same bytes in one
    stream with fsync, measured in the same rounds;
-2. makes training batches of 224×224 on one core from the folder and from the shards; the floor is
-   decoding the same JPEGs and nothing else, the peer torchvision's ImageFolder with the same
-   transforms, all interleaved; medians over the rounds;
-3. runs the ResNet-50 recipe at B = 8192, scaled down by overrides, over two ranks, and evaluates.
+2. runs the ResNet-50 recipe at B = 8192, scaled down by overrides, over two ranks, and evaluates.
 """
 
 from __future__ import annotations
@@ -28,31 +25,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from hvd_lars.data import Augment, FolderImages, Images, ShardImages, list_folder, load_shards
 from hvd_lars.data.shard_writer import pack
 from hvd_lars.launchers import local_command, this_python
 from hvd_lars.run_folder import environment_facts
 
-CLASSES, SAMPLE = 1000, 128
+CLASSES = 1000
 
 
-def make_folder(root: Path, train: int, val: int) -> None:
+def make_folder(
+    root: Path, train: int, val: int, classes: int = CLASSES, size: tuple[int, int] = (500, 375)
+) -> None:
     """Smooth random fields with fine noise: JPEGs of the size that photographs have."""
     generator = np.random.default_rng(0)
     files = []
     for _ in range(32):
         coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        field = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
-        noise = generator.normal(scale=14.0, size=(375, 500, 1))
+        field = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        noise = generator.normal(scale=14.0, size=(size[1], size[0], 1))
         pixels = (np.asarray(field, dtype=np.float64) + noise).clip(0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
         files.append(buffer.getvalue())
     for split, count in (("train", train), ("val", val)):
-        for label in range(CLASSES):
+        for label in range(classes):
             folder = root / split / f"n{label:08d}"
             folder.mkdir(parents=True)
             for i in range(count):
@@ -115,43 +112,8 @@ def measure_pack(root: Path, work: Path, rounds: int) -> None:
     table(rates(cases, len(files), rounds), "floor: copy in one stream")
 
 
-def measure_input(root: Path, shards: Path, rounds: int) -> None:
-    """Part 2."""
-    from torchvision import datasets
-    from torchvision.transforms import v2
-
-    torch.set_num_threads(1)
-    listing = list_folder(str(root), None)
-    packed = load_shards(str(shards), "", "", None)
-    folder = Images(
-        FolderImages(listing.root, listing.train), FolderImages(listing.root, listing.val),
-        CLASSES, Augment(), 224, 256, 0,
-    )  # fmt: skip
-    sharded = Images(
-        ShardImages(shards, packed.train), ShardImages(shards, packed.val),
-        CLASSES, Augment(), 224, 256, 0,
-    )  # fmt: skip
-    transform = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    peer = datasets.ImageFolder(root / "train", transform)
-    indices = np.random.default_rng(1).permutation(folder.num_train)[:SAMPLE]
-    paths = [Path(listing.root, listing.train.paths[i].decode()) for i in indices]
-
-    def decode_only() -> None:
-        for path in paths:
-            Image.open(path).convert("RGB")
-
-    cases: dict[str, Callable[[], object]] = {
-        "floor: decode": decode_only,
-        "torchvision ImageFolder": lambda: torch.stack([peer[i][0] for i in indices]),
-        "hvd_lars, imagefolder": lambda: folder.train_batch(0, indices),
-        "hvd_lars, shards": lambda: sharded.train_batch(0, indices),
-    }
-    print("## Training input, one core: decode, random resized crop to 224×224, flip\n")
-    table(rates(cases, SAMPLE, rounds), "floor: decode")
-
-
 def show_training(shards: Path, work: Path) -> None:
-    """Part 3."""
+    """Part 2."""
     recipe = "resnet50-lars-b8192"
     overrides = [
         "data.name=shards", "data.expect=null", f"data.root={shards}", "data.image_size=64",
@@ -177,7 +139,7 @@ def show_training(shards: Path, work: Path) -> None:
 
 
 def main() -> None:
-    """All three parts."""
+    """Both parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", type=int, default=4, help="training images a class")
     parser.add_argument("--val", type=int, default=1, help="evaluation images a class")
@@ -192,7 +154,6 @@ def main() -> None:
         make_folder(work / "images", options.train, options.val)
         measure_pack(work / "images", work, options.rounds)
         pack(str(work / "images"), work / "shards", 2, 512, lambda *_: None)
-        measure_input(work / "images", work / "shards", options.rounds)
         show_training(work / "shards", work)
 
 

@@ -50,8 +50,8 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     mine = np.arange(comm.rank, source.num_eval, comm.size)
     requests = [Request(None, mine[i : i + batch]) for i in range(0, len(mine), batch)]
-    for request, (images, labels) in stream(source, requests, workers):
-        images, labels = source.on_device(images.to(device), labels.to(device), request)
+    for request, (images, labels) in stream(source, requests, workers, device.type):
+        images, labels = source.on_device(images, labels, request)
         logits = model(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         sums[0] += functional.cross_entropy(logits, labels, reduction="sum").double()

@@ -175,7 +175,7 @@ class Trainer:
             for step in range(start, self.intervals.total)
             for piece in self._pieces(step)
         )
-        return stream(self.source, requests, self.workers, self.device.type == "cuda")
+        return stream(self.source, requests, self.workers, self.device.type)
 
     def _pieces(self, step: int) -> list[Indices]:
         pieces = self.batches.micro_batches(step, self.comm.rank, self.comm.size, self.micro_batch)
@@ -231,8 +231,6 @@ class Trainer:
         """The next micro-batch on the device, ready for the model."""
         with self.watch.part("data"):
             request, (images, labels) = next(batches)
-            images = images.to(self.device, non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
             images, labels = self.source.on_device(images, labels, request)
             return images.contiguous(memory_format=self._format), labels
 

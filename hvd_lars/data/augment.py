@@ -1,4 +1,4 @@
-"""Transforms of training images, all of torchvision's v2; imports nothing of hvd_lars."""
+"""What may happen to training images; imports nothing of hvd_lars."""
 
 from __future__ import annotations
 
@@ -45,22 +45,6 @@ class Augment:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def geometry(augment: Augment, image_size: int, eval_resize: int) -> Any:
-    """A PIL image → a PIL image of side ``image_size``, cropped and perhaps mirrored."""
-    from torchvision.transforms import v2
-
-    steps: list[Any] = []
-    if augment.crop == "resized":
-        steps = [v2.RandomResizedCrop(image_size, scale=augment.crop_scale, antialias=True)]
-    elif augment.crop == "window":
-        steps = [v2.Resize(eval_resize, antialias=True), v2.RandomCrop(image_size)]
-    else:
-        steps = [v2.RandomCrop(image_size, padding=4, pad_if_needed=True)]
-    if augment.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose(steps)
-
-
 def colours(augment: Augment) -> Any | None:
     """A uint8 image (3, height, width) → another; None where nothing was asked for."""
     from torchvision.transforms import v2
@@ -72,10 +56,3 @@ def colours(augment: Augment) -> Any | None:
     if any(jitter):
         steps.append(v2.ColorJitter(*jitter))
     return v2.Compose(steps) if steps else None
-
-
-def centre(image_size: int, eval_resize: int) -> Any:
-    """A PIL image → its centre of side ``image_size`` after resizing the shorter side."""
-    from torchvision.transforms import v2
-
-    return v2.Compose([v2.Resize(eval_resize, antialias=True), v2.CenterCrop(image_size)])

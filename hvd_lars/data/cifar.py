@@ -1,15 +1,13 @@
-"""CIFAR-10 and CIFAR-100 from torchvision's files on disk; imports errors and source."""
+"""CIFAR-10 and CIFAR-100 from torchvision's files on disk; imports decoding and errors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import numpy as np
 
+from hvd_lars.data.decoding import Picture
 from hvd_lars.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 CIFAR_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -23,11 +21,9 @@ class ArrayImages:
         self._pixels = np.asarray(pixels, dtype=np.uint8)
         self.labels = np.asarray(labels, dtype=np.int64)
 
-    def open(self, index: int) -> Image:
-        """The image as PIL's."""
-        from PIL import Image as pil
-
-        return pil.fromarray(self._pixels[index])
+    def open(self, index: int) -> Picture:
+        """An image, which cannot fail."""
+        return Picture(self._pixels[index], f"image {index}")
 
 
 def load_cifar(name: str, root: str, download: bool) -> tuple[ArrayImages, ArrayImages]:

@@ -1,16 +1,14 @@
-"""The images of an ImageNet-like folder; imports images, listing and source."""
+"""The images of an ImageNet-like folder; imports decoding, listing and errors."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import final
 
-from hvd_lars.data.images import decode
+from hvd_lars.data.decoding import Picture
 from hvd_lars.data.listing import Split
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from hvd_lars.errors import UserError
 
 
 @final
@@ -21,7 +19,11 @@ class FolderImages:
         self._root, self._paths = root, split.paths
         self.labels = split.labels
 
-    def open(self, index: int) -> Image:
-        """Decode a file; UserError names it if that fails."""
+    def open(self, index: int) -> Picture:
+        """Read a file; UserError names it if that fails."""
         path = Path(self._root, os.fsdecode(self._paths[index]))
-        return decode(path, str(path))
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        return Picture(data, str(path))

@@ -1,27 +1,23 @@
 """Photographs, wherever they lie: decoded, cropped, augmented, normalised.
 
-Imports augment, mixing, randomness, source and errors.
+Imports augment, crops, decoding, mixing, randomness and source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, final
+from typing import Protocol, final
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from hvd_lars.data.augment import Augment, centre, colours, geometry
+from hvd_lars.data.augment import Augment, colours
+from hvd_lars.data.crops import NUM_DRAWS, centre_crop, training_crop
+from hvd_lars.data.decoding import Picture
 from hvd_lars.data.mixing import mix_pairs
 from hvd_lars.data.randomness import seed_of, uniforms
 from hvd_lars.data.source import Batch, Indices, Request
-from hvd_lars.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # Mean and deviation of ImageNet's channels in [0, 1], as every published recipe uses them.
 IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,28 +34,13 @@ _COLOURS, _ERASING, _LIGHTING, _MIXING = 1, 2, 3, 4  # separate streams of rando
 
 
 class ImageStore(Protocol):
-    """The images of one split: ``labels`` (n,), and image ``index`` of them as RGB."""
+    """The images of one split: ``labels`` (n,), and image ``index`` of them."""
 
     labels: Indices
 
-    def open(self, index: int) -> Image:
-        """Decode an image; UserError names its file if that fails."""
+    def open(self, index: int) -> Picture:
+        """Read an image; UserError names its file if that fails."""
         ...
-
-
-def decode(data: bytes | Path, name: str) -> Image:
-    """An image file, or its bytes, as RGB; UserError names it where that cannot be."""
-    from PIL import Image as pil
-    from PIL import UnidentifiedImageError
-
-    try:
-        with pil.open(BytesIO(data) if isinstance(data, bytes) else data) as file:
-            image: Image = file.convert("RGB")
-            return image
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
-        # Pillow names the file, or a buffer in memory, which the line does already.
-        problem = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{name}: not a readable image: {problem}") from None
 
 
 @final
@@ -102,9 +83,9 @@ class Images:
         self.num_classes, self.mixes_pairs = num_classes, augment.mixes_pairs
         self._statistics, self._gpu = colour_statistics, gpu
         self._sizes = [(0, image_size), *sizes]
-        self._geometry = {size: geometry(augment, size, eval_resize) for _, size in self._sizes}
+        self._crops = {size: training_crop(augment, size, eval_resize) for _, size in self._sizes}
         self._colours = colours(augment)
-        self._centre = centre(image_size, eval_resize)
+        self._centre = centre_crop(image_size, eval_resize)
 
     def image_size(self, epoch: int) -> int:
         """Side of the training images of an epoch, in pixels."""
@@ -112,35 +93,29 @@ class Images:
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
         """Random crops (n, 3, side, side) uint8 and labels (n,)."""
-        crop = self._geometry[self.image_size(epoch)]
-        images = []
-        with torch.random.fork_rng(devices=[]):  # dropout's generator is the same one
-            for index in indices.tolist():
-                self._begin(epoch, index)
-                image = _tensor(crop(self._train.open(index)))
-                if self._colours is not None and not self._gpu:
-                    self._begin(epoch, index, _COLOURS)
-                    image = self._colours(image)
-                images.append(image)
-        return torch.stack(images), torch.from_numpy(self._train.labels[indices])
+        crop = self._crops[self.image_size(epoch)]
+        draws = uniforms(self._seed, epoch, indices, NUM_DRAWS).tolist()
+        images = [
+            crop(self._train.open(i), row) for i, row in zip(indices.tolist(), draws, strict=True)
+        ]
+        if self._colours is not None and not self._gpu:
+            images = self._recoloured(images, epoch, indices)
+        return default_collate(images), torch.from_numpy(self._train.labels[indices])
 
     def eval_batch(self, indices: Indices) -> Batch:
         """Centre crops (n, 3, image_size, image_size) uint8 and labels (n,)."""
-        images = [_tensor(self._centre(self._val.open(i))) for i in indices.tolist()]
-        return torch.stack(images), torch.from_numpy(self._val.labels[indices])
+        images = [self._centre(self._val.open(i)) for i in indices.tolist()]
+        return default_collate(images), torch.from_numpy(self._val.labels[indices])
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
         """Normalised float32 images; shares of the classes in place of labels where mixed."""
         epoch, indices = request
         augment = self._augment
         if epoch is None:
-            return self._normalised(images.float() / 255.0), labels
+            return self._normalised(images), labels
         if self._colours is not None and self._gpu:
-            with torch.random.fork_rng(devices=[]):
-                for i, index in enumerate(indices.tolist()):
-                    self._begin(epoch, index, _COLOURS)
-                    images[i] = self._colours(images[i])
-        pixels = images.float() / 255.0
+            images = torch.stack(self._recoloured(images.unbind(), epoch, indices))
+        shift = None
         if augment.lighting:
             seed = seed_of(self._seed, _LIGHTING)
             normal = torch.special.ndtri(
@@ -148,8 +123,7 @@ class Images:
             )
             strength = normal * torch.tensor(_LIGHT_VALUES) * augment.lighting
             shift = strength @ torch.tensor(_LIGHT_VECTORS, dtype=torch.float64).T
-            pixels += shift.float().to(pixels.device)[:, :, None, None]
-        pixels = self._normalised(pixels)
+        pixels = self._normalised(images, shift)
         if augment.random_erasing:
             self._erase(pixels, epoch, indices)
         if not augment.mixes_pairs:
@@ -159,13 +133,30 @@ class Images:
             pixels, labels, request, self.num_classes, seed, augment.mixup, augment.cutmix
         )
 
+    def _recoloured(self, images: Sequence[Tensor], epoch: int, indices: Indices) -> list[Tensor]:
+        """The operations of one image at a time."""
+        assert self._colours is not None
+        changed = []
+        with torch.random.fork_rng(devices=[]):  # dropout's generator is the same one
+            for image, index in zip(images, indices.tolist(), strict=True):
+                self._begin(epoch, index, _COLOURS)
+                changed.append(self._colours(image))
+        return changed
+
     def _begin(self, epoch: int, index: int, *stream: int) -> None:
         """Make the global generator that of a sample; a GPU's, which is dropout's, is left."""
         torch.default_generator.manual_seed(seed_of(self._seed, epoch, index, *stream))
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v, device=pixels.device) for v in self._statistics)
-        return (pixels - mean[:, None, None]) / std[:, None, None]
+    def _normalised(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(x / 255 + shift - mean) / deviation as a multiplication and an addition in place.
+
+        ``shift`` is (n, 3), of each image's colours in [0, 1].
+        """
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in self._statistics)
+        bias = -mean[None] if shift is None else shift - mean
+        factor = (1.0 / (255.0 * std)).float().to(images.device)
+        pixels = images * factor[:, None, None]
+        return pixels.add_((bias / std).float().to(images.device)[:, :, None, None])
 
     def _erase(self, pixels: Tensor, epoch: int, indices: Indices) -> None:
         """Rectangles become the mean colour, 0, in place."""
@@ -176,8 +167,3 @@ class Images:
             for i, index in enumerate(indices.tolist()):
                 self._begin(epoch, index, _ERASING)
                 pixels[i] = erase(pixels[i])
-
-
-def _tensor(image: Image) -> Tensor:
-    """(3, height, width) uint8 of a PIL image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

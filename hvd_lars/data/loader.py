@@ -39,20 +39,42 @@ def answer(source: Source, request: Request) -> Batch:
 
 
 def stream(
-    source: Source, requests: Iterable[Request], workers: int = 0, pin_memory: bool = False
+    source: Source, requests: Iterable[Request], workers: int = 0, device: str = "cpu"
 ) -> Iterator[tuple[Request, Batch]]:
-    """The ``requests`` with their batches, in order, whoever makes them.
+    """The ``requests`` with their batches on a type of device, in order, whoever makes them.
+
+    To a GPU they are copied from page-locked memory in a stream of their own, beside the work that
+    is still in its queue.
 
     Args:
         source: the data set; sent to the workers once.
         requests: read lazily, two batches a worker ahead.
         workers: processes; 0 makes each batch when it is asked for.  They come from a fork
             server, as a fork of a process that runs MPI is not safe.
-        pin_memory: put batches into page-locked memory, for copies to a GPU beside its work.
+        device: where the batches are wanted, such as ``"cuda"`` for the current GPU.
 
     Raises:
         UserError: from a worker too, an image cannot be read.
     """
+    batches = _made(source, requests, workers, device == "cuda")
+    yield from _copied_aside(batches) if device == "cuda" else batches
+
+
+def _copied_aside(batches: Iterator[tuple[Request, Batch]]) -> Iterator[tuple[Request, Batch]]:
+    copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    for request, batch in batches:
+        with torch.cuda.stream(copies):
+            images, labels = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in batch)
+        work = torch.cuda.current_stream()
+        work.wait_stream(copies)
+        for tensor in (images, labels):  # or their memory might be used again too early
+            tensor.record_stream(work)
+        yield request, (images, labels)
+
+
+def _made(
+    source: Source, requests: Iterable[Request], workers: int, pin_memory: bool
+) -> Iterator[tuple[Request, Batch]]:
     if workers == 0:
         for request in requests:
             yield request, answer(source, request)

@@ -1,18 +1,14 @@
-"""Images in tar shards, read at random; imports images, shard_index, source and errors."""
+"""Images in tar shards, read at random; imports decoding, shard_index and errors."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
-from hvd_lars.data.images import decode
+from hvd_lars.data.decoding import Picture
 from hvd_lars.data.shard_index import ShardSplit
 from hvd_lars.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 
 _OPEN_FILES = 64  # a process may have 1,024, and torch needs its own
 
@@ -31,8 +27,8 @@ class ShardImages:
         self._files: dict[int, int] = {}
         self.labels = split.labels
 
-    def open(self, index: int) -> Image:
-        """Decode an image; UserError names shard and member if that fails."""
+    def open(self, index: int) -> Picture:
+        """Read an image; UserError names shard and member if that fails."""
         split = self._split
         shard, offset = int(split.shard[index]), int(split.offset[index])
         path, size = self._root / split.names[shard], int(split.size[index])
@@ -44,7 +40,7 @@ class ShardImages:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         if len(data) < size:
             raise UserError(f"{path}: truncated: the image at byte {offset} is not all there")
-        return decode(data, f"{path}: {name}")
+        return Picture(data, f"{path}: {name}")
 
     def _descriptor(self, shard: int, path: Path) -> int:
         """An open file of a shard; of many, the one that was used longest ago is closed."""
