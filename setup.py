@@ -49,6 +49,14 @@ setup(
         "vision": ["pillow>=9", "simplejpeg>=1.7", "torchvision>=0.19"],
         "timm": ["timm>=1.0"],
         "plot": ["matplotlib>=3.8"],
+        # What benchmarks/ measures against.
+        "bench": [
+            "lightly>=1.5",
+            "pytorch_optimizer>=3.5",
+            "timm>=1.0",
+            "torch-optimizer>=0.3",
+            "torchvision>=0.19",
+        ],
         "dev": ["mypy", "pytest>=8", "ruff", "timm>=1.0", "types-PyYAML", "webdataset>=0.2"],
     },
     ext_modules=[NATIVE],

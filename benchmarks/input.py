@@ -19,10 +19,8 @@ photographs of 2,000×1,500, whose crops are decoded at reduced size.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +30,7 @@ import numpy as np
 import simplejpeg
 import torch
 from imagenet_like import make_folder, table
+from report import print_head
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -40,7 +39,6 @@ from hvd_lars.data.images import IMAGENET_COLOURS
 from hvd_lars.data.loader import stream
 from hvd_lars.data.shard_writer import pack
 from hvd_lars.data.source import Request
-from hvd_lars.run_folder import environment_facts
 
 BATCH = 32
 
@@ -106,12 +104,7 @@ def main() -> None:
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    names = ["torch", "torchvision", "pillow", "simplejpeg"]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    facts = environment_facts()
-    print("# Training input on one core\n")
-    print(f"{facts['processor']}, one core of {os.cpu_count()}; commit {facts['commit']}; "
-          f"{versions}; `python {' '.join(sys.argv)}`")  # fmt: skip
+    print_head("Training input on one core", ["torch", "torchvision", "pillow", "simplejpeg"])
     for size, count in (((500, 375), arguments.images), ((2000, 1500), arguments.images // 8)):
         with tempfile.TemporaryDirectory() as name:
             work = Path(name)

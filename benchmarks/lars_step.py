@@ -19,7 +19,6 @@ On a machine with an NVIDIA GPU the same is run there as well.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import statistics
 import sys
@@ -28,13 +27,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from report import print_head
 from torch import nn
 from torchvision.models import get_model
 
 from hvd_lars import LARS, Replicated
 from hvd_lars.comm import connect
 from hvd_lars.models import build_model
-from hvd_lars.run_folder import environment_facts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from reference.peers import LarcSgd  # noqa: E402
@@ -192,9 +191,10 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--json", type=Path, help="also write the medians there")
     arguments = parser.parse_args()
-    versions = ["torch", "timm", "pytorch_optimizer", "torch_optimizer", "lightly"]
-    print(json.dumps(environment_facts()))
-    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in versions))
+    print_head(
+        "One optimizer step",
+        ["torch", "timm", "pytorch_optimizer", "torch_optimizer", "lightly"],
+    )
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     for device in devices:
         results = {

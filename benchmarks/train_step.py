@@ -19,7 +19,6 @@ communication: what the same loop takes longer than without any.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from report import print_head
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +42,6 @@ from hvd_lars.comm.mpi import MpiCommunicator
 from hvd_lars.launchers import run_here, this_python
 from hvd_lars.models import build_model
 from hvd_lars.optim import Replicated, Sharded
-from hvd_lars.run_folder import environment_facts
 
 Step = Callable[[], None]
 # network: batch a rank, channels, side, classes, steps a job
@@ -219,8 +218,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker, arguments.networks[0])
         return
-    print(json.dumps(environment_facts()))
-    print(", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "timm")))
+    print_head("A training step over ranks", ["torch", "timm", "horovod"])
     results = {n: measure(n, arguments.ranks, arguments.rounds) for n in arguments.networks}
     where = "1 GPU" if torch.cuda.is_available() else "1 thread, CPU"
     print(f"\n{arguments.ranks} ranks × {where}, medians of {arguments.rounds} rounds of jobs\n")
