@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module may import from its own layer's row only what stands to its left,
 # and anything from the rows above.
 LAYERS = [
-    ["errors", "files", "memory", "durations", "schedules", "launchers", "run_folder"],
+    ["allocator", "errors", "files", "memory", "durations", "schedules", "launchers", "run_folder"],
     ["stopwatch", "precision"],
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
     ["optim", "replicas", "batch_norm"],
@@ -21,7 +21,15 @@ LAYERS = [
     ["cli", "__main__"],
 ]
 HEIGHT = {name: (i, j) for i, row in enumerate(LAYERS) for j, name in enumerate(row)}
-MAY_IMPORT_NOTHING = ["errors", "files", "memory", "durations", "schedules", "launchers"]
+MAY_IMPORT_NOTHING = [
+    "allocator",
+    "errors",
+    "files",
+    "memory",
+    "durations",
+    "schedules",
+    "launchers",
+]
 MAY_IMPORT_NOTHING += ["stopwatch", "precision"]
 
 

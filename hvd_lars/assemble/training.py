@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hvd_lars import run_folder
+from hvd_lars.allocator import keep_freed_memory
 from hvd_lars.assemble.network import build_network
 from hvd_lars.assemble.placing import agree_on_kernel, place
 from hvd_lars.assemble.plan import make_plan
@@ -34,6 +35,7 @@ from hvd_lars.trainer import Trainer
 def choose_device(comm: Communicator) -> torch.device:
     """This rank's GPU where there is one; a launcher that shows each rank one GPU counts as 0."""
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
