@@ -49,8 +49,10 @@ class Comm(Section):
     """How ranks are joined."""
 
     backend: Literal["auto", "horovod", "mpi", "local"] = "auto"
-    bucket_mb: Annotated[float, Field(gt=0, le=4096)] = Field(
-        default=25.0, description="gradients are summed in buckets of this many MiB"
+    bucket_mb: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = Field(
+        default=25.0,
+        description="gradients are summed in buckets of this many MiB; auto: what steps of the "
+        "network before training are fastest with",
     )
     compression: Literal["none", "fp16"] = Field(
         default="none", description="fp16: gradients are all-reduced as scaled float16; Horovod"

@@ -141,6 +141,8 @@ class Trainer:
                 window_loss.zero_()
                 window_steps, window_started = 0, time.perf_counter()
             pause = time.perf_counter()
+            if last or done % self.intervals.evaluate == 0 or done % self.intervals.checkpoint == 0:
+                self.placement.complete_parameters()
             if done % self.intervals.evaluate == 0 or last:
                 evaluation = self._evaluate(done)
             if self.checkpointer is not None and (done % self.intervals.checkpoint == 0 or last):
@@ -214,6 +216,7 @@ class Trainer:
             share += loss.detach()
         self._step()
         if self.average is not None:
+            self.placement.complete_parameters()
             self.average.update_parameters(self.model)
         return share
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny import assert_same_parameters, tiny_model, tiny_trainer
 
-from hvd_lars.assemble import placing
+from hvd_lars.assemble import choices, placing
 from hvd_lars.comm.compressed import CompressedReducer
 from hvd_lars.config import Comm, Optimizer
+from hvd_lars.config_file import load_config
 from hvd_lars.errors import UserError
 from hvd_lars.optim import Replicated, Sharded
 from hvd_lars.replicas import named_state, verify_agreement
@@ -89,36 +90,45 @@ def test_a_compressed_sum_that_does_not_fit_is_taken_again_in_float32(comm):
 
 
 def test_all_ranks_take_the_kernel_that_all_have(comm, monkeypatch):
-    assert placing.agree_on_kernel("auto", CPU, comm) == "native"
-    assert placing.agree_on_kernel("eager", CPU, comm) == "eager"
+    assert choices.agree_on_kernel("auto", CPU, comm) == "native"
+    assert choices.agree_on_kernel("eager", CPU, comm) == "eager"
     lacking = comm.size - 1
     if comm.rank == lacking:
-        monkeypatch.setattr(placing, "why_not_native", lambda _: "it was not built")
-    assert placing.agree_on_kernel("auto", CPU, comm) == "fused"
+        monkeypatch.setattr(choices, "why_not_native", lambda _: "it was not built")
+    assert choices.agree_on_kernel("auto", CPU, comm) == "fused"
     with pytest.raises(UserError, match=f"found native, which 1 of {comm.size} ranks cannot use"):
-        placing.agree_on_kernel("native", CPU, comm)
+        choices.agree_on_kernel("native", CPU, comm)
     with pytest.raises(UserError, match="kernel fused runs on CPU"):
-        placing.agree_on_kernel("fused", torch.device("cuda"), comm)
+        choices.agree_on_kernel("fused", torch.device("cuda"), comm)
 
 
-def test_auto_takes_one_placement_on_all_ranks_and_says_why(comm):
+def test_what_is_left_to_measurement_is_settled_alike_on_all_ranks_and_told(comm, capsys):
     model = tiny_model(torch.float32)
-    found = placing.place(model, comm, Optimizer(placement="auto"), Comm(), "native")
-    reason = comm.broadcast_object(found.reason)
-    assert found.reason == reason
-    name = type(found.placement).__name__.lower()
+    left = ["optimizer.placement=auto", "comm.bucket_mb=auto", "train.micro_batch=4"]
+    config = choices.settle(load_config("digits", left), model, (3, 6, 6), 5, comm, CPU)
+    chosen = config.optimizer.kernel, config.optimizer.placement, config.comm.bucket_mb
+    assert comm.broadcast_object(chosen) == chosen
+    assert chosen[0] == "native"
+    assert chosen[1] in (("replicated",) if comm.size == 1 else ("replicated", "sharded"))
+    assert chosen[2] in choices._BUCKETS
+    told = capsys.readouterr().out
+    if comm.rank > 0:
+        assert told == ""
+        return
+    assert f"comm.bucket_mb auto: {chosen[2]:g}; steps take with 1 " in told
     if comm.size == 1:
-        assert reason == "replicated, as there is one rank"
+        assert "optimizer.placement auto: replicated, as there is one rank" in told
     else:
-        assert reason.startswith(f"{name}: sums, update and gathering take replicated ")
-    named = placing.place(model, comm, Optimizer(placement="sharded"), Comm(), "native")
-    assert isinstance(named.placement, Sharded)
+        assert f"optimizer.placement auto: {chosen[1]}; steps take with replicated " in told
+    # The model itself takes no step and gets no hooks.
+    assert all(param.grad is None and not param._backward_hooks for param in model.parameters())
+    torch.testing.assert_close(tiny_model(torch.float32).state_dict(), model.state_dict())
 
 
 def test_compression_is_refused_where_it_cannot_be(comm):
     model, fp16 = tiny_model(torch.float32), Comm(compression="fp16")
     with pytest.raises(UserError, match="comm.compression: found fp16; with .* sharded allowed"):
-        placing.place(model, comm, Optimizer(placement="sharded"), fp16, "native")
+        placing.place(model, comm, Optimizer(placement="sharded"), fp16)
     if comm.backend == "mpi":
         with pytest.raises(UserError, match="fp16 needs comm.backend horovod"):
-            placing.place(model, comm, Optimizer(), fp16, "native")
+            placing.place(model, comm, Optimizer(), fp16)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from tiny import RATES, assert_same_parameters, one_device, tiny_model, tiny_trainer
+from tiny import RATES, TinySource, assert_same_parameters, one_device, tiny_model, tiny_trainer
+from torch import nn
+from torch.nn import functional
 
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
@@ -127,3 +129,74 @@ def test_a_parameter_outside_the_placement_is_refused(comm):
     placement = Sharded(model[0].parameters(), comm)
     with pytest.raises(ValueError, match="not in its placement"):
         LARS(model.parameters(), placement=placement)
+
+
+class LateGathering:
+    """A communicator whose gathered parameters are NaN until somebody waits for them."""
+
+    def __init__(self, comm):
+        self._comm, self.waiting = comm, 0
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+    def start_all_gather(self, flat, name):
+        whole = flat.clone()
+        pending = self._comm.start_all_gather(whole, name)
+        part = len(flat) // self._comm.size
+        flat[: self._comm.rank * part] = flat[(self._comm.rank + 1) * part :] = torch.nan
+        self.waiting += 1
+        return LateGathering.Late(self, pending, flat, whole)
+
+    class Late:
+        def __init__(self, outer, pending, flat, whole):
+            self._outer, self._pending, self._flat, self._whole = outer, pending, flat, whole
+
+        def wait(self):
+            self._pending.wait()
+            with torch.no_grad():
+                self._flat.copy_(self._whole)
+            self._outer.waiting -= 1
+
+
+class Attentive(nn.Module):
+    """Reads parameters of modules that it does not call, and has one that nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Flatten(), nn.Linear(108, 12), nn.Tanh())
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.tied = nn.Linear(12, 5)  # not called
+        self.scale = nn.Parameter(torch.ones(5))
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, images):
+        tokens = self.first(images).reshape(len(images), 3, 4)
+        mixed, _ = self.attention(tokens, tokens, tokens)
+        return functional.linear(mixed.flatten(1), self.tied.weight, self.tied.bias) * self.scale
+
+
+@pytest.mark.parametrize("make", [tiny_model, lambda dtype: Attentive().to(dtype)])
+def test_parameters_may_arrive_during_the_next_forward(comm, make):
+    source, ends, open_after = TinySource(torch.float64), [], []
+    for late in (False, True):
+        torch.manual_seed(0)
+        model = make(torch.float64)
+        ranks = LateGathering(comm) if late else comm
+        placement = Sharded(model.parameters(), ranks, bucket_bytes=700)
+        if late:
+            placement.gather_during_forward(model)
+        optimizer = LARS(parameter_groups(model, 5e-3), lr=2.0, placement=placement)
+        for step in range(5):
+            optimizer.zero_grad()
+            mine = torch.arange(step * 20, step * 20 + 20)[comm.rank :: comm.size]
+            images, labels = source.images[mine], source.labels[mine]
+            (functional.cross_entropy(model(images), labels, reduction="sum") / 20).backward()
+            optimizer.step()
+            if late:
+                open_after.append(ranks.waiting)
+        placement.complete_parameters()
+        ends.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    assert torch.equal(ends[0], ends[1])
+    assert open_after == [len(placement.gradients.buckets)] * 5
+    assert len(placement.gradients.buckets) > 2

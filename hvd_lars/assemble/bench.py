@@ -17,6 +17,7 @@ from hvd_lars.comm.launcher import Launch
 from hvd_lars.config import Config, Schedule
 from hvd_lars.config_data import Cifar10Data, Cifar100Data, Images, SyntheticData
 from hvd_lars.durations import Duration
+from hvd_lars.optim import Sharded
 from hvd_lars.stopwatch import PARTS, Stopwatch
 from hvd_lars.trainer import Trainer
 
@@ -60,7 +61,9 @@ def bench(
         UserError: on every rank alike, for anything in the config that cannot be done.
     """
     total = (windows + 1) * steps
-    trainer = make_trainer(_bench_config(config, comm.size, total, accumulate), comm, launch)
+    trainer, config = make_trainer(
+        _bench_config(config, comm.size, total, accumulate), comm, launch
+    )
     on_gpu = trainer.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -89,8 +92,7 @@ def bench(
     }
     peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
     numels = [param.numel() for param in trainer.model.parameters() if param.requires_grad]
-    sharded = config.optimizer.placement == "sharded"
-    updated = sum(numels) // (comm.size if sharded else 1)
+    updated = sum(numels) // (comm.size if isinstance(trainer.placement, Sharded) else 1)
     return Bench(
         ranks=comm.size,
         global_batch=trainer.batches.global_batch,

@@ -12,8 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hvd_lars import run_folder
 from hvd_lars.allocator import keep_freed_memory
-from hvd_lars.assemble.network import build_network
-from hvd_lars.assemble.placing import agree_on_kernel, place
+from hvd_lars.assemble.choices import settle
+from hvd_lars.assemble.network import build_network, shapes_of
+from hvd_lars.assemble.placing import place
 from hvd_lars.assemble.plan import make_plan
 from hvd_lars.assemble.sources import build_source, mixes_pairs, workers_of
 from hvd_lars.batch_norm import span_ranks
@@ -28,7 +29,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.metrics import Console, JsonLines
 from hvd_lars.models import load_weights
-from hvd_lars.optim import LARS, Placement, parameter_groups
+from hvd_lars.optim import LARS, Placement, Sharded, parameter_groups
 from hvd_lars.trainer import Trainer
 
 
@@ -64,12 +65,9 @@ def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, An
     return parameter_groups(model, settings.weight_decay, adapt, settings.decay)
 
 
-def build_optimizer(
-    model: nn.Module, settings: Optimizer, lr: float, kernel: str, placement: Placement
-) -> LARS:
+def build_optimizer(model: nn.Module, settings: Optimizer, lr: float, placement: Placement) -> LARS:
     """LARS with the config's groups; ``sgd`` is the same rule without trust ratios."""
-    elsewhere = {"name", "adapt", "decay", "weight_decay", "kernel", "placement"}
-    options = settings.model_dump(exclude=elsewhere) | {"kernel": kernel}
+    options = settings.model_dump(exclude={"name", "adapt", "decay", "weight_decay", "placement"})
     return LARS(optimizer_groups(model, settings), lr=lr, placement=placement, **options)
 
 
@@ -79,7 +77,7 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
     Raises:
         UserError: on every rank alike, for anything in the config that cannot be done.
     """
-    trainer = make_trainer(config, comm, launch)
+    trainer, config = make_trainer(config, comm, launch)
 
     def make_folder() -> str:
         folder = run_folder.create_run_folder(config.run.dir, config.run.name)
@@ -97,13 +95,13 @@ def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[T
     return trainer, folder
 
 
-def make_trainer(config: Config, comm: Communicator, launch: Launch) -> Trainer:
-    """A trainer that keeps nothing and says nothing; collective.
+def make_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Trainer, Config]:
+    """A trainer that keeps nothing, and the config with all choices made; collective.
 
     Raises:
         UserError: on every rank alike, for anything in the config that cannot be done.
     """
-    set_threads(config.train.threads, launch)
+    threads = set_threads(config.train.threads, launch)
     device = choose_device(comm)
     source = build_source(config, comm, gpu=device.type == "cuda")
     plan = make_plan(config, source.num_train, comm.size)
@@ -117,24 +115,28 @@ def make_trainer(config: Config, comm: Communicator, launch: Launch) -> Trainer:
     average = None
     if config.model.ema_decay is not None:
         average = make_average(model, config.model.ema_decay)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shape = next(iter(shapes_of(config.data)))
+    config = settle(config, model, shape, source.num_classes, comm, device)
     if config.model.bn_sync_ranks > 1:
         try:
             if not span_ranks(model, comm.group(config.model.bn_sync_ranks)):
                 raise ValueError("the network has no BatchNorm")
         except ValueError as error:
             raise UserError(f"model.bn_sync_ranks: {error}") from None
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kernel = agree_on_kernel(config.optimizer.kernel, device, comm)
-    placed = place(model, comm, config.optimizer, config.comm, kernel)
-    if placed.reason and comm.rank == 0:
-        print(f"optimizer.placement auto: {placed.reason}")
-    optimizer = build_optimizer(model, config.optimizer, plan.schedule(0), kernel, placed.placement)
-    return Trainer(
+    placement = place(model, comm, config.optimizer, config.comm)
+    if isinstance(placement, Sharded) and not config.train.compile:
+        # On the CPU only where a core is free to gather: else forward would share its own.
+        cores = len(os.sched_getaffinity(0))
+        if device.type == "cuda" or cores >= (launch.local_size or cores) * (threads + 1):
+            placement.gather_during_forward(model)
+    optimizer = build_optimizer(model, config.optimizer, plan.schedule(0), placement)
+    trainer = Trainer(
         model=model,
         average=average,
         optimizer=optimizer,
-        placement=placed.placement,
+        placement=placement,
         schedule=plan.schedule,
         source=source,
         batches=GlobalBatches(
@@ -155,6 +157,7 @@ def make_trainer(config: Config, comm: Communicator, launch: Launch) -> Trainer:
         channels_last=config.train.channels_last,
         compiled=torch.compile(model) if config.train.compile else None,
     )
+    return trainer, config
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -186,6 +186,7 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.placement is not None:
+            self.placement.complete_parameters()
             self.placement.gradients.finish()
         placed, checked = self.placement is not None, self.loss_scale is not None
         now = signature(self.param_groups, placed, checked)

@@ -36,6 +36,10 @@ class Placement(Protocol):
         """The step is done: give every rank the parameters that it updated."""
         ...
 
+    def complete_parameters(self) -> None:
+        """Wait until all of them are there, where that was left to the next forward."""
+        ...
+
     def whole(self, param: Tensor, part: Tensor) -> Tensor:
         """Every rank's ``part`` put together in the parameter's shape; collective."""
         ...

@@ -82,6 +82,9 @@ class Replicated:
         """Every rank has updated every parameter: only the window ends."""
         self.gradients.end_step()
 
+    def complete_parameters(self) -> None:
+        """Nothing to wait for."""
+
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """The whole parameter and its gradient, in memory order."""
         b, i = self.gradients.place[param]

@@ -1,6 +1,6 @@
 """Each rank updates 1 / size of everything.
 
-Imports buckets, norms, placement, shard_plan and comm.base.
+Imports buckets, forward_reads, norms, placement, shard_plan and comm.base.
 
 On 2 ranks with one bucket of two layers, the second across the border:
 
@@ -9,7 +9,7 @@ On 2 ranks with one bucket of two layers, the second across the border:
     rank 0 holds    ▓▓▓▓▓▓▓▓▒▒▒▒                 sums of its part, sums Σ² of both layers' shares
     rank 1 holds                 ▒▒▒▒▒▒▒▒▒▒▒▒    sums of its part, sums Σ² of its share
     step:           2·layers values summed over the ranks; each updates its part
-    publish:        all-gather of the parameters, in place
+    publish:        all-gather of the parameters, in place, beside the next forward on request
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending
 from hvd_lars.optim.buckets import GradientBuckets
+from hvd_lars.optim.forward_reads import ForwardReads
 from hvd_lars.optim.norms import flat
 from hvd_lars.optim.placement import check_placed
 from hvd_lars.optim.shard_plan import overlap
@@ -93,6 +94,8 @@ class Sharded:
         self._weights: list[Tensor] = []  # by bucket: (numel,), all parameters
         self._shards: list[Tensor] = []  # by bucket: (numel / size,), summed gradients
         self._shares: dict[Tensor, _Share] = {}
+        self._gathering: dict[int, Pending] = {}  # by bucket
+        self._reads: ForwardReads | None = None
         for bucket in self.gradients.buckets:
             weights = torch.zeros_like(bucket.flat)
             part = weights.numel() // comm.size
@@ -113,18 +116,40 @@ class Sharded:
             self._weights.append(weights)
             self._shards.append(shard)
 
+    def gather_during_forward(self, model: nn.Module) -> None:
+        """Return from a step at once, and wait for parameters before the part that reads them.
+
+        The first forward shows which parts it calls.  Whoever reads parameters other than by
+        calling ``model`` asks for :meth:`complete_parameters` first.  Not for a model that
+        ``torch.compile`` runs.
+        """
+        self._reads = ForwardReads(model, self._complete)
+
     def publish_parameters(self) -> None:
-        """All-gather every bucket's parameters in place."""
+        """All-gather every bucket's parameters in place; those that forward reads first, first."""
         with self.gradients.watch.part("communication"):
-            pending = [
-                self._comm.start_all_gather(weights, f"{self._name}.parameters.{b}")
-                for b, weights in enumerate(self._weights)
-            ]
-            for gathering in pending:
-                gathering.wait()
+            for b in reversed(range(len(self._weights))):
+                name = f"{self._name}.parameters.{b}"
+                self._gathering[b] = self._comm.start_all_gather(self._weights[b], name)
         for param in self._shares:  # autograd must see that they have changed
             torch.autograd.graph.increment_version(param)
         self.gradients.end_step()
+        if self._reads is None or not self._reads.learn():
+            self.complete_parameters()
+
+    def complete_parameters(self) -> None:
+        """Wait until every parameter is whole."""
+        self._complete(self._shares)
+
+    def _complete(self, params: Iterable[Tensor]) -> None:
+        if not self._gathering:
+            return
+        with self.gradients.watch.part("communication"):
+            for param in params:
+                place = self.gradients.place.get(param)
+                gathering = None if place is None else self._gathering.pop(place[0], None)
+                if gathering is not None:
+                    gathering.wait()
 
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of the parameter and of its summed gradient."""
