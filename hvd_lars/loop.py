@@ -202,7 +202,7 @@ class Loop:
             "train",
             progress.step,
             samples=progress.step * self.trainer.batches.global_batch,
-            loss=total.item() / max(steps, 1),
+            loss=total.item() / steps if steps else float("nan"),
             lr=self.trainer.schedule(progress.step - 1),
             images_per_second=steps * self.trainer.batches.global_batch / seconds,
             step_seconds=seconds / max(steps, 1),
