@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hvd_lars.assemble import build_trainer
+from hvd_lars.assemble import build_run
 from hvd_lars.comm import Communicator, connect, detect_launch
 from hvd_lars.config_file import load_config
 from hvd_lars.run_folder import environment_facts
@@ -70,16 +70,17 @@ class Bench:
             "train.micro_batch=512",
             "train.eval_every=20 epochs",
             "checkpoint.every=20 epochs",
+            "train.max_skipped_steps=1000000",  # a rate that is too high has no other end
             f"run.seed={seed}",
             f"run.dir={self.folder}/{len(self.runs)}",
         ]
         name = {"digits": "digits-sgd-b32", "glyphs": "glyphs-sgd-b32"}[self.data]
         launch = detect_launch(os.environ)
-        trainer, _ = build_trainer(load_config(name, overrides), self.comm, launch)
-        trainer.sinks = []
+        loop, _ = build_run(load_config(name, overrides), self.comm, launch)
+        loop.sinks = []
         if watch:
-            self._watch(trainer)
-        top1 = 100.0 * trainer.run().evaluation.top1
+            self._watch(loop.trainer)
+        top1 = 100.0 * loop.run().evaluation.top1
         self.runs.append(
             {
                 "batch": batch,

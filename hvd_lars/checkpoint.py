@@ -1,78 +1,127 @@
-"""Saving and restoring the state of training; imports replicas, optim, comm, files and errors."""
+"""Saving and restoring the state of training over ranks.
+
+Imports checkpoint_files, progress, replicas, optim, comm and errors.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-from collections.abc import Mapping
+import sys
+import threading
+import time
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hvd_lars import checkpoint_files
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.errors import UserError
-from hvd_lars.files import let_umask_decide, sha256_of, sync
 from hvd_lars.optim import LARS
+from hvd_lars.progress import Progress
 from hvd_lars.replicas import average_buffers, broadcast_and_verify, named_state
-
-_TENSORS, _PROGRESS, _MANIFEST = "state.safetensors", "progress.json", "manifest.json"
 
 
 @final
 class Checkpointer:
-    """Folders ``step-N`` under one folder, each whole or absent, the newest ``keep_last`` kept.
-
-    A folder holds every tensor by name in safetensors, the progress as JSON, and last of all a
-    manifest with sizes and SHA-256.  It is written under another name, synced, and renamed.
-    Loading runs no code from the file.
-    """
+    """Checkpoints ``step-N`` under one folder; the newest ``keep_last`` and the best are kept."""
 
     def __init__(self, folder: Path, comm: Communicator, keep_last: int = 2) -> None:
         self._folder, self._comm, self._keep_last = folder, comm, keep_last
+        self._writer: threading.Thread | None = None
+        self._failure: str | None = None
 
     def save(
         self,
         model: nn.Module,
         optimizer: LARS,
-        progress: Mapping[str, Any],
+        progress: Progress,
         average: nn.Module | None = None,
-    ) -> Path:
-        """Write ``step-N`` with N = progress["step"]; collective, rank 0 writes.
+        beside: bool = False,
+    ) -> tuple[Path, float]:
+        """Write ``step-N`` with N = progress.step; collective, rank 0 writes.
+
+        ``beside`` lets training go on when the state has been copied to the host's memory; a
+        thread then writes it, and what it meets is told by :meth:`finish`.
+
+        Returns:
+            The checkpoint's folder, and the seconds that this call took.
 
         Raises:
-            UserError: on every rank, when the file system refuses; earlier ones are untouched.
+            UserError: on every rank, when the file system refuses and not ``beside``; earlier
+                checkpoints are untouched.
         """
+        begun = time.perf_counter()
+        self.finish()
         average_buffers(model, self._comm)
         if average is not None:
             average_buffers(average, self._comm)
-        target = self._folder / f"step-{progress['step']:08d}"
         state = named_state(model, optimizer, average)
-        on_root(self._comm, lambda: self._write(target, state, progress))
-        return target
+        record = progress.record()
+        if self._comm.rank == 0:
+            # Copies, since safetensors refuses tensors that share memory (tied weights).
+            copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
+            self._writer = threading.Thread(target=self._write, args=(copies, record))
+            self._writer.start()
+        if not beside:
+            self.finish(raising=True)
+        target = checkpoint_files.folder_of(self._folder, progress.step)
+        return target, time.perf_counter() - begun
+
+    def finish(self, raising: bool = False) -> str | None:
+        """Wait for the writing that goes on; the line that says why one failed, on rank 0.
+
+        Raises:
+            UserError: on every rank, it failed and that is to be an error; collective then.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        if raising:
+            on_root(self._comm, lambda: _raise(failure))
+        elif failure is not None:
+            print(f"hvd-lars: {failure}; the run goes on", file=sys.stderr, flush=True)
+        return failure
+
+    def find(self, source: Path | None = None) -> Progress | None:
+        """Progress of the newest sound checkpoint, here or in ``source``; None where there is none.
+
+        Collective.  Damaged ones are named on standard error and passed over.
+
+        Raises:
+            UserError: on every rank: all are damaged.
+        """
+        self.finish()
+        found = on_root(self._comm, lambda: checkpoint_files.find(source or self._folder))
+        if found is not None and self._comm.rank == 0:
+            for line in found.passed_over:
+                print(f"hvd-lars: {line}: taking {found.folder}", file=sys.stderr, flush=True)
+        self._found = found
+        return None if found is None else found.progress
 
     def restore(
         self,
         model: nn.Module,
         optimizer: LARS | None = None,
         average: nn.Module | None = None,
-    ) -> dict[str, Any]:
-        """Load the newest checkpoint on every rank and return its progress; collective.
+        source: Path | None = None,
+    ) -> Progress:
+        """Load the newest sound checkpoint on every rank and return its progress; collective.
 
         Only rank 0 reads.  Momentum is sent before parameters, and a checksum then proves that
         all ranks hold the same bits.
 
         Raises:
-            UserError: on every rank: there is none, it is damaged, or it is of another model.
+            UserError: on every rank: there is none, all are damaged, or it is of another model.
         """
-        source, progress, names = on_root(self._comm, self._open_latest)
+        progress, found = self.find(source), self._found
+        if progress is None or found is None:
+            raise UserError(f"{source or self._folder}: no checkpoint (a folder step-N) in it")
+        names = list(found.names)
         live = named_state(model, average=average)
-        momentum = {}
+        momentum: dict[Tensor, Tensor] = {}
         if optimizer is not None:
             momentum = {
                 param: torch.zeros_like(param)
@@ -86,80 +135,22 @@ class Checkpointer:
             } | live
         wanted = {name.partition("/")[0] for name in live} | {"model"}
         names = [name for name in names if name.partition("/")[0] in wanted]
-        on_root(self._comm, lambda: _read(source / _TENSORS, live, names))
+        on_root(self._comm, lambda: checkpoint_files.read(found, live, names))
         broadcast_and_verify(live, self._comm)
         for param, value in momentum.items():
             assert optimizer is not None
             optimizer.set_momentum(param, value)
         return progress
 
-    def _write(
-        self, target: Path, state: Mapping[str, Tensor], progress: Mapping[str, Any]
-    ) -> None:
-        draft = target.with_suffix(".tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+    def _write(self, tensors: dict[str, Tensor], record: dict[str, object]) -> None:
         try:
-            # Copies, since safetensors refuses tensors that share memory (tied weights).
-            tensors = {
-                name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()
-            }
-            save_file(tensors, draft / _TENSORS)
-            let_umask_decide(draft / _TENSORS)
-            (draft / _PROGRESS).write_text(json.dumps(dict(progress), indent=2))
-            manifest = {name: _fingerprint(draft / name) for name in (_TENSORS, _PROGRESS)}
-            (draft / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-            for path in (*draft.iterdir(), draft):
-                sync(path)
-        except SafetensorError as error:  # it wraps the operating system's errors
-            raise UserError(f"{draft}: cannot be written: {error}") from None
-        shutil.rmtree(target, ignore_errors=True)
-        draft.rename(target)
-        sync(self._folder)
-        for old in _steps(self._folder)[: -self._keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def _open_latest(self) -> tuple[Path, dict[str, Any], list[str]]:
-        """The newest checkpoint's folder, progress and tensor names, after checking its files."""
-        steps = _steps(self._folder)
-        if not steps:
-            raise UserError(f"{self._folder}: no checkpoint (a folder step-N) in it")
-        source = steps[-1]
-        try:
-            manifest = json.loads((source / _MANIFEST).read_text())
-            for name in (_TENSORS, _PROGRESS):
-                if manifest[name] != _fingerprint(source / name):
-                    raise UserError(f"{source / name}: damaged: not what {_MANIFEST} says")
-            progress = json.loads((source / _PROGRESS).read_text())
-            with safe_open(source / _TENSORS, framework="pt") as tensors:
-                names = list(tensors.keys())
-        except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
-            raise UserError(f"{source}: damaged checkpoint: {error}") from None
-        return source, progress, names
+            checkpoint_files.write(self._folder, tensors, record, self._keep_last)
+        except UserError as error:
+            self._failure = str(error)
+        except OSError as error:
+            self._failure = f"{error.filename or self._folder}: {error.strerror or error}"
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _read(path: Path, live: Mapping[str, Tensor], names: list[str]) -> None:
-    """Copy the file's tensors into the live ones; every name and shape must match."""
-    absent = sorted(set(live) - set(names)) or sorted(set(names) - set(live))
-    if absent:
-        where = "the checkpoint" if absent[0] in live else "the model"
-        raise UserError(f"{path}: {absent[0]} is not in {where}: it is of another model")
-    with safe_open(path, framework="pt") as tensors, torch.no_grad():
-        for name, tensor in live.items():
-            stored = tensors.get_tensor(name)
-            if stored.shape != tensor.shape or stored.dtype != tensor.dtype:
-                raise UserError(
-                    f"{path}: {name} is {tuple(stored.shape)} {stored.dtype}, the model has "
-                    f"{tuple(tensor.shape)} {tensor.dtype}"
-                )
-            tensor.copy_(stored)
+def _raise(failure: str | None) -> None:
+    if failure is not None:
+        raise UserError(failure)

@@ -43,6 +43,9 @@ class Run(Section):
     expect_world_size: Positive | None = Field(
         default=None, description="refuse any other rank count"
     )
+    max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="stop with a checkpoint and exit code 75 after so many hours"
+    )
 
 
 class Comm(Section):
@@ -166,6 +169,10 @@ class Train(Section):
         default="fp32", description="of forward and backward; weights and sums stay float32"
     )
     channels_last: bool = Field(default=False, description="memory format of images and weights")
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        default=10,
+        description="steps in a row that may be left out because a gradient is not finite",
+    )
     compile: bool = Field(default=False, description="torch.compile the network")
     eval_every: DurationField = Duration(1, "epochs")
     log_every: DurationField = Duration(10, "steps")

@@ -43,3 +43,13 @@ class Duration:
         if self.unit == "epochs":
             return round(self.value * steps_per_epoch)
         return round(self.value / global_batch) if self.unit == "samples" else int(self.value)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Lengths in steps: of the run, and between evaluations, log lines and checkpoints."""
+
+    total: int
+    evaluate: int
+    log: int
+    checkpoint: int

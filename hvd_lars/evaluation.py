@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -38,11 +40,13 @@ def evaluate(
     batch: int,
     device: torch.device,
     workers: int = 0,
-) -> Evaluation:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Evaluate on every sample exactly once: rank r takes samples r, r + size and so on.
 
     Nothing is padded, and counts are summed over ranks, so the result does not depend on their
-    number.  Top-5 is top-C where there are C < 5 classes.  Collective.
+    number.  Top-5 is top-C where there are C < 5 classes.  Collective; ``stopped`` is too, is asked
+    equally often on all ranks, and ends it early with None.
     """
     average_buffers(model, comm)
     was_training = model.training
@@ -50,7 +54,15 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     mine = np.arange(comm.rank, source.num_eval, comm.size)
     requests = [Request(None, mine[i : i + batch]) for i in range(0, len(mine), batch)]
-    for request, (images, labels) in stream(source, requests, workers, device.type):
+    batches = stream(source, requests, workers, device.type)
+    for _ in range(math.ceil(source.num_eval / (comm.size * batch))):  # the most of any rank
+        if stopped():
+            model.train(was_training)
+            return None
+        made = next(batches, None)
+        if made is None:
+            continue
+        request, (images, labels) = made
         images, labels = source.on_device(images, labels, request)
         logits = model(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]

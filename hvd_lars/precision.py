@@ -33,13 +33,13 @@ class LossScale:
     """
 
     def __init__(self, value: float = 2.0**16, growth_steps: int = 2000) -> None:
-        self.value, self._growth_steps, self._good_steps = value, growth_steps, 0
+        self.value, self._growth_steps, self.good_steps = value, growth_steps, 0
 
     def update(self, skipped: bool) -> None:
         """Take note of a step; all ranks must say the same."""
         if skipped:
-            self.value, self._good_steps = self.value / 2.0, 0
+            self.value, self.good_steps = self.value / 2.0, 0
             return
-        self._good_steps += 1
-        if self._good_steps == self._growth_steps:
-            self.value, self._good_steps = self.value * 2.0, 0
+        self.good_steps += 1
+        if self.good_steps == self._growth_steps:
+            self.value, self.good_steps = self.value * 2.0, 0

@@ -1,6 +1,6 @@
 """The folder of one run: config.yaml, environment.json, metrics.jsonl, checkpoints/.
 
-Imports errors only.  Its functions run on rank 0.
+Imports errors and files.  Its functions run on rank 0.
 """
 
 from __future__ import annotations
@@ -17,25 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lars.errors import UserError
+from hvd_lars.files import sync
 
-CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS = (
+CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, STOP = (
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
     "checkpoints",
+    "STOP",
 )
 
 
-def create_run_folder(wanted: str | None, name: str) -> Path:
+def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Path:
     """Make and return the run's folder: ``wanted``, or ``runs/<name>-<time>``.
 
     Raises:
-        UserError: it cannot be written, or holds a run already.
+        UserError: it cannot be written, or holds a run already and is not to be used ``again``.
     """
     unnamed = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(wanted).expanduser() if wanted else unnamed
-    if (folder / METRICS).exists() or (folder / CONFIG).exists():
-        raise UserError(f"run.dir: {folder} holds a run already; name another folder")
+    if not again and ((folder / METRICS).exists() or (folder / CONFIG).exists()):
+        raise UserError(
+            f"run.dir: {folder} holds a run already; name another folder, or --resume it"
+        )
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -52,6 +56,25 @@ def describe_run(
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
     facts = environment_facts() | {"device": device, "threads": threads} | ranks
     (folder / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Cut metrics.jsonl to what was recorded up to ``step``; torn lines go, too."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            if line.endswith(b"\n") and int(record["step"]) <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    draft = path.with_suffix(".tmp")
+    draft.write_bytes(b"".join(kept))
+    sync(draft)
+    draft.rename(path)
 
 
 def environment_facts() -> dict[str, Any]:

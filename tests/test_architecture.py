@@ -12,11 +12,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # and anything from the rows above.
 LAYERS = [
     ["allocator", "errors", "files", "memory", "durations", "schedules", "launchers", "run_folder"],
-    ["stopwatch", "precision"],
+    ["stopwatch", "precision", "progress"],
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
-    ["optim", "replicas", "batch_norm"],
-    ["evaluation", "checkpoint"],
-    ["trainer", "doctor"],
+    ["optim", "replicas", "batch_norm", "stopping"],
+    ["evaluation", "checkpoint_files", "checkpoint"],
+    ["trainer", "loop", "doctor"],
     ["assemble"],
     ["cli", "__main__"],
 ]
@@ -30,7 +30,7 @@ MAY_IMPORT_NOTHING = [
     "schedules",
     "launchers",
 ]
-MAY_IMPORT_NOTHING += ["stopwatch", "precision"]
+MAY_IMPORT_NOTHING += ["stopwatch", "precision", "progress"]
 
 
 def part_of(path):

@@ -41,14 +41,14 @@ def test_a_loss_scale_that_overflows_is_halved_on_all_ranks_until_it_fits(comm, 
     trainer.loss_scale.value = 2.0**26
     before = [param.detach().clone() for param in trainer.model.parameters()]
     trainer.train_step(0, trainer.batches_from(0))
-    assert trainer.skipped_steps == 1
+    assert trainer.progress.skipped_steps == 1
     assert trainer.loss_scale.value == 2.0**25
     for param, held in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(param, held)
     for step in range(1, 20):
         trainer.train_step(step % 8, trainer.batches_from(step % 8))
-    assert 1 < trainer.skipped_steps < 20
-    assert trainer.loss_scale.value == 2.0 ** (26 - trainer.skipped_steps)
+    assert 1 < trainer.progress.skipped_steps < 20
+    assert trainer.loss_scale.value == 2.0 ** (26 - trainer.progress.skipped_steps)
     assert all(param.isfinite().all() for param in trainer.model.parameters())
     verify_agreement(named_state(trainer.model, trainer.optimizer), comm)
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import tiny_model, tiny_trainer
+from tiny import tiny_loop, tiny_model, tiny_trainer
 from torch import nn
 
 from hvd_lars import LARS
@@ -16,6 +16,7 @@ from hvd_lars.config import Model
 from hvd_lars.config_data import ImageFolderData, Resize, SyntheticData
 from hvd_lars.errors import UserError
 from hvd_lars.models import batch_norms, build_model, load_weights, zero_last_gammas
+from hvd_lars.progress import Progress
 
 CPU = torch.device("cpu")
 DATA = SyntheticData(name="synthetic", image_size=64)
@@ -88,8 +89,8 @@ def weights(tmp_path):
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, paths["parallel"])
     save_file(state, paths["safetensors"])
     checkpointer = Checkpointer(paths["run"] / "checkpoints", LocalCommunicator())
-    checkpointer.save(build_model("resnet18", 5), LARS(model.parameters()), {"step": 9})
-    checkpointer.save(model, LARS(model.parameters()), {"step": 10})
+    checkpointer.save(build_model("resnet18", 5), LARS(model.parameters()), Progress(step=9))
+    checkpointer.save(model, LARS(model.parameters()), Progress(step=10))
     return model, paths
 
 
@@ -160,11 +161,9 @@ class Recorder:
 
 def test_the_average_follows_the_weights_and_is_saved(tmp_path):
     decay = 0.75
-    trainer = tiny_trainer(
-        LocalCommunicator(), torch.float64, 1000, tmp_path / "checkpoints", norm=True, ema=decay
-    )
+    trainer = tiny_trainer(LocalCommunicator(), torch.float64, 1000, norm=True, ema=decay)
     records = []
-    trainer.sinks = [Recorder(records)]
+    loop = tiny_loop(trainer, tmp_path / "checkpoints", sinks=[Recorder(records)])
     step, history = trainer.train_step, []
 
     def remembering(number, batches):
@@ -173,7 +172,7 @@ def test_the_average_follows_the_weights_and_is_saved(tmp_path):
         return loss
 
     trainer.train_step = remembering
-    trainer.run()
+    loop.run()
     wanted = history[0]
     for weights in history[1:]:
         wanted = [decay * e + (1 - decay) * w for e, w in zip(wanted, weights, strict=True)]

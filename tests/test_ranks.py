@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from tiny import GLOBAL_BATCH, RATES, assert_same_parameters, one_device, tiny_model, tiny_trainer
+from tiny import (
+    GLOBAL_BATCH,
+    RATES,
+    assert_same_parameters,
+    one_device,
+    tiny_loop,
+    tiny_model,
+    tiny_trainer,
+)
 
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.data.sampler import accumulation
 from hvd_lars.evaluation import evaluate
 from hvd_lars.optim import LARS, Replicated, parameter_groups
+from hvd_lars.progress import Progress
 from hvd_lars.replicas import ReplicasDifferError, average_buffers, named_state, verify_agreement
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4)
@@ -222,24 +231,24 @@ def test_buffers_become_their_mean_over_the_ranks_that_saw_a_batch(comm):
 
 def test_a_run_starts_from_rank_0s_weights(comm, tmp_path):
     folder = comm.broadcast_object(tmp_path)
-    trainer = tiny_trainer(comm, torch.float32, 16, folder, seed=comm.rank)
-    trainer.run()
-    same = tiny_trainer(comm, torch.float32, 16, folder / "again", seed=0)
-    same.run()
+    trainer = tiny_trainer(comm, torch.float32, 16, seed=comm.rank)
+    tiny_loop(trainer, folder).run()
+    same = tiny_trainer(comm, torch.float32, 16, seed=0)
+    tiny_loop(same, folder / "again").run()
     assert_same_parameters(trainer.model, same.model, 1e-12)
 
 
 def test_restore_gives_all_ranks_rank_0s_checkpoint(comm, tmp_path):
     folder = comm.broadcast_object(tmp_path)
-    trainer = tiny_trainer(comm, torch.float32, 16, folder)
+    trainer = tiny_trainer(comm, torch.float32, 16)
     for step in range(3):
         trainer.train_step(step, trainer.batches_from(step))
     checkpointer = Checkpointer(folder, comm)
-    checkpointer.save(trainer.model, trainer.optimizer, {"step": 3})
+    checkpointer.save(trainer.model, trainer.optimizer, Progress(step=3))
     saved = {name: t.clone() for name, t in named_state(trainer.model, trainer.optimizer).items()}
 
     other = tiny_trainer(comm, torch.float32, 16, seed=1 + comm.rank)
-    assert checkpointer.restore(other.model, other.optimizer)["step"] == 3
+    assert checkpointer.restore(other.model, other.optimizer).step == 3
     restored = named_state(other.model, other.optimizer)
     assert restored.keys() == saved.keys()
     assert all(torch.equal(restored[name], saved[name]) for name in saved)

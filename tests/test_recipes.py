@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from hvd_lars.assemble import build_trainer
+from hvd_lars.assemble import build_run
 from hvd_lars.comm import detect_launch
 from hvd_lars.config_file import bundled_configs, load_config
 from hvd_lars.replicas import named_state, verify_agreement
@@ -35,9 +35,10 @@ def tiny_overrides(name, folder):
 def test_takes_steps(comm, name, tmp_path_factory):
     folder = comm.broadcast_object(str(tmp_path_factory.mktemp("run") / "run"))
     config = load_config(name, tiny_overrides(name, folder))
-    trainer, _ = build_trainer(config, comm, detect_launch(os.environ))
+    loop, _ = build_run(config, comm, detect_launch(os.environ))
     torch.set_num_threads(1)
-    for sink in trainer.sinks:
+    trainer = loop.trainer
+    for sink in loop.sinks:
         sink.close()
     before = parameters_to_vector(trainer.model.parameters()).clone()
     batches = trainer.batches_from(0)

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
+from hvd_lars.progress import Progress
 from hvd_lars.replicas import named_state, verify_agreement
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4, 5, 8)
@@ -70,16 +71,16 @@ def test_the_same_ranks_end_with_the_same_bits_every_time(comm):
 @pytest.mark.parametrize("saved", [Sharded, Replicated])
 def test_a_checkpoint_serves_both_placements(comm, saved, tmp_path):
     folder = comm.broadcast_object(tmp_path)
-    trainer = tiny_trainer(comm, torch.float64, 16, folder, placed=saved)
+    trainer = tiny_trainer(comm, torch.float64, 16, placed=saved)
     for step in range(3):
         trainer.train_step(step, trainer.batches_from(step))
     checkpointer = Checkpointer(folder, comm)
-    checkpointer.save(trainer.model, trainer.optimizer, {"step": 3})
+    checkpointer.save(trainer.model, trainer.optimizer, Progress(step=3))
     for step in range(3, 8):
         trainer.train_step(step, trainer.batches_from(step))
     for placed in (Sharded, Replicated):
         other = tiny_trainer(comm, torch.float64, 16, seed=1 + comm.rank, placed=placed)
-        assert checkpointer.restore(other.model, other.optimizer)["step"] == 3
+        assert checkpointer.restore(other.model, other.optimizer).step == 3
         for step in range(3, 8):
             other.train_step(step, other.batches_from(step))
         assert_same_parameters(other.model, trainer.model, 1e-13)

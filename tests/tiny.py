@@ -8,8 +8,10 @@ from hvd_lars.assemble.training import make_average
 from hvd_lars.batch_norm import span_ranks
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.durations import Intervals
+from hvd_lars.loop import Loop
 from hvd_lars.optim import LARS, Replicated, parameter_groups
-from hvd_lars.trainer import Intervals, Trainer
+from hvd_lars.trainer import Trainer
 
 GLOBAL_BATCH = 59  # divided by 1, 2, 3, 4 ranks and again by 2 and 5 it is uneven every time
 RATES = [2.0, 3.0, 0.5, 4.0, 0.0, 1.0, 8.0, 0.1]
@@ -56,7 +58,6 @@ def tiny_trainer(
     comm,
     dtype,
     micro_batch,
-    folder=None,
     adapt="weights",
     seed=0,
     norm=False,
@@ -89,14 +90,17 @@ def tiny_trainer(
         comm=comm,
         device=torch.device("cpu"),
         micro_batch=micro_batch,
-        eval_batch=8,
-        intervals=Intervals(total=len(RATES), evaluate=4, log=3, checkpoint=5),
-        checkpointer=Checkpointer(folder, comm) if folder else None,
-        sinks=[],
+        total_steps=len(RATES),
         seed=3,
         precision=precision,
         channels_last=channels_last,
     )
+
+
+def tiny_loop(trainer, folder, **options):
+    """A Loop around it that keeps checkpoints in a folder."""
+    intervals = Intervals(total=len(RATES), evaluate=4, log=3, checkpoint=5)
+    return Loop(trainer, intervals, 8, Checkpointer(folder, trainer.comm), **options)
 
 
 def one_device(dtype, adapt="weights", norm=False, **options):

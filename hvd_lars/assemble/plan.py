@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from hvd_lars.assemble.sources import mixes_pairs
 from hvd_lars.config import Config
 from hvd_lars.data.sampler import accumulation
-from hvd_lars.durations import Duration
+from hvd_lars.durations import Duration, Intervals
 from hvd_lars.errors import UserError
 from hvd_lars.schedules import (
     Schedule,
@@ -22,7 +22,6 @@ from hvd_lars.schedules import (
     poly,
     scaled_rate,
 )
-from hvd_lars.trainer import Intervals
 
 
 @dataclass(frozen=True)

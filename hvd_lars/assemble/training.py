@@ -16,6 +16,7 @@ from hvd_lars.assemble.choices import settle
 from hvd_lars.assemble.network import build_network, shapes_of
 from hvd_lars.assemble.placing import place
 from hvd_lars.assemble.plan import make_plan
+from hvd_lars.assemble.resuming import Resume, checkpoints_in, config_to_resume
 from hvd_lars.assemble.sources import build_source, mixes_pairs, workers_of
 from hvd_lars.batch_norm import span_ranks
 from hvd_lars.checkpoint import Checkpointer
@@ -27,9 +28,11 @@ from hvd_lars.config_file import dump_config
 from hvd_lars.data import GlobalBatches
 from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
+from hvd_lars.loop import Loop
 from hvd_lars.metrics import Console, JsonLines
 from hvd_lars.models import load_weights
 from hvd_lars.optim import LARS, Placement, Sharded, parameter_groups
+from hvd_lars.stopping import StopRequests
 from hvd_lars.trainer import Trainer
 
 
@@ -71,28 +74,56 @@ def build_optimizer(model: nn.Module, settings: Optimizer, lr: float, placement:
     return LARS(optimizer_groups(model, settings), lr=lr, placement=placement, **options)
 
 
-def build_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Trainer, Path]:
+def build_run(
+    config: Config, comm: Communicator, launch: Launch, resume: Resume | None = None
+) -> tuple[Loop, Path]:
     """Everything for one rank's part of the run, and the run folder; collective.
 
     Raises:
-        UserError: on every rank alike, for anything in the config that cannot be done.
+        UserError: on every rank alike, for anything in the config that cannot be done, or a run
+            that cannot be resumed.
     """
+    if resume is not None:
+        config = on_root(comm, lambda: config_to_resume(config, resume))
     trainer, config = make_trainer(config, comm, launch)
+    again = resume is not None and resume.source is None
 
     def make_folder() -> str:
-        folder = run_folder.create_run_folder(config.run.dir, config.run.name)
+        folder = run_folder.create_run_folder(config.run.dir, config.run.name, again)
         ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
         threads, device = torch.get_num_threads(), str(trainer.device)
         run_folder.describe_run(folder, dump_config(config), ranks, device, threads)
+        (folder / run_folder.STOP).unlink(missing_ok=True)
         return str(folder)
 
     folder = Path(on_root(comm, make_folder))
-    checkpoints = folder / run_folder.CHECKPOINTS
-    trainer.checkpointer = Checkpointer(checkpoints, comm, config.checkpoint.keep_last)
+    checkpointer = Checkpointer(folder / run_folder.CHECKPOINTS, comm, config.checkpoint.keep_last)
+    hours = config.run.max_hours
+    loop = Loop(
+        trainer,
+        make_plan(config, trainer.source.num_train, comm.size).intervals,
+        config.train.eval_batch,
+        checkpointer,
+        max_skipped_steps=config.train.max_skipped_steps,
+        stops=StopRequests(
+            folder / run_folder.STOP if comm.rank == 0 else None,
+            float("inf") if hours is None else hours * 3600.0,
+        ),
+    )
+    step = 0
+    if resume is not None:
+        source = None if resume.source is None else checkpoints_in(resume.source)
+        if source is not None or checkpointer.find() is not None:
+            progress = checkpointer.restore(
+                trainer.model, trainer.optimizer, trainer.average, source
+            )
+            loop.resume(progress)
+            step = progress.step
     if comm.rank == 0:
+        run_folder.forget_after(folder, step)
         metrics = JsonLines(folder / run_folder.METRICS)
-        trainer.sinks = [Console(trainer.intervals.total), metrics]
-    return trainer, folder
+        loop.sinks = [Console(loop.intervals.total), metrics]
+    return loop, folder
 
 
 def make_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Trainer, Config]:
@@ -148,8 +179,7 @@ def make_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Tr
         comm=comm,
         device=device,
         micro_batch=config.train.micro_batch,
-        eval_batch=config.train.eval_batch,
-        intervals=plan.intervals,
+        total_steps=plan.intervals.total,
         seed=config.run.seed,
         workers=workers_of(config),
         label_smoothing=config.train.label_smoothing,
@@ -183,6 +213,7 @@ def evaluate_run(
     Checkpointer(folder / run_folder.CHECKPOINTS, comm).restore(model, average=average)
     batch, workers = config.train.eval_batch, workers_of(config)
     result = evaluate(model, source, comm, batch, device, workers)
+    assert result is not None  # nothing stops it
     if average is None:
         return result, None
     return result, evaluate(average.module, source, comm, batch, device, workers)

@@ -27,11 +27,14 @@ _GRACE_SECONDS = 3.0
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exits with 0, 1 (something broke) or 2 (the user can mend it)."""
+    """Run one command; exits with 0, 1 (something broke), 2 (the user can mend it) or 75.
+
+    75 is EX_TEMPFAIL of sysexits.h: the run was told to stop and can go on; requeue it.
+    """
     options = _parse(arguments)
     try:
         if options.command in ("train", "eval", "bench"):
-            _run_on_ranks(options).close()
+            sys.exit(_run_on_ranks(options))
         else:
             tools = {"check": _check, "pack": _pack, "schema": _schema, "doctor": _doctor}
             sys.exit(tools[options.command](options))
@@ -73,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train, on every rank that the launcher starts")
     add_config(train)
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on in run.dir from its newest checkpoint, or begin there if it has none",
+    )
+    train.add_argument(
+        "--resume-from", type=Path, metavar="PATH", help="start from a run or a checkpoint of it"
+    )
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     evaluate.add_argument("overrides", metavar="key.sub=value", nargs="*")
@@ -121,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_on_ranks(options: argparse.Namespace) -> Communicator:
-    """Join the ranks and train or evaluate; returns the communicator, to be closed."""
+def _run_on_ranks(options: argparse.Namespace) -> int:
+    """Join the ranks and train, evaluate or measure; returns the exit code."""
     # Read before torch is imported: most mistakes are in the config.
     if options.command != "eval":
         config = _config(options.config, options.overrides)
@@ -140,9 +151,12 @@ def _run_on_ranks(options: argparse.Namespace) -> Communicator:
     groups = config.model.bn_sync_ranks > 1
     parts = options.command != "eval" and config.optimizer.placement != "replicated"
     comm = connect(config.comm.backend, config.run.expect_world_size, groups, parts)
+    code = 0
     try:
         if options.command == "train":
-            _train(config, comm, launch)
+            from hvd_lars.cli.train import train
+
+            code = train(options, config, comm, launch)
         elif options.command == "bench":
             _bench(options, config, comm, launch)
         else:
@@ -154,30 +168,14 @@ def _run_on_ranks(options: argparse.Namespace) -> Communicator:
     except BaseException:
         # Any other rank may be waiting for this one: say why, then end them all.
         comm.abort(traceback.format_exc())
-    return comm
+    comm.close()
+    return code
 
 
 def _config(name: str, overrides: list[str]) -> Config:
     from hvd_lars.config_file import load_config
 
     return load_config(name, overrides)
-
-
-def _train(config: Config, comm: Communicator, launch: Launch) -> None:
-    from hvd_lars.assemble import build_trainer
-
-    trainer, folder = build_trainer(config, comm, launch)
-    if comm.rank == 0:
-        ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
-        print(f"{config.run.name}: {ranks}, run folder {folder}", flush=True)
-    summary = trainer.run()
-    if comm.rank == 0:
-        result = summary.evaluation
-        print(
-            f"done in {summary.seconds:.1f} s: top-1 {result.top1:.4f} on {result.num_samples} "
-            f"images, {summary.images_per_second:,.0f} images/s, run folder {folder}",
-            flush=True,
-        )
 
 
 def _bench(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> None:

@@ -94,6 +94,8 @@ class GradientBuckets:
         self._start, self._parts, self._in_place = start, parts, in_place
         self._synchronizing = True
         self._kernel: Kernel | None = None
+        self.votes: Tensor | None = None  # (n,) float64 that the next completed sums carry along …
+        self.counted: Tensor | None = None  # … and what they came to over the ranks
         self.watch = (
             Stopwatch()
         )  # its part "communication" is the time spent waiting for other ranks
@@ -159,9 +161,14 @@ class GradientBuckets:
 
     def complete_sums(self, sums: Tensor) -> Tensor:
         """Sum (n,) float64 over the ranks in place and return them; the same bits on each rank."""
+        count, votes = len(sums), self.votes
+        if votes is not None:
+            sums, self.votes = torch.cat([sums, votes.to(sums.device)]), None
         with self.watch.part("communication"):
             self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
-        return sums
+        if votes is not None:
+            self.counted = sums[count:]
+        return sums[:count]
 
     def _forget_gradients(self) -> None:
         for bucket in self.buckets:

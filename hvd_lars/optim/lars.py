@@ -7,7 +7,7 @@ is computed the kernel's.  Imports groups, kernels, layers and placement.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -116,6 +116,7 @@ class LARS(Optimizer):
     # ranks where one is not finite, which ``skipped`` then says.  None: neither is looked at.
     loss_scale: float | None = None
     _finite: Tensor | None = None
+    _norms: Sequence[tuple[Layers, Tensor]] = ()  # of the last step's gradients
 
     def __init__(
         self,
@@ -209,6 +210,14 @@ class LARS(Optimizer):
         """Whether the last step was left out; to ask waits for the device."""
         return self._finite is not None and not bool(self._finite)
 
+    def first_not_finite(self) -> Tensor | None:
+        """The first parameter whose gradient's norm was not finite in the last step."""
+        for here, norms in self._norms:
+            bad = norms.isfinite().logical_not().nonzero()
+            if len(bad):
+                return here.adapted[int(bad[0])]
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's; momentum is v, whichever kernel wrote it."""
         self.unfold_momentum()
@@ -252,11 +261,13 @@ class LARS(Optimizer):
         """The norms' phases on each device, then the update's, of which the weights' sums stay."""
         unscale = 1.0 / (self.loss_scale or 1.0)
         updates = []
+        self._norms = norms_of = []
         for here, sums, untouched in zip(last.devices, last.sums, last.untouched(), strict=True):
             known = sums if untouched else None
             kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
             blocks = [block_of(each, self.state, self.placement, untouched) for each in here.layers]
             ratios, norms = ratios_of(here, blocks, kernel, self.placement, known, unscale)
+            norms_of.append((here, norms))
             if self.loss_scale is not None:
                 finite = norms.isfinite().all()
                 earlier = finite if self._finite is None else self._finite.to(finite.device)

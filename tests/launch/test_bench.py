@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_training import HANG_GUARD, hvd_lars, records_of
+from commands import HANG_GUARD, hvd_lars, records_of
 
 from hvd_lars.launchers import run_here, this_python
 from hvd_lars.stopwatch import PARTS

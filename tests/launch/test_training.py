@@ -3,36 +3,14 @@
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
+from commands import HANG_GUARD, hvd_lars, records_of
 from test_image_folder import make_folder
 
-from hvd_lars.launchers import launcher_environment, run_here, this_python
+from hvd_lars.launchers import run_here, this_python
 from hvd_lars.stopwatch import PARTS
-
-HANG_GUARD = 600
-
-
-def hvd_lars(*arguments, cwd=None):
-    """Run the command alone; returns (exit code, output)."""
-    result = subprocess.run(
-        this_python("-m", "hvd_lars", *map(str, arguments)),
-        env=launcher_environment(),
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=HANG_GUARD,
-        check=False,
-    )
-    return result.returncode, result.stdout
-
-
-def records_of(folder, kind):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 @pytest.fixture(scope="module")

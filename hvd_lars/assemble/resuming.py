@@ -1,0 +1,118 @@
+"""Whether a run may go on under a config, and from where; imports config and run_folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvd_lars import run_folder
+from hvd_lars.config import Config
+from hvd_lars.config_file import load_config
+from hvd_lars.errors import UserError
+
+# What may differ between two parts of one run: where it runs, what it keeps, and how it rounds.
+_FREE = (
+    "run", "checkpoint", "comm", "recipe", "data.root", "data.workers", "data.cache_dir",
+    "model.init_from", "model.checkpoint_blocks", "optimizer.kernel", "optimizer.placement",
+    "train.micro_batch", "train.eval_batch", "train.threads", "train.log_every",
+    "train.eval_every", "train.channels_last", "train.compile", "train.max_skipped_steps",
+)  # fmt: skip
+
+
+def as_before(config: Config, stored: Config, given: Collection[str], where: Path) -> Config:
+    """The config for the rest of a run that began under ``stored``.
+
+    What was left to measurement stays as it was found then.
+
+    Args:
+        config: what the user names now.
+        stored: what the run has had.
+        given: keys on the command line, which may differ.
+        where: the file of ``stored``, for the error.
+
+    Raises:
+        UserError: another key that changes the mathematics differs; a line for each.
+    """
+    before, now = (
+        dict(_leaves(stored.model_dump(mode="json"))),
+        dict(_leaves(config.model_dump(mode="json"))),
+    )
+    lines = [
+        f"{key}: found {now.get(key)!r}, the run has {before.get(key)!r} ({where}); "
+        f"to change it, say {key}=… on the command line"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(map(_covers(key), (*_FREE, *given)))
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
+    kernel, placement = config.optimizer.kernel, config.optimizer.placement
+    optimizer = config.optimizer.model_copy(
+        update={
+            "kernel": stored.optimizer.kernel if kernel == "auto" else kernel,
+            "placement": stored.optimizer.placement if placement == "auto" else placement,
+        }
+    )
+    bucket_mb = config.comm.bucket_mb
+    comm = config.comm.model_copy(
+        update={"bucket_mb": stored.comm.bucket_mb if bucket_mb == "auto" else bucket_mb}
+    )
+    return config.model_copy(update={"optimizer": optimizer, "comm": comm})
+
+
+@dataclass(frozen=True)
+class Resume:
+    """How to go on.
+
+    Attributes:
+        source: a run folder or checkpoint to start from, in a run folder of its own; None: in the
+            run's own folder, from its newest checkpoint, or from the start if it has none yet.
+        given: keys that the command line sets.
+    """
+
+    source: Path | None
+    given: tuple[str, ...]
+
+
+def config_to_resume(config: Config, resume: Resume) -> Config:
+    """The config for the rest of the run.
+
+    Raises:
+        UserError: there is no such run, or it had another config.
+    """
+    if resume.source is None and config.run.dir is None:
+        raise UserError("--resume: which run? name its folder with run.dir=…")
+    path = resume.source or Path(str(config.run.dir)).expanduser()
+    if resume.source is not None and not path.exists():
+        raise UserError(f"--resume-from: {path}: no such run folder or checkpoint")
+    stored = stored_config(path)
+    return config if stored is None else as_before(config, stored[0], resume.given, stored[1])
+
+
+def stored_config(path: Path) -> tuple[Config, Path] | None:
+    """The config.yaml of the run that a run folder, or a checkpoint in one, is of."""
+    for folder in (path, *path.absolute().parents[:2]):
+        file = folder / run_folder.CONFIG
+        if file.is_file():
+            anywhere = ["comm.backend=auto", "run.expect_world_size=null"]
+            return load_config(str(file), anywhere), file
+    return None
+
+
+def checkpoints_in(path: Path) -> Path:
+    """Where to look for checkpoints: a run folder's own, else the path itself."""
+    inside = path / run_folder.CHECKPOINTS
+    return inside if inside.is_dir() else path
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _covers(key: str) -> Any:
+    return lambda other: f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.")

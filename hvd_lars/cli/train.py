@@ -1,0 +1,49 @@
+"""``hvd-lars train``; imports assemble and stopping."""
+
+from __future__ import annotations
+
+import argparse
+
+from hvd_lars.assemble import Resume, build_run
+from hvd_lars.comm import Communicator, Launch
+from hvd_lars.config import Config
+from hvd_lars.stopping import STOP_FILE
+
+_REQUEUE = 75  # EX_TEMPFAIL
+
+
+def train(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
+    """Train; returns the exit code: 0, or 75 where a run that was stopped wants to go on."""
+    resume = None
+    if options.resume or options.resume_from is not None:
+        keys = tuple(text.partition("=")[0] for text in options.overrides)
+        resume = Resume(options.resume_from, keys)
+    loop, folder = build_run(config, comm, launch, resume)
+    if comm.rank == 0:
+        ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
+        done = loop.trainer.progress.step
+        print(
+            f"{config.run.name}: {ranks}, run folder {folder}"
+            f"{f', going on after step {done}' if done else ''}",
+            flush=True,
+        )
+    with loop.stops.listening():
+        summary = loop.run()
+    if summary.stopped is not None:
+        if comm.rank == 0:
+            print(
+                f"stopped by {summary.stopped} after step {loop.trainer.progress.step}, kept in "
+                f"{summary.checkpoint}; --resume goes on",
+                flush=True,
+            )
+        return 0 if summary.stopped == STOP_FILE else _REQUEUE
+    result = summary.evaluation
+    if comm.rank == 0 and result is None:
+        print(f"nothing is left to do: all {loop.intervals.total} steps are done", flush=True)
+    elif comm.rank == 0 and result is not None:
+        print(
+            f"done in {summary.seconds:.1f} s: top-1 {result.top1:.4f} on {result.num_samples} "
+            f"images, {summary.images_per_second:,.0f} images/s, run folder {folder}",
+            flush=True,
+        )
+    return 0

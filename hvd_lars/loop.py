@@ -1,0 +1,222 @@
+"""The training loop, read from top to bottom.
+
+Imports trainer, checkpoint, evaluation, metrics and stopping; takes no Config.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hvd_lars.checkpoint import Checkpointer
+from hvd_lars.data import Request
+from hvd_lars.data.source import Batch
+from hvd_lars.durations import Intervals
+from hvd_lars.errors import UserError
+from hvd_lars.evaluation import Evaluation, evaluate
+from hvd_lars.metrics import Sink
+from hvd_lars.progress import Progress
+from hvd_lars.replicas import broadcast_and_verify, named_state
+from hvd_lars.stopping import StopRequests
+from hvd_lars.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to; images per second over training alone, in this process.
+
+    ``stopped`` says who ended it before its last step, ``evaluation`` is then the last there was.
+    """
+
+    evaluation: Evaluation | None
+    images_per_second: float
+    seconds: float
+    stopped: str | None = None
+    checkpoint: Path | None = None
+
+
+class Loop:
+    """One rank's part of a run: steps, log lines, evaluations, checkpoints; ``run`` is collective.
+
+    Args:
+        trainer: takes the steps.
+        intervals: how long, and how often the rest is done.
+        eval_batch: most samples in one evaluation pass.
+        checkpointer: keeps the state; nothing is kept without one.
+        sinks: take the records; empty but on rank 0.
+        max_skipped_steps: steps in a row that may be left out because a norm is not finite.
+        stops: requests to stop before the end.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        intervals: Intervals,
+        eval_batch: int,
+        checkpointer: Checkpointer | None = None,
+        sinks: Sequence[Sink] = (),
+        max_skipped_steps: int = 10,
+        stops: StopRequests | None = None,
+    ) -> None:
+        self.trainer, self.intervals, self.eval_batch = trainer, intervals, eval_batch
+        self.checkpointer, self.sinks = checkpointer, sinks
+        self.max_skipped_steps, self.stops = max_skipped_steps, stops or StopRequests()
+        self._comm = trainer.comm
+        self._window_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+        self._window_started = 0.0
+
+    def resume(self, progress: Progress) -> None:
+        """Go on from a checkpoint, whose tensors are restored already."""
+        self.trainer.resume(progress)
+        self._window_loss.fill_(progress.loss_of(self._comm.rank, self._comm.size))
+
+    def run(self) -> Summary:
+        """Train from where ``progress`` stands to the end, or until the ranks agree to stop.
+
+        Raises:
+            ReplicasDifferError: ranks do not start from the same bits.
+            UserError: the last checkpoint cannot be written, or too many steps in a row were
+                left out because a gradient was not finite.
+        """
+        state = named_state(self.trainer.model, self.trainer.optimizer, self.trainer.average)
+        broadcast_and_verify(state, self._comm)
+        progress, total = self.trainer.progress, self.intervals.total
+        event = "resume" if progress.step else "start"
+        self._record("event", progress.step, event=event, world_size=self._comm.size)
+        self.trainer.model.train()
+        started = self._window_started = time.perf_counter()
+        aside, trained = 0.0, 0  # seconds of evaluation and checkpoints, steps
+        evaluation: Evaluation | None = None
+        stopped: str | None = None
+        kept: Path | None = None
+        batches = self.trainer.batches_from(progress.step)
+        if progress.evaluation_due:
+            evaluation, stopped = self._evaluate()
+        while stopped is None and progress.step < total:
+            self._train_and_log(batches)
+            trained += 1
+            pause = time.perf_counter()
+            last = progress.step == total
+            counted = self.trainer.placement.gradients.counted
+            stopped = None if last else self.stops.agreed(self._comm, counted)
+            if last or progress.step % self.intervals.evaluate == 0:
+                progress.evaluation_due = True
+                if stopped is None:
+                    evaluation, stopped = self._evaluate()
+            if stopped or last or progress.step % self.intervals.checkpoint == 0:
+                kept = self._keep(beside=not (stopped or last))
+            pause = time.perf_counter() - pause
+            aside += pause
+            self._window_started += pause
+        if stopped and kept is None:
+            kept = self._keep(beside=False)
+        seconds = time.perf_counter() - started
+        rate = trained * self.trainer.batches.global_batch / max(seconds - aside, 1e-9)
+        self._record("event", progress.step, event="stop", reason=stopped or "finished")
+        for sink in self.sinks:
+            sink.close()
+        return Summary(evaluation, rate, seconds, stopped, kept)
+
+    def _train_and_log(self, batches: Iterator[tuple[Request, Batch]]) -> None:
+        progress = self.trainer.progress
+        self.trainer.placement.gradients.counted = None
+        self.trainer.placement.gradients.votes = self.stops.votes()
+        loss = self.trainer.train_step(progress.step, batches)
+        progress.step += 1
+        progress.top1 = None
+        if self.trainer.optimizer.skipped:
+            self._record("event", progress.step, event="skipped", in_row=progress.skipped_in_row)
+            if progress.skipped_in_row > self.max_skipped_steps:
+                raise UserError(self._diverged(self._keep(beside=False)))
+        else:
+            self._window_loss += loss
+            progress.window_steps += 1
+        if progress.step % self.intervals.log == 0 or progress.step == self.intervals.total:
+            self._log_window()
+
+    def _diverged(self, kept: Path | None) -> str:
+        bad = self.trainer.optimizer.first_not_finite()
+        names = [name for name, param in self.trainer.model.named_parameters() if param is bad]
+        progress = self.trainer.progress
+        return (
+            f"train.max_skipped_steps: {progress.skipped_in_row} steps in a row, up to step "
+            f"{progress.step}, had gradients that are not finite, first in {', '.join(names)}; "
+            f"allowed: {self.max_skipped_steps}; the weights from before them are in {kept}"
+        )
+
+    def _evaluate(self) -> tuple[Evaluation | None, str | None]:
+        """Evaluate the model, and its average where there is one; why that was not finished."""
+        self.trainer.placement.complete_parameters()
+        stopped: list[str] = []
+
+        def asked() -> bool:
+            stopped.extend(filter(None, [self.stops.agreed(self._comm)]))
+            return bool(stopped)
+
+        trainer = self.trainer
+        options = trainer.source, self._comm, self.eval_batch, trainer.device, trainer.workers
+        result = evaluate(trainer.model, *options, stopped=asked)
+        average = None
+        if result is not None and trainer.average is not None:
+            average = evaluate(trainer.average.module, *options, stopped=asked)
+        if stopped or result is None:
+            return None, stopped[0]
+        self.trainer.progress.evaluation_due = False
+        fields = result.record() | ({} if average is None else average.record("ema_"))
+        self.trainer.progress.top1 = result.top1
+        self._record("eval", self.trainer.progress.step, **fields)
+        return result, None
+
+    def _keep(self, beside: bool) -> Path | None:
+        """Save everything; collective."""
+        if self.checkpointer is None:
+            return None
+        self.trainer.placement.complete_parameters()
+        progress = self.trainer.progress
+        losses = torch.zeros(self._comm.size, dtype=torch.float64)
+        losses[self._comm.rank] = self._window_loss.item()
+        self._comm.start_all_reduce_sum(losses, "window_losses").wait()
+        progress.window_losses = losses.tolist()
+        if self.trainer.loss_scale is not None:
+            progress.loss_scale = self.trainer.loss_scale.value
+            progress.good_steps = self.trainer.loss_scale.good_steps
+        path, stall = self.checkpointer.save(
+            self.trainer.model, self.trainer.optimizer, progress, self.trainer.average, beside
+        )
+        self._record(
+            "event", progress.step, event="checkpoint", path=path.name, stall_seconds=stall
+        )
+        return path
+
+    def _log_window(self) -> None:
+        """Record the means since the last log line; the loss is summed over the ranks."""
+        progress = self.trainer.progress
+        total, steps = self._window_loss.clone(), progress.window_steps
+        self._comm.start_all_reduce_sum(total, "loss").wait()
+        seconds = time.perf_counter() - self._window_started
+        self._record(
+            "train",
+            progress.step,
+            samples=progress.step * self.trainer.batches.global_batch,
+            loss=total.item() / steps if steps else float("nan"),
+            lr=self.trainer.schedule(progress.step - 1),
+            images_per_second=steps * self.trainer.batches.global_batch / seconds,
+            step_seconds=seconds / max(steps, 1),
+            **{
+                f"{part}_seconds": took / max(steps, 1)
+                for part, took in self.trainer.watch.seconds.items()
+            },
+            **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
+        )
+        self.trainer.watch.reset()
+        self._window_loss.zero_()
+        progress.window_steps, self._window_started = 0, time.perf_counter()
+
+    def _record(self, kind: str, step: int, **fields: float | int | str) -> None:
+        epoch = round(step / self.trainer.batches.steps_per_epoch, 4)
+        for sink in self.sinks:
+            sink.write({"kind": kind, "step": step, "epoch": epoch, **fields})

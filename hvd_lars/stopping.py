@@ -1,0 +1,78 @@
+"""Requests to stop a run, which ranks agree on before any of them acts; imports comm.base.
+
+A request reaches one rank (a signal, a file, the clock), and a rank that stopped by itself would
+leave the others waiting in a collective.  So each rank casts a vote with every step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvd_lars.comm.base import Communicator
+
+STOP_FILE = "STOP file"
+REASONS = (STOP_FILE, "run.max_hours", "SIGUSR1", "SIGINT", "SIGTERM")  # the last one wins
+_SIGNALS = {signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
+_LOOK_EVERY = 1.0  # seconds between looks at the file system
+
+
+@final
+class StopRequests:
+    """What this rank knows of requests to stop.
+
+    Args:
+        stop_file: its existence is a request; looked for on the rank that is given one.
+        max_seconds: a request once so many seconds have passed; infinity for none.
+    """
+
+    def __init__(self, stop_file: Path | None = None, max_seconds: float = float("inf")) -> None:
+        self._stop_file, self._deadline = stop_file, time.monotonic() + max_seconds
+        self._next_look = 0.0
+        self._asked: set[str] = set()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM, SIGUSR1 and Ctrl-C as requests inside; a second Ctrl-C interrupts."""
+        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def votes(self) -> Tensor:
+        """(len(REASONS),) float64 for a sum over the ranks."""
+        now = time.monotonic()
+        if now >= self._deadline:
+            self._asked.add("run.max_hours")
+        if self._stop_file is not None and now >= self._next_look:
+            self._next_look = now + _LOOK_EVERY
+            if os.path.lexists(self._stop_file):
+                self._asked.add(STOP_FILE)
+        return torch.tensor([float(reason in self._asked) for reason in REASONS]).double()
+
+    def agreed(self, comm: Communicator, counted: Tensor | None = None) -> str | None:
+        """Why the ranks stop, the same on all; None to go on.
+
+        ``counted`` is the sum of their votes where it is there already; collective without.
+        """
+        if counted is None:
+            counted = self.votes()
+            comm.start_all_reduce_sum(counted, "stop").wait()
+        asked = [reason for reason, votes in zip(REASONS, counted.tolist(), strict=True) if votes]
+        return asked[-1] if asked else None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and "SIGINT" in self._asked:
+            raise KeyboardInterrupt
+        self._asked.add(_SIGNALS[signal.Signals(number)])

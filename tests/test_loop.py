@@ -1,0 +1,176 @@
+"""Steps that are left out, checkpoints beside training, and agreement to stop."""
+
+import pytest
+import torch
+from tiny import assert_same_parameters, one_device, tiny_loop, tiny_trainer
+
+from hvd_lars.checkpoint import Checkpointer
+from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.errors import UserError
+from hvd_lars.optim import Replicated, Sharded
+from hvd_lars.progress import Progress
+from hvd_lars.replicas import named_state, verify_agreement
+from hvd_lars.stopping import StopRequests
+
+pytestmark = pytest.mark.ranks(1, 2, 3)
+
+
+class Records(list):
+    """A sink that remembers."""
+
+    write = list.append
+
+    def close(self):
+        pass
+
+
+def with_bad_images(trainer, comm, steps):
+    """Let one rank's images be NaN in some steps."""
+    take = trainer.source.train_batch
+
+    def train_batch(epoch, indices):
+        images, labels = take(epoch, indices)
+        if comm.rank == comm.size - 1 and trainer.progress.step in steps:
+            images = images * torch.nan
+        return images, labels
+
+    trainer.source.train_batch = train_batch
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(comm, tmp_path, norm):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float64, 16, norm=norm)
+    with_bad_images(trainer, comm, {1, 2})
+    records = Records()
+    states = []
+    take = trainer.train_step
+
+    def remembering(step, batches):
+        states.append({n: t.clone() for n, t in named_state(trainer.model).items()})
+        return take(step, batches)
+
+    trainer.train_step = remembering
+    tiny_loop(trainer, folder, sinks=[records]).run()
+    for name in states[1]:
+        assert torch.equal(states[1][name], states[3][name]), name
+    assert any(not torch.equal(states[3][name], states[4][name]) for name in states[3])
+    assert trainer.progress.skipped_steps == 2
+    skipped = [r["step"] for r in records if r.get("event") == "skipped"]
+    assert skipped == [2, 3]
+    losses = [r["loss"] for r in records if r["kind"] in ("train", "eval")]
+    assert torch.tensor(losses).isfinite().all()
+    state = named_state(trainer.model, trainer.optimizer)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    verify_agreement(state, comm)
+
+
+def test_too_many_in_a_row_end_the_run_and_name_the_layer(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float32, 16)
+    with_bad_images(trainer, comm, set(range(2, 8)))
+    with pytest.raises(UserError, match=r"3 steps in a row, up to step 5, .* first in 0.weight;"):
+        tiny_loop(trainer, folder, max_skipped_steps=2).run()
+    other = tiny_trainer(comm, torch.float32, 16, seed=4)
+    assert Checkpointer(folder, comm).restore(other.model, other.optimizer).step == 5
+    assert all(tensor.isfinite().all() for tensor in other.model.state_dict().values())
+
+
+def test_a_checkpoint_that_cannot_be_written_beside_training_is_told_and_forgotten(
+    comm, tmp_path, capfd
+):
+    folder = comm.broadcast_object(tmp_path) / "checkpoints"
+    trainer = tiny_trainer(comm, torch.float32, 16)
+    checkpointer = Checkpointer(folder, comm)
+    checkpointer.save(trainer.model, trainer.optimizer, Progress(step=1), beside=True)
+    checkpointer.finish()
+    if comm.rank == 0:
+        folder.rename(folder.with_name("aside"))
+        folder.write_text("a file where the folder was")
+    comm.barrier()
+    checkpointer.save(trainer.model, trainer.optimizer, Progress(step=2), beside=True)
+    failure = checkpointer.finish()
+    assert (failure is not None) == (comm.rank == 0)
+    if comm.rank == 0:
+        assert "the run goes on" in capfd.readouterr().err
+        folder.unlink()
+        folder.with_name("aside").rename(folder)
+    comm.barrier()
+    assert checkpointer.restore(trainer.model, trainer.optimizer).step == 1
+
+
+def test_the_newest_and_the_best_are_kept(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float32, 16)
+    checkpointer = Checkpointer(folder, comm, keep_last=2)
+    for step, top1 in ((1, 0.2), (2, 0.7), (3, None), (4, 0.6), (5, 0.1)):
+        checkpointer.save(trainer.model, trainer.optimizer, Progress(step=step, top1=top1))
+    assert sorted(p.name for p in folder.glob("step-*")) == [
+        "step-00000002", "step-00000004", "step-00000005"
+    ]  # fmt: skip
+    comm.barrier()
+
+
+def test_all_ranks_stop_at_the_step_that_one_was_asked_in(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    if comm.rank == 0:
+        (folder / "STOP").touch()
+    comm.barrier()
+    stops = StopRequests(folder / "STOP" if comm.rank == comm.size - 1 else None)
+    trainer = tiny_trainer(comm, torch.float32, 16)
+    summary = tiny_loop(trainer, folder, stops=stops).run()
+    assert summary.stopped == "STOP file"
+    assert trainer.progress.step == 1
+    assert summary.checkpoint == folder / "step-00000001"
+
+
+def test_a_stop_in_the_middle_of_an_evaluation_leaves_it_for_later(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    whole, part = Records(), Records()
+    tiny_loop(tiny_trainer(comm, torch.float64, 16), folder / "whole", sinks=[whole]).run()
+    trainer = tiny_trainer(comm, torch.float64, 16)
+    loop = tiny_loop(trainer, folder / "part", sinks=[part])
+    evaluate = trainer.source.eval_batch
+
+    def eval_batch(indices):
+        if comm.rank == 0:
+            loop.stops._asked.add("SIGTERM")
+        return evaluate(indices)
+
+    trainer.source.eval_batch = eval_batch
+    assert loop.run().stopped == "SIGTERM"
+    assert trainer.progress.step == 4
+    assert trainer.progress.evaluation_due
+    other = tiny_trainer(comm, torch.float64, 16, seed=7)
+    loop = tiny_loop(other, folder / "part", sinks=[part])
+    loop.resume(loop.checkpointer.restore(other.model, other.optimizer))
+    assert loop.run().stopped is None
+    plain = [
+        [{k: v for k, v in r.items() if "second" not in k} for r in rows if r["kind"] != "event"]
+        for rows in (whole, part)
+    ]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("placed", [Replicated, Sharded])
+def test_one_rank_and_many_take_a_run_over_from_each_other(
+    comm, tmp_path, dtype, tolerance, placed
+):
+    """Steps 0 to 3 by one rank, 3 to 6 by all of them, 6 to 8 by one again."""
+    folder = comm.broadcast_object(tmp_path)
+    reference, _ = one_device(dtype)
+    alone = LocalCommunicator()
+    for ranks, first, last in ((alone, 0, 3), (comm, 3, 6), (alone, 6, 8)):
+        if ranks is alone and comm.rank > 0:
+            continue
+        trainer = tiny_trainer(ranks, dtype, 16, seed=first, placed=placed)
+        checkpointer = Checkpointer(folder, ranks)
+        if first:
+            trainer.resume(checkpointer.restore(trainer.model, trainer.optimizer))
+        for step in range(first, last):
+            trainer.train_step(step, trainer.batches_from(step))
+        checkpointer.save(trainer.model, trainer.optimizer, Progress(step=last))
+    if comm.rank == 0:
+        assert_same_parameters(trainer.model, reference, tolerance)
+    comm.barrier()
