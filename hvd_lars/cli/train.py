@@ -19,15 +19,15 @@ def train(options: argparse.Namespace, config: Config, comm: Communicator, launc
         keys = tuple(text.partition("=")[0] for text in options.overrides)
         resume = Resume(options.resume_from, keys)
     loop, folder = build_run(config, comm, launch, resume)
-    if comm.rank == 0:
-        ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
-        done = loop.trainer.progress.step
-        print(
-            f"{config.run.name}: {ranks}, run folder {folder}"
-            f"{f', going on after step {done}' if done else ''}",
-            flush=True,
-        )
     with loop.stops.listening():
+        if comm.rank == 0:
+            ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
+            done = loop.trainer.progress.step
+            print(
+                f"{config.run.name}: {ranks}, run folder {folder}"
+                f"{f', going on after step {done}' if done else ''}",
+                flush=True,
+            )
         summary = loop.run()
     if summary.stopped is not None:
         if comm.rank == 0:
