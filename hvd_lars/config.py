@@ -169,6 +169,10 @@ class Train(Section):
         default="fp32", description="of forward and backward; weights and sums stay float32"
     )
     channels_last: bool = Field(default=False, description="memory format of images and weights")
+    verify_every: Positive | None = Field(
+        default=None,
+        description="compare a checksum of the parameters over the ranks every so many steps",
+    )
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
         default=10,
         description="steps in a row that may be left out because a gradient is not finite",

@@ -20,7 +20,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.metrics import Sink
 from hvd_lars.progress import Progress
-from hvd_lars.replicas import broadcast_and_verify, named_state
+from hvd_lars.replicas import broadcast_and_verify, named_state, verify_agreement
 from hvd_lars.stopping import StopRequests
 from hvd_lars.trainer import Trainer
 
@@ -49,6 +49,7 @@ class Loop:
         checkpointer: keeps the state; nothing is kept without one.
         sinks: take the records; empty but on rank 0.
         max_skipped_steps: steps in a row that may be left out because a norm is not finite.
+        verify_every: steps between comparisons of the ranks' parameters; 0 for none.
         stops: requests to stop before the end.
     """
 
@@ -60,11 +61,13 @@ class Loop:
         checkpointer: Checkpointer | None = None,
         sinks: Sequence[Sink] = (),
         max_skipped_steps: int = 10,
+        verify_every: int = 0,
         stops: StopRequests | None = None,
     ) -> None:
         self.trainer, self.intervals, self.eval_batch = trainer, intervals, eval_batch
         self.checkpointer, self.sinks = checkpointer, sinks
         self.max_skipped_steps, self.stops = max_skipped_steps, stops or StopRequests()
+        self.verify_every = verify_every
         self._comm = trainer.comm
         self._window_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
         self._window_started = 0.0
@@ -78,7 +81,7 @@ class Loop:
         """Train from where ``progress`` stands to the end, or until the ranks agree to stop.
 
         Raises:
-            ReplicasDifferError: ranks do not start from the same bits.
+            ReplicasDifferError: ranks do not hold the same bits, at the start or when compared.
             UserError: the last checkpoint cannot be written, or too many steps in a row were
                 left out because a gradient was not finite.
         """
@@ -135,6 +138,9 @@ class Loop:
         else:
             self._window_loss += loss
             progress.window_steps += 1
+        if self.verify_every and progress.step % self.verify_every == 0:
+            self.trainer.placement.complete_parameters()
+            verify_agreement(dict(self.trainer.model.named_parameters()), self._comm)
         if progress.step % self.intervals.log == 0 or progress.step == self.intervals.total:
             self._log_window()
 

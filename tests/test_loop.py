@@ -9,7 +9,7 @@ from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.errors import UserError
 from hvd_lars.optim import Replicated, Sharded
 from hvd_lars.progress import Progress
-from hvd_lars.replicas import named_state, verify_agreement
+from hvd_lars.replicas import ReplicasDifferError, named_state, verify_agreement
 from hvd_lars.stopping import StopRequests
 
 pytestmark = pytest.mark.ranks(1, 2, 3)
@@ -174,3 +174,28 @@ def test_one_rank_and_many_take_a_run_over_from_each_other(
     if comm.rank == 0:
         assert_same_parameters(trainer.model, reference, tolerance)
     comm.barrier()
+
+
+def test_replicas_that_part_are_named_at_the_next_comparison(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    tiny_loop(tiny_trainer(comm, torch.float32, 16), folder / "well", verify_every=1).run()
+    trainer = tiny_trainer(comm, torch.float32, 16)
+    take = trainer.train_step
+
+    def flipping(step, batches):
+        loss = take(step, batches)
+        if step == 4 and comm.rank == comm.size - 1:
+            with torch.no_grad():
+                trainer.model[2].bias[1] += 1e-6
+        return loss
+
+    trainer.train_step = flipping
+    loop = tiny_loop(trainer, folder / "badly", verify_every=3)
+    if comm.size == 1:
+        loop.run()
+        return
+    with pytest.raises(
+        ReplicasDifferError, match=rf"differs from rank 0's on ranks \[.*{comm.size - 1}"
+    ):
+        loop.run()
+    assert trainer.progress.step == 6

@@ -18,6 +18,7 @@ _FREE = (
     "model.init_from", "model.checkpoint_blocks", "optimizer.kernel", "optimizer.placement",
     "train.micro_batch", "train.eval_batch", "train.threads", "train.log_every",
     "train.eval_every", "train.channels_last", "train.compile", "train.max_skipped_steps",
+    "train.verify_every",
 )  # fmt: skip
 
 

@@ -105,6 +105,7 @@ def build_run(
         config.train.eval_batch,
         checkpointer,
         max_skipped_steps=config.train.max_skipped_steps,
+        verify_every=config.train.verify_every or 0,
         stops=StopRequests(
             folder / run_folder.STOP if comm.rank == 0 else None,
             float("inf") if hours is None else hours * 3600.0,

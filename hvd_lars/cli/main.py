@@ -146,6 +146,7 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
         path = str(options.run_folder / "config.yaml")
         config = _config(path, [*anywhere, *options.overrides])
     from hvd_lars.comm import connect, detect_launch
+    from hvd_lars.replicas import ReplicasDifferError
 
     launch = detect_launch(os.environ)
     groups = config.model.bn_sync_ranks > 1
@@ -163,6 +164,8 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
             _evaluate(options.run_folder, config, comm, launch)
     except (UserError, KeyboardInterrupt):
         raise
+    except ReplicasDifferError as error:
+        comm.abort(str(error))
     except OSError as error:  # on rank 0 alone: a full disk under metrics.jsonl
         comm.abort(f"{error.filename or 'file system'}: {error.strerror or error}")
     except BaseException:

@@ -81,6 +81,9 @@ class HorovodCommunicator:
 
     def __init__(self, groups: bool = False, mpi_parts: bool = False) -> None:
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+        # Off by default: a rank that stops taking part would then hang the others for ever.  Half
+        # an hour is time enough for rank 0 to list or copy a data set while the others wait.
+        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "1800")
         if groups:
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         share_cores()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hvd_lars.launchers import run_here
+from hvd_lars.launchers import run_here, this_python
 from launch.test_training import HANG_GUARD, hvd_lars
 
 CORRUPT = "train: {duration: [\n"
@@ -230,3 +230,27 @@ def test_ctrl_c_is_one_line():
     done = subprocess.run([sys.executable, "-c", waiting], capture_output=True, text=True)
     assert done.returncode == 130
     assert done.stderr == "hvd-lars: interrupted\n"
+
+
+STALL = """
+import os, time
+from hvd_lars.comm import connect
+comm = connect("horovod")
+import torch
+assert os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == os.environ.get("WANTED", "1800")
+comm.barrier()
+if comm.rank == 1 and "WANTED" in os.environ:
+    time.sleep(600)
+comm.start_all_reduce_sum(torch.ones(3), "x").wait()
+comm.close()
+"""
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
+def test_a_rank_that_stops_taking_part_ends_the_job(launcher):
+    program = this_python("-c", STALL)
+    assert run_here(launcher, 2, program, HANG_GUARD).returncode == 0
+    limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
+    result = run_here(launcher, 2, program, HANG_GUARD, limits | {"WANTED": "3"})
+    assert result.returncode != 0
+    assert "Missing ranks:" in result.stdout or "stall" in result.stdout.lower(), result.stdout
