@@ -74,7 +74,7 @@ class Trainer:
         self.seed, self.workers, self.label_smoothing = seed, workers, label_smoothing
         self.precision: Precision = precision
         self.loss_scale = LossScale() if precision == "fp16" else None
-        self._forward = compiled or model
+        self._forward = model if compiled is None else compiled
         self._format = torch.channels_last if channels_last else torch.preserve_format
         self.progress = Progress()
         self._buffers = list(model.buffers())
