@@ -162,18 +162,17 @@ def test_one_rank_and_many_take_a_run_over_from_each_other(
     reference, _ = one_device(dtype)
     alone = LocalCommunicator()
     for ranks, first, last in ((alone, 0, 3), (comm, 3, 6), (alone, 6, 8)):
-        if ranks is alone and comm.rank > 0:
-            continue
+        # Every rank makes the same placements, whose names Horovod goes by.
         trainer = tiny_trainer(ranks, dtype, 16, seed=first, placed=placed)
         checkpointer = Checkpointer(folder, ranks)
         if first:
             trainer.resume(checkpointer.restore(trainer.model, trainer.optimizer))
         for step in range(first, last):
             trainer.train_step(step, trainer.batches_from(step))
-        checkpointer.save(trainer.model, trainer.optimizer, Progress(step=last))
-    if comm.rank == 0:
-        assert_same_parameters(trainer.model, reference, tolerance)
-    comm.barrier()
+        if last < 8 and (ranks is comm or comm.rank == 0):
+            checkpointer.save(trainer.model, trainer.optimizer, Progress(step=last))
+        comm.barrier()
+    assert_same_parameters(trainer.model, reference, tolerance)
 
 
 def test_replicas_that_part_are_named_at_the_next_comparison(comm, tmp_path):
