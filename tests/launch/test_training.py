@@ -97,8 +97,10 @@ def test_the_run_folder_holds_what_it_should(finished):
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or (
         environment["versions"]["torch"] == torch.__version__
     )
-    steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert steps == ["step-00000150", "step-00000200"]
+    steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert steps[-2:] == ["step-00000150", "step-00000200"]
+    assert len(steps) <= 3  # and the best, where it is older
+    assert (folder / "checkpoints/latest").read_text() == "step-00000200\n"
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [(None, 1), ("mpirun", 3), ("horovodrun", 2)])
@@ -147,6 +149,13 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, damage):
     else:
         shutil.rmtree(folder / "checkpoints")
     code, output = hvd_lars("eval", folder)
+    if damage != "none left":  # the one before is taken, and that is told …
+        assert code == 0, output
+        assert "damaged" in output and "taking" in output
+        for path in (folder / "checkpoints").glob("step-*"):
+            if path.name != "step-00000200":
+                shutil.rmtree(path)
+        code, output = hvd_lars("eval", folder)  # … while there is one
     assert code == 2
     assert len(output.splitlines()) == 1, output
     assert "damaged" in output or "no checkpoint" in output
