@@ -31,7 +31,6 @@ class Checkpointer:
         self._folder, self._comm, self._keep_last = folder, comm, keep_last
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
-        self._found: checkpoint_files.Found | None = None
 
     def save(
         self,
@@ -86,10 +85,11 @@ class Checkpointer:
             print(f"hvd-lars: {failure}; the run goes on", file=sys.stderr, flush=True)
         return failure
 
-    def find(self, source: Path | None = None) -> Progress | None:
-        """Progress of the newest sound checkpoint, here or in ``source``; None where there is none.
+    def find(self, source: Path | None = None) -> checkpoint_files.Found | None:
+        """The newest sound checkpoint, here or in ``source``; None where there is none.
 
-        Collective.  Damaged ones are named on standard error and passed over.
+        Collective; reads all of it to compare checksums.  Damaged ones are named on standard error
+        and passed over.
 
         Raises:
             UserError: on every rank: all are damaged.
@@ -99,17 +99,16 @@ class Checkpointer:
         if found is not None and self._comm.rank == 0:
             for line in found.passed_over:
                 print(f"hvd-lars: {line}: taking {found.folder}", file=sys.stderr, flush=True)
-        self._found = found
-        return None if found is None else found.progress
+        return found
 
     def restore(
         self,
         model: nn.Module,
         optimizer: LARS | None = None,
         average: nn.Module | None = None,
-        source: Path | None = None,
+        found: checkpoint_files.Found | None = None,
     ) -> Progress:
-        """Load the newest sound checkpoint on every rank and return its progress; collective.
+        """Load what :meth:`find` found, or finds now, on every rank; its progress.  Collective.
 
         Only rank 0 reads.  Momentum is sent before parameters, and a checksum then proves that
         all ranks hold the same bits.
@@ -117,9 +116,9 @@ class Checkpointer:
         Raises:
             UserError: on every rank: there is none, all are damaged, or it is of another model.
         """
-        progress, found = self.find(source), self._found
-        if progress is None or found is None:
-            raise UserError(f"{source or self._folder}: no checkpoint (a folder step-N) in it")
+        found = found or self.find()
+        if found is None:
+            raise UserError(f"{self._folder}: no checkpoint (a folder step-N) in it")
         names = list(found.names)
         live = named_state(model, average=average)
         momentum: dict[Tensor, Tensor] = {}
@@ -141,7 +140,7 @@ class Checkpointer:
         for param, value in momentum.items():
             assert optimizer is not None
             optimizer.set_momentum(param, value)
-        return progress
+        return found.progress
 
     def _write(self, tensors: dict[str, Tensor], record: dict[str, object]) -> None:
         try:

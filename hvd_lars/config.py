@@ -233,6 +233,11 @@ class Config(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
 
+    def with_values(self, section: str, **values: object) -> Config:
+        """The config with other values in one section; they are not validated again."""
+        changed = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: changed})
+
 
 class _Schema(GenerateJsonSchema):
     """Defaults as the YAML writes them."""

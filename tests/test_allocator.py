@@ -13,8 +13,9 @@ torch.set_num_threads(1)
 if {keep}:
     keep_freed_memory()
 def step():
-    return [torch.ones(2_000_000) for _ in range(8)]
-step(), step()
+    return [torch.ones(10_000_000) for _ in range(3)]  # each above glibc's largest mmap threshold
+for _ in range(8):  # where its holes fit, the heap still grows by a tensor now and then
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
     step()
@@ -32,6 +33,6 @@ def page_faults(keep, **variables):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's switch")
 def test_steps_ask_the_system_for_memory_once():
     returned = page_faults(keep=False)
-    assert returned > 100  # 256 MB, in pages of 4 KiB or of 2 MiB
-    assert page_faults(keep=True) < returned / 10
+    assert returned > 100  # 480 MB, in pages of 4 KiB or of 2 MiB
+    assert page_faults(keep=True) < returned / 4
     assert page_faults(keep=True, MALLOC_ARENA_MAX="4") > returned / 2

@@ -40,11 +40,13 @@ def settle(
         UserError: on every rank alike, some of them do not have the kernel that is wanted.
     """
     kernel = agree_on_kernel(config.optimizer.kernel, device, comm)
-    config = _with(config, "optimizer", kernel=kernel)
+    config = config.with_values("optimizer", kernel=kernel)
     if config.comm.bucket_mb == "auto":
         step = _Trial(model, shape, num_classes, config, comm, device)
         found = {f"{mb:g}": step.milliseconds(bucket_mb=mb) for mb in _BUCKETS}
-        config = _with(config, "comm", bucket_mb=float(_fastest("comm.bucket_mb", found, comm)))
+        config = config.with_values(
+            "comm", bucket_mb=float(_fastest("comm.bucket_mb", found, comm))
+        )
     if config.optimizer.placement == "auto":
         placement = "replicated"
         if comm.size > 1 and config.comm.compression == "none":
@@ -54,7 +56,7 @@ def settle(
         elif comm.rank == 0:
             why = "there is one rank" if comm.size == 1 else "gradients are compressed"
             print(f"optimizer.placement auto: replicated, as {why}")
-        config = _with(config, "optimizer", placement=placement)
+        config = config.with_values("optimizer", placement=placement)
     return config
 
 
@@ -102,9 +104,9 @@ class _Trial:
 
     def milliseconds(self, kind: str = "replicated", bucket_mb: float | None = None) -> float:
         """Median of a step over the ranks; the same number on all of them."""
-        config = _with(self._config, "optimizer", placement=kind)
+        config = self._config.with_values("optimizer", placement=kind)
         if bucket_mb is not None:
-            config = _with(config, "comm", bucket_mb=bucket_mb)
+            config = config.with_values("comm", bucket_mb=bucket_mb)
         model = copy.deepcopy(self._model).train()
         placement = place(model, self._comm, config.optimizer, config.comm)
         params = [param for param in model.parameters() if param.requires_grad]
@@ -132,8 +134,3 @@ def _fastest(key: str, found: dict[str, float], comm: Communicator) -> str:
         told = ", ".join(f"{name} {took:.1f} ms" for name, took in found.items())
         print(f"{key} auto: {best}; steps take with {told} (medians of {_TRIALS})")
     return best
-
-
-def _with(config: Config, section: str, **values: object) -> Config:
-    changed = getattr(config, section).model_copy(update=values)
-    return config.model_copy(update={section: changed})

@@ -48,18 +48,14 @@ def as_before(config: Config, stored: Config, given: Collection[str], where: Pat
     ]
     if lines:
         raise UserError("\n".join(lines))
-    kernel, placement = config.optimizer.kernel, config.optimizer.placement
-    optimizer = config.optimizer.model_copy(
-        update={
-            "kernel": stored.optimizer.kernel if kernel == "auto" else kernel,
-            "placement": stored.optimizer.placement if placement == "auto" else placement,
-        }
-    )
-    bucket_mb = config.comm.bucket_mb
-    comm = config.comm.model_copy(
-        update={"bucket_mb": stored.comm.bucket_mb if bucket_mb == "auto" else bucket_mb}
-    )
-    return config.model_copy(update={"optimizer": optimizer, "comm": comm})
+    for section, key in (
+        ("optimizer", "kernel"),
+        ("optimizer", "placement"),
+        ("comm", "bucket_mb"),
+    ):
+        if getattr(getattr(config, section), key) == "auto":
+            config = config.with_values(section, **{key: before[f"{section}.{key}"]})
+    return config
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,14 @@ def build_run(
     step = 0
     if resume is not None:
         source = None if resume.source is None else checkpoints_in(resume.source)
-        if source is not None or checkpointer.find() is not None:
-            progress = checkpointer.restore(
-                trainer.model, trainer.optimizer, trainer.average, source
+        found = checkpointer.find(source)
+        if found is None and source is not None:
+            raise UserError(f"{source}: no checkpoint (a folder step-N) in it")
+        if found is not None:
+            loop.resume(
+                checkpointer.restore(trainer.model, trainer.optimizer, trainer.average, found)
             )
-            loop.resume(progress)
-            step = progress.step
+            step = found.progress.step
     if comm.rank == 0:
         run_folder.forget_after(folder, step)
         metrics = JsonLines(folder / run_folder.METRICS)

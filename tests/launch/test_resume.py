@@ -39,12 +39,15 @@ def start(launcher, ranks, arguments):
     )
 
 
-def wait_for_step(process, folder, step):
+def wait_for_step(process, folder, step, checkpoint=None):
+    """Until the run tells of ``step``, and ``checkpoint`` stands, which is written beside."""
     deadline = time.monotonic() + HANG_GUARD
     while time.monotonic() < deadline and process.poll() is None:
         try:
             last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            if last["step"] >= step:
+            if last["step"] >= step and (
+                checkpoint is None or (folder / f"checkpoints/step-{checkpoint:08d}").is_dir()
+            ):
                 return
         except (OSError, ValueError, IndexError):
             pass
@@ -107,7 +110,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, case):
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     process = start("mpirun", 2, training(killed, *options))
-    wait_for_step(process, killed, 9)
+    wait_for_step(process, killed, 9, checkpoint=7)
     kill_everything(process)
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 4, "lo')  # a kill may tear the last line
