@@ -46,6 +46,12 @@ class Run(Section):
     max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None, description="stop with a checkpoint and exit code 75 after so many hours"
     )
+    rank_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
+        default=120.0, description="seconds without a sign of life from a rank that end the job"
+    )
+    stall_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
+        default=1800.0, description="seconds in which no rank gets on that end the job"
+    )
 
 
 class Comm(Section):

@@ -18,6 +18,7 @@ from hvd_lars.data.source import Batch
 from hvd_lars.durations import Intervals
 from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
+from hvd_lars.liveness import Place
 from hvd_lars.metrics import Sink
 from hvd_lars.progress import Progress
 from hvd_lars.replicas import broadcast_and_verify, named_state, verify_agreement
@@ -71,6 +72,13 @@ class Loop:
         self._comm = trainer.comm
         self._window_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
         self._window_started = 0.0
+        self._doing, self._evaluated = "", 0  # what but training goes on; batches of evaluation
+
+    def place(self) -> Place:
+        """Where this rank is, for a watchdog's thread."""
+        watch = self.trainer.watch
+        ticks = watch.changes + self._evaluated
+        return Place(self.trainer.progress.step, self._doing or watch.current, ticks)
 
     def resume(self, progress: Progress) -> None:
         """Go on from a checkpoint, whose tensors are restored already."""
@@ -160,6 +168,7 @@ class Loop:
         stopped: list[str] = []
 
         def asked() -> bool:
+            self._doing, self._evaluated = "evaluation", self._evaluated + 1
             stopped.extend(filter(None, [self.stops.agreed(self._comm)]))
             return bool(stopped)
 
@@ -169,6 +178,7 @@ class Loop:
         average = None
         if result is not None and trainer.average is not None:
             average = evaluate(trainer.average.module, *options, stopped=asked)
+        self._doing = ""
         if stopped or result is None:
             return None, stopped[0]
         self.trainer.progress.evaluation_due = False
@@ -190,9 +200,11 @@ class Loop:
         if self.trainer.loss_scale is not None:
             progress.loss_scale = self.trainer.loss_scale.value
             progress.good_steps = self.trainer.loss_scale.good_steps
+        self._doing = "checkpoint"
         path, stall = self.checkpointer.save(
             self.trainer.model, self.trainer.optimizer, progress, self.trainer.average, beside
         )
+        self._doing = ""
         self._record(
             "event", progress.step, event="checkpoint", path=path.name, stall_seconds=stall
         )

@@ -22,12 +22,18 @@ class Stopwatch:
     def __init__(self, settle: Callable[[], object] | None = None) -> None:
         self._settle = settle
         self._running: list[str] = []
+        self.changes = 0  # of part, since the beginning
         self.reset()
 
     def reset(self) -> None:
         """Begin a new window."""
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._since = time.perf_counter()
+
+    @property
+    def current(self) -> str:
+        """The part that runs now; empty between parts."""
+        return self._running[-1] if self._running else ""
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -43,6 +49,7 @@ class Stopwatch:
     def _change(self) -> None:
         if self._settle is not None:
             self._settle()
+        self.changes += 1
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since

@@ -2,8 +2,11 @@
 
 import json
 import subprocess
+import time
 
-from hvd_lars.launchers import launcher_environment, this_python
+import psutil
+
+from hvd_lars.launchers import launcher_environment, local_command, this_python
 
 HANG_GUARD = 600
 
@@ -26,3 +29,60 @@ def hvd_lars(*arguments, cwd=None):
 def records_of(folder, kind):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def start(launcher, ranks, arguments):
+    program = this_python("-m", "hvd_lars", *arguments)
+    return subprocess.Popen(
+        local_command(launcher, ranks, program) if launcher else program,
+        env=launcher_environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process, folder, step, checkpoint=None):
+    """Until the run tells of ``step``, and ``checkpoint`` stands, which is written beside."""
+    deadline = time.monotonic() + HANG_GUARD
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            if last["step"] >= step and (
+                checkpoint is None or (folder / f"checkpoints/step-{checkpoint:08d}").is_dir()
+            ):
+                return
+        except (OSError, ValueError, IndexError):
+            pass
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} never came: {process.communicate()[0]}")
+
+
+def kill_everything(process):
+    """SIGKILL to the launcher and every rank at once."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
+    process.communicate(timeout=HANG_GUARD)
+
+
+def rank_of(process):
+    """The rank that a launcher gave a process; None for another, or one that is gone."""
+    try:
+        if "hvd_lars" not in process.cmdline():
+            return None
+        variables = process.environ()
+    except psutil.Error:
+        return None
+    found = variables.get("HOROVOD_RANK") or variables.get("OMPI_COMM_WORLD_RANK")
+    return None if found is None else int(found)
+
+
+def ranks_under(process):
+    """Processes of the job by rank; one that a rank started is not its own parent's."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    found = {}
+    for member in family:
+        rank = rank_of(member)
+        if rank is not None and rank_of(member.parent()) is None:
+            found[rank] = member
+    return found

@@ -12,9 +12,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # and anything from the rows above.
 LAYERS = [
     ["allocator", "errors", "files", "memory", "durations", "schedules", "launchers", "run_folder"],
-    ["stopwatch", "precision", "progress"],
+    ["stopwatch", "precision", "progress", "liveness"],
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
-    ["optim", "replicas", "batch_norm", "stopping"],
+    ["optim", "replicas", "batch_norm", "stopping", "watchdog"],
     ["evaluation", "checkpoint_files", "checkpoint"],
     ["trainer", "loop", "doctor"],
     ["assemble"],
@@ -30,7 +30,7 @@ MAY_IMPORT_NOTHING = [
     "schedules",
     "launchers",
 ]
-MAY_IMPORT_NOTHING += ["stopwatch", "precision", "progress"]
+MAY_IMPORT_NOTHING += ["stopwatch", "precision", "progress", "liveness"]
 
 
 def part_of(path):

@@ -1,4 +1,4 @@
-"""``hvd-lars train``; imports assemble and stopping."""
+"""``hvd-lars train``; imports assemble, stopping and watchdog."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hvd_lars.assemble import Resume, build_run
 from hvd_lars.comm import Communicator, Launch
 from hvd_lars.config import Config
 from hvd_lars.stopping import STOP_FILE
+from hvd_lars.watchdog import Watchdog
 
 _REQUEUE = 75  # EX_TEMPFAIL
 
@@ -19,7 +20,9 @@ def train(options: argparse.Namespace, config: Config, comm: Communicator, launc
         keys = tuple(text.partition("=")[0] for text in options.overrides)
         resume = Resume(options.resume_from, keys)
     loop, folder = build_run(config, comm, launch, resume)
-    with loop.stops.listening():
+    run = config.run
+    watchdog = Watchdog(comm, loop.place, run.rank_timeout, run.stall_timeout)
+    with loop.stops.listening(), watchdog.watching():
         if comm.rank == 0:
             ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
             done = loop.trainer.progress.step

@@ -5,17 +5,15 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from commands import HANG_GUARD, hvd_lars, records_of
+from commands import HANG_GUARD, hvd_lars, kill_everything, records_of, start, wait_for_step
 from safetensors.torch import load_file
 from test_image_folder import make_folder
 
-from hvd_lars.launchers import launcher_environment, local_command, run_here, this_python
+from hvd_lars.launchers import run_here, this_python
 
 STEPS = [
     "train.duration=20 steps", "schedule.warmup_duration=2 steps", "train.log_every=3 steps",
@@ -26,40 +24,6 @@ STEPS = [
 def training(folder, *options):
     """The command of a run of 20 steps whose checkpoints stand in the middle of everything."""
     return ["train", "digits", f"run.dir={folder}", *STEPS, *options]
-
-
-def start(launcher, ranks, arguments):
-    program = this_python("-m", "hvd_lars", *arguments)
-    return subprocess.Popen(
-        local_command(launcher, ranks, program) if launcher else program,
-        env=launcher_environment() | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_step(process, folder, step, checkpoint=None):
-    """Until the run tells of ``step``, and ``checkpoint`` stands, which is written beside."""
-    deadline = time.monotonic() + HANG_GUARD
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            if last["step"] >= step and (
-                checkpoint is None or (folder / f"checkpoints/step-{checkpoint:08d}").is_dir()
-            ):
-                return
-        except (OSError, ValueError, IndexError):
-            pass
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} never came: {process.communicate()[0]}")
-
-
-def kill_everything(process):
-    """SIGKILL to the launcher and every rank at once."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        victim.kill()
-    process.communicate(timeout=HANG_GUARD)
 
 
 def what_was_measured(folder):

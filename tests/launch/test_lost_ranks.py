@@ -1,0 +1,60 @@
+"""Ranks that stop taking part end the job, with a line that names them."""
+
+import os
+import signal
+
+import psutil
+import pytest
+from commands import HANG_GUARD, ranks_under, start, wait_for_step
+from test_image_folder import make_folder
+
+LONG = [
+    "train.duration=100000 steps", "train.eval_every=100000 steps", "train.log_every=1 steps",
+    "checkpoint.every=100000 steps",
+]  # fmt: skip
+
+
+def end_of(process, family):
+    """What the job printed, once it has ended and left no process behind."""
+    output, _ = process.communicate(timeout=HANG_GUARD)
+    assert process.returncode not in (0, 75), output
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == [], output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "backend", "stopped"),
+    [("mpirun", "horovod", 1), ("mpirun", "mpi", 0), ("horovodrun --gloo", "horovod", 1)],
+)
+def test_a_stopped_process_ends_the_job(tmp_path, launcher, backend, stopped):
+    run = tmp_path / "run"
+    options = [f"run.dir={run}", f"comm.backend={backend}", "run.rank_timeout=5", *LONG]
+    process = start(launcher, 2, ["train", "digits", *options])
+    wait_for_step(process, run, 3)
+    family = psutil.Process(process.pid).children(recursive=True)
+    victim = ranks_under(process)[stopped]
+    victim.send_signal(signal.SIGSTOP)
+    output = end_of(process, family)
+    assert "no sign of life for 5 s (run.rank_timeout) from:" in output
+    assert f"rank {stopped} (host " in output
+    assert f"pid {victim.pid}): " in output
+    assert "steps done" in output
+    assert "in state T" in output
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
+    """A file that never answers, as on a file server that is gone."""
+    images, run = make_folder(tmp_path / "images", size=(40, 40)), tmp_path / "run"
+    hangs = sorted((images / "train").glob("*/*"))[0]
+    hangs.unlink()
+    os.mkfifo(hangs)
+    data = f"data={{name: imagefolder, root: {images}, image_size: 32, workers: 0}}"
+    options = [data, "model.name=resnet18_cifar", "train.global_batch=4", f"run.dir={run}"]
+    options += ["run.stall_timeout=5", "schedule.warmup_duration=2 steps", *LONG]
+    process = start("mpirun", 2, ["train", "digits", *options])
+    wait_for_step(process, run, 0)
+    output = end_of(process, psutil.Process(process.pid).children(recursive=True))
+    assert "no rank got on for 5 s (run.stall_timeout)" in output
+    assert output.count("steps done, then in data") == 1  # the other rank waits
+    assert "hvd_lars/data/image_folder.py" in output
