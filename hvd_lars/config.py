@@ -19,7 +19,7 @@ from hvd_lars.config_data import (
     ShardsData,
     SyntheticData,
 )
-from hvd_lars.config_fields import DurationField, Positive, Rate, Section
+from hvd_lars.config_fields import DurationField, PeriodField, Positive, Rate, Section
 from hvd_lars.durations import Duration
 
 Data = (
@@ -201,7 +201,7 @@ class Train(Section):
 class Checkpoint(Section):
     """When the state of training is kept."""
 
-    every: DurationField = Duration(5, "epochs")
+    every: PeriodField = Duration(5, "epochs")
     keep_last: Positive = 2
 
 

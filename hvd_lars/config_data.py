@@ -92,6 +92,10 @@ class Images(Section):
         default=(), description="progressive resizing: sides of the training images by epoch"
     )
     expect: Expected | None = None
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.001,
+        description="of all images, that may be unreadable; another takes the place of each",
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Images:

@@ -1,16 +1,18 @@
 """The training loop, read from top to bottom.
 
-Imports trainer, checkpoint, evaluation, metrics and stopping; takes no Config.
+Imports trainer, checkpoint, evaluation, metrics, liveness and votes; takes no Config.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.data import Request
@@ -22,8 +24,8 @@ from hvd_lars.liveness import Place
 from hvd_lars.metrics import Sink
 from hvd_lars.progress import Progress
 from hvd_lars.replicas import broadcast_and_verify, named_state, verify_agreement
-from hvd_lars.stopping import StopRequests
 from hvd_lars.trainer import Trainer
+from hvd_lars.votes import Outcome, Votes
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Loop:
         sinks: take the records; empty but on rank 0.
         max_skipped_steps: steps in a row that may be left out because a norm is not finite.
         verify_every: steps between comparisons of the ranks' parameters; 0 for none.
-        stops: requests to stop before the end.
+        votes: what ranks tell each other besides; requests to stop before the end among it.
     """
 
     def __init__(
@@ -63,13 +65,13 @@ class Loop:
         sinks: Sequence[Sink] = (),
         max_skipped_steps: int = 10,
         verify_every: int = 0,
-        stops: StopRequests | None = None,
+        votes: Votes | None = None,
     ) -> None:
         self.trainer, self.intervals, self.eval_batch = trainer, intervals, eval_batch
         self.checkpointer, self.sinks = checkpointer, sinks
-        self.max_skipped_steps, self.stops = max_skipped_steps, stops or StopRequests()
-        self.verify_every = verify_every
+        self.max_skipped_steps, self.verify_every = max_skipped_steps, verify_every
         self._comm = trainer.comm
+        self.votes = votes or Votes(self._comm)
         self._window_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
         self._window_started = 0.0
         self._doing, self._evaluated = "", 0  # what but training goes on; batches of evaluation
@@ -112,13 +114,14 @@ class Loop:
             trained += 1
             pause = time.perf_counter()
             last = progress.step == total
-            counted = self.trainer.placement.gradients.counted
-            stopped = None if last else self.stops.agreed(self._comm, counted)
+            agreed = self._agree(self.trainer.placement.gradients.counted)
+            stopped = None if last else agreed.stop
             if last or progress.step % self.intervals.evaluate == 0:
                 progress.evaluation_due = True
                 if stopped is None:
                     evaluation, stopped = self._evaluate()
-            if stopped or last or progress.step % self.intervals.checkpoint == 0:
+            due = agreed.keep or progress.step % self.intervals.checkpoint == 0
+            if stopped or last or due:
                 kept = self._keep(beside=not (stopped or last))
             pause = time.perf_counter() - pause
             aside += pause
@@ -132,10 +135,19 @@ class Loop:
             sink.close()
         return Summary(evaluation, rate, seconds, stopped, kept)
 
+    def _agree(self, counted: Tensor | None = None) -> Outcome:
+        """What the ranks agreed on, after telling of images that were replaced."""
+        outcome = self.votes.count(counted)
+        for line in outcome.replaced:
+            if self._comm.rank == 0:
+                print(f"hvd-lars: {line}: another takes its place", file=sys.stderr, flush=True)
+            self._record("event", self.trainer.progress.step, event="replaced", image=line)
+        return outcome
+
     def _train_and_log(self, batches: Iterator[tuple[Request, Batch]]) -> None:
         progress = self.trainer.progress
         self.trainer.placement.gradients.counted = None
-        self.trainer.placement.gradients.votes = self.stops.votes()
+        self.trainer.placement.gradients.votes = self.votes.cast()
         loss = self.trainer.train_step(progress.step, batches)
         progress.step += 1
         progress.top1 = None
@@ -169,7 +181,7 @@ class Loop:
 
         def asked() -> bool:
             self._doing, self._evaluated = "evaluation", self._evaluated + 1
-            stopped.extend(filter(None, [self.stops.agreed(self._comm)]))
+            stopped.extend(filter(None, [self._agree().stop]))
             return bool(stopped)
 
         trainer = self.trainer
@@ -205,6 +217,7 @@ class Loop:
             self.trainer.model, self.trainer.optimizer, progress, self.trainer.average, beside
         )
         self._doing = ""
+        self.votes.kept()
         self._record(
             "event", progress.step, event="checkpoint", path=path.name, stall_seconds=stall
         )

@@ -1,4 +1,6 @@
-"""Requests to stop a run, which ranks agree on before any of them acts; imports comm.base.
+"""Requests to stop a run, which ranks agree on (votes.py) before any of them acts.
+
+Imports nothing of hvd_lars.
 
 A request reaches one rank (a signal, a file, the clock), and a rank that stopped by itself would
 leave the others waiting in a collective.  So each rank casts a vote with every step.
@@ -17,8 +19,6 @@ from typing import final
 
 import torch
 from torch import Tensor
-
-from hvd_lars.comm.base import Communicator
 
 STOP_FILE = "STOP file"
 REASONS = (STOP_FILE, "run.max_hours", "SIGUSR1", "SIGINT", "SIGTERM")  # the last one wins
@@ -60,17 +60,6 @@ class StopRequests:
             if os.path.lexists(self._stop_file):
                 self._asked.add(STOP_FILE)
         return torch.tensor([float(reason in self._asked) for reason in REASONS]).double()
-
-    def agreed(self, comm: Communicator, counted: Tensor | None = None) -> str | None:
-        """Why the ranks stop, the same on all; None to go on.
-
-        ``counted`` is the sum of their votes where it is there already; collective without.
-        """
-        if counted is None:
-            counted = self.votes()
-            comm.start_all_reduce_sum(counted, "stop").wait()
-        asked = [reason for reason, votes in zip(REASONS, counted.tolist(), strict=True) if votes]
-        return asked[-1] if asked else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and "SIGINT" in self._asked:

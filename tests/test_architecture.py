@@ -14,7 +14,7 @@ LAYERS = [
     ["allocator", "errors", "files", "memory", "durations", "schedules", "launchers", "run_folder"],
     ["stopwatch", "precision", "progress", "liveness"],
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
-    ["optim", "replicas", "batch_norm", "stopping", "watchdog"],
+    ["optim", "replicas", "batch_norm", "stopping", "votes", "watchdog"],
     ["evaluation", "checkpoint_files", "checkpoint"],
     ["trainer", "loop", "doctor"],
     ["assemble"],

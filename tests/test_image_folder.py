@@ -150,12 +150,25 @@ def test_a_picture_of_absurd_size_is_named(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_named(folder, workers):
-    bad = folder / "train/bee/2.JPEG"
-    bad.write_bytes(bad.read_bytes()[:200])
-    batches = stream(source_of(folder), [Request(0, np.arange(12))], workers)
-    with pytest.raises(UserError, match="train/bee/2.JPEG: not a readable image") as caught:
-        list(batches)
+def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(folder, workers):
+    images, labels = source_of(folder).eval_batch(np.arange(6))
+    source, everything = source_of(folder), Request(None, np.arange(6))
+    (folder / "val/ant/0.JPEG").write_bytes(b"no image")  # the first two, and the last
+    (folder / "val/ant/1.png").unlink()
+    (folder / "val/cat/1.png").write_bytes((folder / "val/cat/1.png").read_bytes()[:60])
+    for made in list(stream(source, [everything, everything], workers)):
+        assert made[1][1].tolist() == labels[[2, 2, 2, 3, 4, 2]].tolist()
+        assert torch.equal(made[1][0], images[[2, 2, 2, 3, 4, 2]])
+    assert {line.partition(": ")[0] for line in source.replaced} == {
+        f"{folder}/val/{name}" for name in ("ant/0.JPEG", "ant/1.png", "cat/1.png")
+    }
+    if workers == 0:
+        assert len(source.replaced) == 3  # once each
+    for path in folder.glob("val/*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="not a readable image") as caught:
+        list(stream(source_of(folder), [everything], workers))
+    assert folder.name in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -11,6 +11,7 @@ from hvd_lars.optim import Replicated, Sharded
 from hvd_lars.progress import Progress
 from hvd_lars.replicas import ReplicasDifferError, named_state, verify_agreement
 from hvd_lars.stopping import StopRequests
+from hvd_lars.votes import Votes
 
 pytestmark = pytest.mark.ranks(1, 2, 3)
 
@@ -118,10 +119,36 @@ def test_all_ranks_stop_at_the_step_that_one_was_asked_in(comm, tmp_path):
     comm.barrier()
     stops = StopRequests(folder / "STOP" if comm.rank == comm.size - 1 else None)
     trainer = tiny_trainer(comm, torch.float32, 16)
-    summary = tiny_loop(trainer, folder, stops=stops).run()
+    summary = tiny_loop(trainer, folder, votes=Votes(comm, stops)).run()
     assert summary.stopped == "STOP file"
     assert trainer.progress.step == 1
     assert summary.checkpoint == folder / "step-00000001"
+
+
+def test_rank_0s_clock_says_when_a_checkpoint_is_due(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float32, 16)
+    records = Records()
+    votes = Votes(comm, keep_every=0.0 if comm.rank == 0 else 1e9)
+    tiny_loop(trainer, folder, votes=votes, sinks=[records]).run()
+    kept = [r["step"] for r in records if r.get("event") == "checkpoint"]
+    assert kept == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not Votes(comm, keep_every=3600.0).count().keep
+
+
+def test_a_bad_image_is_told_once_whichever_ranks_meet_it(comm):
+    mine = ["a.png: empty", f"{comm.rank}.png: empty"]
+    votes = Votes(comm, None, mine, num_images=100, max_bad_fraction=0.05)
+    assert votes.count().replaced == ("0.png: empty", "a.png: empty", *(
+        f"{rank}.png: empty" for rank in range(1, comm.size)
+    ))  # fmt: skip
+    assert votes.count().replaced == ()
+    mine.append("a.png: empty")
+    assert votes.count().replaced == ()
+    if comm.rank == comm.size - 1:
+        mine.extend(f"more-{i}.png: empty" for i in range(5))
+    with pytest.raises(UserError, match=r"max_bad_fraction: \d of 100 images cannot .*more-0.png"):
+        votes.count()
 
 
 def test_a_stop_in_the_middle_of_an_evaluation_leaves_it_for_later(comm, tmp_path):
@@ -134,7 +161,7 @@ def test_a_stop_in_the_middle_of_an_evaluation_leaves_it_for_later(comm, tmp_pat
 
     def eval_batch(indices):
         if comm.rank == 0:
-            loop.stops._asked.add("SIGTERM")
+            loop.votes.stops._asked.add("SIGTERM")
         return evaluate(indices)
 
     trainer.source.eval_batch = eval_batch

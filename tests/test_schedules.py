@@ -84,6 +84,17 @@ def test_durations_become_steps(text, steps):
     assert Duration.parse(str(duration)) == duration
 
 
+def test_minutes_are_for_what_a_clock_can_say():
+    assert Duration.parse("2.5 minutes", minutes=True) == Duration(2.5, "minutes")
+    assert str(Duration(30, "minutes")) == "30 minutes"
+    with pytest.raises(ValueError, match="is not a duration"):
+        Duration.parse("30 minutes")
+    with pytest.raises(ValueError, match="or '30 minutes'"):
+        Duration.parse("30 hours", minutes=True)
+    with pytest.raises(ValueError, match="no number of steps"):
+        Duration(30, "minutes").steps(10, 1024)
+
+
 @pytest.mark.parametrize(
     "text", ["5", "epochs", "-1 epochs", "1.5 steps", "1..2 epochs", "1e400 epochs", 5, None]
 )

@@ -24,6 +24,7 @@ class TinySource:
     mixes_pairs = False
 
     def __init__(self, dtype):
+        self.replaced = []
         generator = torch.Generator().manual_seed(1)
         self.images = torch.randn(200, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
         self.labels = torch.randint(5, (200,), generator=generator)

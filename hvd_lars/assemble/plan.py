@@ -5,6 +5,7 @@ Imports config, durations, schedules, data.sampler, trainer's Intervals and erro
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from hvd_lars.assemble.sources import mixes_pairs
@@ -95,6 +96,10 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
         raise UserError(
             f"train.micro_batch: found {train.micro_batch}; mixup and cutmix need 2 or more"
         )
+    kept = config.checkpoint.every
+    by_clock = kept.unit == "minutes"
+    if by_clock and kept.value == 0:
+        raise UserError(f"checkpoint.every: found {kept}; must be above 0")
     pieces = accumulation(train.global_batch, ranks, train.micro_batch, block)
     fullest = min(-(-train.global_batch // (block * ranks)) * block, train.global_batch)
     _check_batch_norm_groups(config, ranks, pieces, block)
@@ -109,7 +114,8 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
             total=total,
             evaluate=steps(train.eval_every, "train.eval_every"),
             log=steps(train.log_every, "train.log_every"),
-            checkpoint=steps(config.checkpoint.every, "checkpoint.every"),
+            checkpoint=total if by_clock else steps(kept, "checkpoint.every"),
+            checkpoint_seconds=60.0 * kept.value if by_clock else math.inf,
         ),
         warmup_steps=warmup,
         target_lr=target,

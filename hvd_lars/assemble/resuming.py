@@ -15,6 +15,7 @@ from hvd_lars.errors import UserError
 # What may differ between two parts of one run: where it runs, what it keeps, and how it rounds.
 _FREE = (
     "run", "checkpoint", "comm", "recipe", "data.root", "data.workers", "data.cache_dir",
+    "data.max_bad_fraction",
     "model.init_from", "model.checkpoint_blocks", "optimizer.kernel", "optimizer.placement",
     "train.micro_batch", "train.eval_batch", "train.threads", "train.log_every",
     "train.eval_every", "train.channels_last", "train.compile", "train.max_skipped_steps",

@@ -34,6 +34,7 @@ from hvd_lars.models import load_weights
 from hvd_lars.optim import LARS, Placement, Sharded, parameter_groups
 from hvd_lars.stopping import StopRequests
 from hvd_lars.trainer import Trainer
+from hvd_lars.votes import Votes
 
 
 def choose_device(comm: Communicator) -> torch.device:
@@ -99,24 +100,33 @@ def build_run(
     folder = Path(on_root(comm, make_folder))
     checkpointer = Checkpointer(folder / run_folder.CHECKPOINTS, comm, config.checkpoint.keep_last)
     hours = config.run.max_hours
+    source = trainer.source
+    intervals = make_plan(config, source.num_train, comm.size).intervals
     loop = Loop(
         trainer,
-        make_plan(config, trainer.source.num_train, comm.size).intervals,
+        intervals,
         config.train.eval_batch,
         checkpointer,
         max_skipped_steps=config.train.max_skipped_steps,
         verify_every=config.train.verify_every or 0,
-        stops=StopRequests(
-            folder / run_folder.STOP if comm.rank == 0 else None,
-            float("inf") if hours is None else hours * 3600.0,
+        votes=Votes(
+            comm,
+            StopRequests(
+                folder / run_folder.STOP if comm.rank == 0 else None,
+                float("inf") if hours is None else hours * 3600.0,
+            ),
+            source.replaced,
+            source.num_train + source.num_eval,
+            getattr(config.data, "max_bad_fraction", 0.0),
+            intervals.checkpoint_seconds,
         ),
     )
     step = 0
     if resume is not None:
-        source = None if resume.source is None else checkpoints_in(resume.source)
-        found = checkpointer.find(source)
-        if found is None and source is not None:
-            raise UserError(f"{source}: no checkpoint (a folder step-N) in it")
+        origin = None if resume.source is None else checkpoints_in(resume.source)
+        found = checkpointer.find(origin)
+        if found is None and origin is not None:
+            raise UserError(f"{origin}: no checkpoint (a folder step-N) in it")
         if found is not None:
             loop.resume(
                 checkpointer.restore(trainer.model, trainer.optimizer, trainer.average, found)

@@ -22,7 +22,7 @@ def train(options: argparse.Namespace, config: Config, comm: Communicator, launc
     loop, folder = build_run(config, comm, launch, resume)
     run = config.run
     watchdog = Watchdog(comm, loop.place, run.rank_timeout, run.stall_timeout)
-    with loop.stops.listening(), watchdog.watching():
+    with loop.votes.stops.listening(), watchdog.watching():
         if comm.rank == 0:
             ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
             done = loop.trainer.progress.step

@@ -1,11 +1,11 @@
 """Photographs, wherever they lie: decoded, cropped, augmented, normalised.
 
-Imports augment, crops, decoding, mixing, randomness and source.
+Imports augment, crops, decoding, mixing, randomness, source and errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, final
 
 import torch
@@ -18,6 +18,7 @@ from hvd_lars.data.decoding import Picture
 from hvd_lars.data.mixing import mix_pairs
 from hvd_lars.data.randomness import seed_of, uniforms
 from hvd_lars.data.source import Batch, Indices, Request
+from hvd_lars.errors import UserError
 
 # Mean and deviation of ImageNet's channels in [0, 1], as every published recipe uses them.
 IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,6 +30,8 @@ _LIGHT_VECTORS = (
     (-0.5808, -0.0045, -0.8140),
     (-0.5836, -0.6948, 0.4203),
 )
+
+_TRIES = 32  # images in a row, before a data set counts as gone
 
 _COLOURS, _ERASING, _LIGHTING, _MIXING = 1, 2, 3, 4  # separate streams of random numbers
 
@@ -86,6 +89,8 @@ class Images:
         self._crops = {size: training_crop(augment, size, eval_resize) for _, size in self._sizes}
         self._colours = colours(augment)
         self._centre = centre_crop(image_size, eval_resize)
+        self.replaced: list[str] = []
+        self._unreadable: set[tuple[bool, int]] = set()  # (whether of training, index)
 
     def image_size(self, epoch: int) -> int:
         """Side of the training images of an epoch, in pixels."""
@@ -95,17 +100,19 @@ class Images:
         """Random crops (n, 3, side, side) uint8 and labels (n,)."""
         crop = self._crops[self.image_size(epoch)]
         draws = uniforms(self._seed, epoch, indices, NUM_DRAWS).tolist()
-        images = [
-            crop(self._train.open(i), row) for i, row in zip(indices.tolist(), draws, strict=True)
+        made = [
+            self._make(self._train, i, lambda picture, row=row: crop(picture, row))  # type: ignore[misc]
+            for i, row in zip(indices.tolist(), draws, strict=True)
         ]
+        images = [image for image, _ in made]
         if self._colours is not None and not self._gpu:
             images = self._recoloured(images, epoch, indices)
-        return default_collate(images), torch.from_numpy(self._train.labels[indices])
+        return default_collate(images), torch.tensor([label for _, label in made])
 
     def eval_batch(self, indices: Indices) -> Batch:
         """Centre crops (n, 3, image_size, image_size) uint8 and labels (n,)."""
-        images = [self._centre(self._val.open(i)) for i in indices.tolist()]
-        return default_collate(images), torch.from_numpy(self._val.labels[indices])
+        made = [self._make(self._val, i, self._centre) for i in indices.tolist()]
+        return default_collate([image for image, _ in made]), torch.tensor([n for _, n in made])
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
         """Normalised float32 images; shares of the classes in place of labels where mixed."""
@@ -132,6 +139,23 @@ class Images:
         return mix_pairs(
             pixels, labels, request, self.num_classes, seed, augment.mixup, augment.cutmix
         )
+
+    def _make(
+        self, store: ImageStore, index: int, make: Callable[[Picture], Tensor]
+    ) -> tuple[Tensor, int]:
+        """An image and its label, or those of the next one in the store that can be read."""
+        problem: UserError | None = None
+        for i in range(index, index + min(_TRIES, len(store.labels))):
+            i %= len(store.labels)
+            if (store is self._train, i) in self._unreadable:
+                continue
+            try:
+                return make(store.open(i)), int(store.labels[i])
+            except UserError as error:
+                problem = error
+                self._unreadable.add((store is self._train, i))
+                self.replaced.append(str(error))
+        raise problem or UserError(f"{_TRIES} images in a row cannot be read")
 
     def _recoloured(self, images: Sequence[Tensor], epoch: int, indices: Indices) -> list[Tensor]:
         """The operations of one image at a time."""

@@ -15,7 +15,7 @@ from hvd_lars.errors import UserError
 
 
 @final
-class _Answers(Dataset[Batch | UserError]):
+class _Answers(Dataset[tuple[Batch, list[str]] | UserError]):
     """A source as a map from requests to batches, which is what a DataLoader's workers run.
 
     A DataLoader would wrap a worker's exception in two tracebacks: it is passed on as a value.
@@ -24,11 +24,14 @@ class _Answers(Dataset[Batch | UserError]):
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def __getitem__(self, request: Any) -> Batch | UserError:
+    def __getitem__(self, request: Any) -> tuple[Batch, list[str]] | UserError:
         try:
-            return answer(self._source, request)
+            batch = answer(self._source, request)
         except UserError as error:
             return error
+        replaced = list(self._source.replaced)
+        self._source.replaced.clear()
+        return batch, replaced
 
 
 def answer(source: Source, request: Request) -> Batch:
@@ -54,7 +57,7 @@ def stream(
         device: where the batches are wanted, such as ``"cuda"`` for the current GPU.
 
     Raises:
-        UserError: from a worker too, an image cannot be read.
+        UserError: from a worker too, an image cannot be read, nor those that could replace it.
     """
     batches = _made(source, requests, workers, device == "cuda")
     yield from _copied_aside(batches) if device == "cuda" else batches
@@ -92,7 +95,9 @@ def _made(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its seed for workers would come from dropout's generator
     )
-    for request, batch in zip(asked, loader, strict=True):
-        if isinstance(batch, UserError):
-            raise batch
+    for request, made in zip(asked, loader, strict=True):
+        if isinstance(made, UserError):
+            raise made
+        batch, replaced = made
+        source.replaced += replaced
         yield request, batch

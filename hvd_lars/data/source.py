@@ -31,6 +31,9 @@ class Source(Protocol):
     num_eval: int
     num_classes: int
     mixes_pairs: bool
+    replaced: list[str]
+    """Lines about images that could not be read, with others in their place; whoever reads the
+    lines removes them."""
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
         """The training samples ``indices``, each below num_train, as drawn in ``epoch``."""

@@ -26,6 +26,7 @@ class Synthetic:
         channels: int,
         seed: int,
     ) -> None:
+        self.replaced: list[str] = []
         self.num_train, self.num_eval, self.num_classes = num_train, num_eval, num_classes
         self._shape = (channels, image_size, image_size)
         self._seed = seed

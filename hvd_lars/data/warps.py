@@ -38,6 +38,7 @@ class WarpedImages:
         self, train: Batch, evaluation: Batch, num_classes: int, copies: int, seed: int
     ) -> None:
         mean, std = train[0].mean(), train[0].std()
+        self.replaced: list[str] = []
         self._background = float(-mean / std)
         self._train = (train[0] - mean) / std, train[1]
         self._eval = (evaluation[0] - mean) / std, evaluation[1]

@@ -215,8 +215,16 @@ def test_a_bad_image_ends_both_ranks_with_its_path(tmp_path):
     program = this_python("-m", "hvd_lars", "train", "digits", *options)
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 2, result.stdout
-    assert f"{root}/train/cat/3.png: not a readable image" in result.stdout
+    line = f"{root}/train/cat/3.png: not a readable image"
+    assert f"data.max_bad_fraction: 1 of 51 images cannot be read, such as {line}" in result.stdout
     assert "Traceback" not in result.stdout
+    # … unless some may be bad; both ranks meet this one in the course of three epochs.
+    program += [f"run.dir={tmp_path / 'other'}", "data.max_bad_fraction=0.1"]
+    result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count(f"{line}: of no known format: another takes its place") == 1
+    events = [r for r in records_of(tmp_path / "other", "event") if r["event"] == "replaced"]
+    assert [event["image"].partition(": ")[0] for event in events] == [f"{root}/train/cat/3.png"]
 
 
 def test_shards_train_over_two_ranks_with_all_that_happens_to_images(tmp_path):
