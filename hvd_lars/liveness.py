@@ -73,13 +73,20 @@ def describe(rank: int, known: Rank) -> str:
     return what + "".join(f"\n    {line}" for line in known.stack.splitlines())
 
 
+def process_state(pid: int) -> str | None:
+    """What the system says of a process on this machine: R, S, D, T …; None: it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    states = [line.split()[1] for line in text.splitlines() if line.startswith("State:")]
+    return None if states[:1] in ([], ["Z"], ["X"]) else states[0]
+
+
 def _state_of(known: Rank) -> str:
-    """What the system says of a process on this machine."""
     if known.host != socket.gethostname():
         return ""
-    try:
-        text = Path(f"/proc/{known.pid}/status").read_text()
-    except OSError:
+    state = process_state(known.pid)
+    if state is None:
         return "; the process is gone"
-    state = [line.partition(":")[2].strip() for line in text.splitlines() if "State:" in line]
-    return f"; the process is in state {state[0]}" if state else ""
+    return f"; the process is in state {state}{' (stopped)' if state == 'T' else ''}"

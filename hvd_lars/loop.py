@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class Loop:
         max_skipped_steps: steps in a row that may be left out because a norm is not finite.
         verify_every: steps between comparisons of the ranks' parameters; 0 for none.
         votes: what ranks tell each other besides; requests to stop before the end among it.
+        commit_every: steps between calls of ``commit``, an attribute to be set in a job whose
+            ranks come and go.
     """
 
     def __init__(
@@ -66,10 +68,13 @@ class Loop:
         max_skipped_steps: int = 10,
         verify_every: int = 0,
         votes: Votes | None = None,
+        commit_every: int = 20,
     ) -> None:
         self.trainer, self.intervals, self.eval_batch = trainer, intervals, eval_batch
         self.checkpointer, self.sinks = checkpointer, sinks
         self.max_skipped_steps, self.verify_every = max_skipped_steps, verify_every
+        self.commit: Callable[[], None] | None = None
+        self.commit_every = commit_every
         self._comm = trainer.comm
         self.votes = votes or Votes(self._comm)
         self._window_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
@@ -101,6 +106,7 @@ class Loop:
         event = "resume" if progress.step else "start"
         self._record("event", progress.step, event=event, world_size=self._comm.size)
         self.trainer.model.train()
+        self._commit()
         started = self._window_started = time.perf_counter()
         aside, trained = 0.0, 0  # seconds of evaluation and checkpoints, steps
         evaluation: Evaluation | None = None
@@ -123,6 +129,8 @@ class Loop:
             due = agreed.keep or progress.step % self.intervals.checkpoint == 0
             if stopped or last or due:
                 kept = self._keep(beside=not (stopped or last))
+            if not (stopped or last) and progress.step % self.commit_every == 0:
+                self._commit()
             pause = time.perf_counter() - pause
             aside += pause
             self._window_started += pause
@@ -203,15 +211,8 @@ class Loop:
         """Save everything; collective."""
         if self.checkpointer is None:
             return None
-        self.trainer.placement.complete_parameters()
+        self._gather_progress()
         progress = self.trainer.progress
-        losses = torch.zeros(self._comm.size, dtype=torch.float64)
-        losses[self._comm.rank] = self._window_loss.item()
-        self._comm.start_all_reduce_sum(losses, "window_losses").wait()
-        progress.window_losses = losses.tolist()
-        if self.trainer.loss_scale is not None:
-            progress.loss_scale = self.trainer.loss_scale.value
-            progress.good_steps = self.trainer.loss_scale.good_steps
         self._doing = "checkpoint"
         path, stall = self.checkpointer.save(
             self.trainer.model, self.trainer.optimizer, progress, self.trainer.average, beside
@@ -222,6 +223,23 @@ class Loop:
             "event", progress.step, event="checkpoint", path=path.name, stall_seconds=stall
         )
         return path
+
+    def _commit(self) -> None:
+        if self.commit is not None:
+            self._gather_progress()
+            self.commit()
+
+    def _gather_progress(self) -> None:
+        """Complete what a resumed run needs; collective."""
+        self.trainer.placement.complete_parameters()
+        progress = self.trainer.progress
+        losses = torch.zeros(self._comm.size, dtype=torch.float64)
+        losses[self._comm.rank] = self._window_loss.item()
+        self._comm.start_all_reduce_sum(losses, "window_losses").wait()
+        progress.window_losses = losses.tolist()
+        if self.trainer.loss_scale is not None:
+            progress.loss_scale = self.trainer.loss_scale.value
+            progress.good_steps = self.trainer.loss_scale.good_steps
 
     def _log_window(self) -> None:
         """Record the means since the last log line; the loss is summed over the ranks."""

@@ -42,10 +42,10 @@ def named_state(
     return state
 
 
-def broadcast_and_verify(state: Mapping[str, Tensor], comm: Communicator) -> None:
-    """Give every rank the tensors of rank 0, then check that all hold the same bits."""
+def broadcast_and_verify(state: Mapping[str, Tensor], comm: Communicator, root: int = 0) -> None:
+    """Give every rank the tensors of rank ``root``, then check that all hold the same bits."""
     for tensor in state.values():
-        comm.broadcast(tensor)
+        comm.broadcast(tensor, root)
     verify_agreement(state, comm)
 
 

@@ -21,9 +21,19 @@ import torch
 from torch import Tensor
 
 STOP_FILE = "STOP file"
-REASONS = (STOP_FILE, "run.max_hours", "SIGUSR1", "SIGINT", "SIGTERM")  # the last one wins
+REQUEUE_FILE = "STOP file that says requeue"
+# Where several were asked for, the last of them is what is told.
+REASONS = (STOP_FILE, REQUEUE_FILE, "run.max_hours", "SIGUSR1", "SIGINT", "SIGTERM")
 _SIGNALS = {signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
 _LOOK_EVERY = 1.0  # seconds between looks at the file system
+
+
+def _wish_in(stop_file: Path) -> str:
+    try:
+        with stop_file.open("rb") as file:
+            return REQUEUE_FILE if file.read(7) == b"requeue" else STOP_FILE
+    except OSError:  # a link to nowhere is a request, too
+        return STOP_FILE
 
 
 @final
@@ -31,7 +41,8 @@ class StopRequests:
     """What this rank knows of requests to stop.
 
     Args:
-        stop_file: its existence is a request; looked for on the rank that is given one.
+        stop_file: its existence is a request, "requeue" in it another one; looked for on the rank
+            that is given one.
         max_seconds: a request once so many seconds have passed; infinity for none.
     """
 
@@ -58,7 +69,7 @@ class StopRequests:
         if self._stop_file is not None and now >= self._next_look:
             self._next_look = now + _LOOK_EVERY
             if os.path.lexists(self._stop_file):
-                self._asked.add(STOP_FILE)
+                self._asked.add(_wish_in(self._stop_file))
         return torch.tensor([float(reason in self._asked) for reason in REASONS]).double()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

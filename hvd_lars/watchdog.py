@@ -23,7 +23,7 @@ from typing import Any, final
 import torch
 
 from hvd_lars.comm.base import Communicator
-from hvd_lars.liveness import Judge, Place, describe
+from hvd_lars.liveness import Judge, Place, describe, process_state
 
 _BEAT = 1.0  # seconds; more where rank 0 would have more than 256 datagrams a second to read
 _MEETING = 5.0  # seconds that training waits for the first datagrams, which take milliseconds
@@ -54,6 +54,7 @@ class Watchdog:
         self._comm, self._place, self._replaceable = comm, place, replaceable
         self._judge = Judge(rank_timeout, stall_timeout, time.monotonic())
         self._over, self._met = threading.Event(), threading.Event()
+        self._leaving = False
         self._main = threading.main_thread().ident
         self._beat = min(max(_BEAT, comm.size / 256), rank_timeout / 4)
 
@@ -79,6 +80,11 @@ class Watchdog:
         self._met.wait(_MEETING)
         try:
             yield
+        except BaseException:
+            self._leaving = True  # not before it is known that nobody is left behind
+            if self._replaceable:
+                thread.join(self._judge.rank_timeout + _MEETING)
+            raise
         finally:
             self._over.set()
             thread.join()
@@ -94,8 +100,9 @@ class Watchdog:
             if now >= next_beat:
                 next_beat = now + (self._beat if self._met.is_set() else _BEAT / 10)
                 wanted = alarm < float("inf")
-                for target in targets or peers.values():
-                    _send(link, target, self._sign(token, wanted))
+                sign = self._sign(token, wanted)
+                for target in targets or list(peers.values()):
+                    _send(link, target, sign)
             answer = _receive(link, token)
             if answer is not None:
                 sign, target = answer
@@ -103,6 +110,8 @@ class Watchdog:
                 if targets:
                     targets = [target]  # the address of rank 0 that works from here
             now = time.monotonic()
+            if self._leaving and self._is_last(now):
+                break
             self._look_after_myself(now)
             expected = 1 if targets else self._comm.size - 1
             heard = len(self._judge.ranks) - (not targets)
@@ -120,7 +129,23 @@ class Watchdog:
                     self._end([])
         for target in targets or peers.values():
             for _ in range(3):
-                _send(link, target, {"token": token, "rank": self._comm.rank, "bye": True})
+                _send(link, target, self._sign(token, False))
+
+    def _is_last(self, now: float) -> bool:
+        """Whether no other rank of this machine can still be in the attempt that failed.
+
+        A stopped process notices nothing, and Horovod's driver would wait for it.
+        """
+        mine = socket.gethostname()
+        here = {
+            r: k for r, k in self._judge.ranks.items() if k.host == mine and k.pid != os.getpid()
+        }
+        for rank, known in here.items():
+            if (state := process_state(known.pid)) is None:
+                self._judge.ranks.pop(rank)
+            elif state == "T":
+                self._replace([rank], "stopped (SIGSTOP) while the others had to leave:")
+        return not here
 
     def _look_after_myself(self, now: float) -> None:
         if self._comm.rank == 0:
@@ -132,7 +157,9 @@ class Watchdog:
             "token": token, "rank": self._comm.rank, "host": socket.gethostname(),
             "pid": os.getpid(), "place": self._place(),
         }  # fmt: skip
-        if alarm and self._comm.rank == 0:
+        if self._leaving or self._over.is_set():
+            sign["bye"] = True
+        elif alarm and self._comm.rank == 0:
             sign["alarm"] = True
         elif alarm:
             sign["stack"], sign["waits"] = self._stack()
@@ -147,8 +174,7 @@ class Watchdog:
     ) -> float:
         rank = int(sign["rank"])
         if sign.get("bye"):
-            self._judge.ranks.pop(rank, None)
-            peers.pop(rank, None)
+            self._judge.ranks.pop(rank, None)  # but it may wait for our own good-bye
             return alarm
         now = time.monotonic()
         known = self._judge.hear(rank, sign["host"], sign["pid"], Place(*sign["place"]), now)
@@ -185,16 +211,19 @@ class Watchdog:
         known = self._judge.ranks
         if silent:
             seconds = self._judge.rank_timeout
-            lines = [f"no sign of life for {seconds:g} s (run.rank_timeout) from:"]
-            lines += [describe(rank, known[rank]) for rank in silent]
-        else:
-            known[0].stack, known[0].waits = self._stack()
-            lost = [rank for rank in sorted(known) if not known[rank].waits] or sorted(known)
-            lines = [f"no rank got on for {self._judge.stall_timeout:g} s (run.stall_timeout)"]
-            lines += ["not waiting for others, so others wait for:"]
-            lines += [describe(rank, known[rank]) for rank in lost[:8]]
-        reason = "\n".join(lines)
-        here = [rank for rank in silent if known[rank].host == socket.gethostname()]
+            self._replace(silent, f"no sign of life for {seconds:g} s (run.rank_timeout) from:")
+            return
+        known[0].stack, known[0].waits = self._stack()
+        lost = [rank for rank in sorted(known) if not known[rank].waits] or sorted(known)
+        lines = [f"no rank got on for {self._judge.stall_timeout:g} s (run.stall_timeout)"]
+        lines += ["not waiting for others, so others wait for:"]
+        self._comm.abort("\n".join(lines + [describe(rank, known[rank]) for rank in lost[:8]]))
+
+    def _replace(self, lost: list[int], why: str) -> None:
+        """Kill ranks on this machine for others to take over; end the job where that cannot be."""
+        known = self._judge.ranks
+        reason = "\n".join([why, *(describe(rank, known[rank]) for rank in lost)])
+        here = [rank for rank in lost if known[rank].host == socket.gethostname()]
         if not self._replaceable or not here:
             self._comm.abort(reason)
         print(f"hvd-lars: {reason}\n  killed, for others to take over", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ LAYERS = [
     ["stopwatch", "precision", "progress", "liveness"],
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
     ["optim", "replicas", "batch_norm", "stopping", "votes", "watchdog"],
-    ["evaluation", "checkpoint_files", "checkpoint"],
+    ["evaluation", "checkpoint_files", "checkpoint", "commits"],
     ["trainer", "loop", "doctor"],
     ["assemble"],
     ["cli", "__main__"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.launcher import Launch
+from hvd_lars.commits import Commits
 from hvd_lars.config import Config, Optimizer
 from hvd_lars.config_file import dump_config
 from hvd_lars.data import GlobalBatches
@@ -76,21 +78,33 @@ def build_optimizer(model: nn.Module, settings: Optimizer, lr: float, placement:
 
 
 def build_run(
-    config: Config, comm: Communicator, launch: Launch, resume: Resume | None = None
+    config: Config,
+    comm: Communicator,
+    launch: Launch,
+    resume: Resume | None = None,
+    commits: Commits | None = None,
+    after_commit: Callable[[], None] = lambda: None,
 ) -> tuple[Loop, Path]:
     """Everything for one rank's part of the run, and the run folder; collective.
+
+    ``commits`` of an elastic job is where it goes on from, if there is one, and what it keeps;
+    ``after_commit`` is called every time then.
 
     Raises:
         UserError: on every rank alike, for anything in the config that cannot be done, or a run
             that cannot be resumed.
     """
-    if resume is not None:
+    committed = None if commits is None else commits.agree(comm)
+    wanted = config.run.dir
+    if committed is not None:
+        config, wanted = committed.settings
+    elif resume is not None:
         config = on_root(comm, lambda: config_to_resume(config, resume))
     trainer, config = make_trainer(config, comm, launch)
-    again = resume is not None and resume.source is None
+    again = committed is not None or (resume is not None and resume.source is None)
 
     def make_folder() -> str:
-        folder = run_folder.create_run_folder(config.run.dir, config.run.name, again)
+        folder = run_folder.create_run_folder(wanted, config.run.name, again)
         ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
         threads, device = torch.get_num_threads(), str(trainer.device)
         run_folder.describe_run(folder, dump_config(config), ranks, device, threads)
@@ -109,6 +123,7 @@ def build_run(
         checkpointer,
         max_skipped_steps=config.train.max_skipped_steps,
         verify_every=config.train.verify_every or 0,
+        commit_every=config.checkpoint.commit_every,
         votes=Votes(
             comm,
             StopRequests(
@@ -122,15 +137,24 @@ def build_run(
         ),
     )
     step = 0
-    if resume is not None:
+    state = trainer.model, trainer.optimizer, trainer.average
+    if commits is not None:
+
+        def commit() -> None:
+            commits.keep(*state, trainer.progress, (config, str(folder)))
+            after_commit()
+
+        loop.commit = commit
+    if commits is not None and committed is not None:
+        loop.resume(commits.restore(committed, *state, comm))
+        step = trainer.progress.step
+    elif resume is not None:
         origin = None if resume.source is None else checkpoints_in(resume.source)
         found = checkpointer.find(origin)
         if found is None and origin is not None:
             raise UserError(f"{origin}: no checkpoint (a folder step-N) in it")
         if found is not None:
-            loop.resume(
-                checkpointer.restore(trainer.model, trainer.optimizer, trainer.average, found)
-            )
+            loop.resume(checkpointer.restore(*state, found))
             step = found.progress.step
     if comm.rank == 0:
         run_folder.forget_after(folder, step)

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -145,23 +146,38 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
         anywhere = ["comm.backend=auto", "run.expect_world_size=null"]
         path = str(options.run_folder / "config.yaml")
         config = _config(path, [*anywhere, *options.overrides])
+    from hvd_lars.cli.elastic import is_elastic, train_elastic
     from hvd_lars.comm import connect, detect_launch
-    from hvd_lars.replicas import ReplicasDifferError
 
+    if options.command == "train" and is_elastic(os.environ):
+        return train_elastic(options, config, _guarded)
     launch = detect_launch(os.environ)
     groups = config.model.bn_sync_ranks > 1
     parts = options.command != "eval" and config.optimizer.placement != "replicated"
     comm = connect(config.comm.backend, config.run.expect_world_size, groups, parts)
-    code = 0
-    try:
+
+    def work() -> int:
         if options.command == "train":
             from hvd_lars.cli.train import train
 
-            code = train(options, config, comm, launch)
-        elif options.command == "bench":
-            _bench(options, config, comm, launch)
-        else:
-            _evaluate(options.run_folder, config, comm, launch)
+            return train(options, config, comm, launch)
+        if options.command == "bench":
+            return _bench(options, config, comm, launch)
+        return _evaluate(options.run_folder, config, comm, launch)
+
+    return _guarded(comm, work)
+
+
+def _guarded(
+    comm: Communicator, work: Callable[[], int], passed: tuple[type[BaseException], ...] = ()
+) -> int:
+    """Work on this rank; whatever goes wrong here ends all ranks, but for what is ``passed``."""
+    from hvd_lars.replicas import ReplicasDifferError
+
+    try:
+        code = work()
+    except passed:
+        raise
     except (UserError, KeyboardInterrupt):
         raise
     except ReplicasDifferError as error:
@@ -181,7 +197,7 @@ def _config(name: str, overrides: list[str]) -> Config:
     return load_config(name, overrides)
 
 
-def _bench(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> None:
+def _bench(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
     from hvd_lars.assemble.bench import bench
     from hvd_lars.cli.bench import print_bench
 
@@ -191,9 +207,10 @@ def _bench(options: argparse.Namespace, config: Config, comm: Communicator, laun
     found = bench(config, comm, launch, options.windows, options.steps, options.accumulate)
     if comm.rank == 0:
         print_bench(options.config, found, options.json)
+    return 0
 
 
-def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) -> None:
+def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) -> int:
     from hvd_lars.assemble import evaluate_run
     from hvd_lars.metrics import finite
 
@@ -201,6 +218,7 @@ def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) 
     record = result.record() | ({} if average is None else average.record("ema_"))
     if comm.rank == 0:
         print(json.dumps(finite(record)), flush=True)
+    return 0
 
 
 def _check(options: argparse.Namespace) -> int:

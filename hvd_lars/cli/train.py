@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from hvd_lars.assemble import Resume, build_run
 from hvd_lars.comm import Communicator, Launch
+from hvd_lars.commits import Commits
 from hvd_lars.config import Config
 from hvd_lars.stopping import STOP_FILE
 from hvd_lars.watchdog import Watchdog
@@ -13,15 +15,25 @@ from hvd_lars.watchdog import Watchdog
 _REQUEUE = 75  # EX_TEMPFAIL
 
 
-def train(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
-    """Train; returns the exit code: 0, or 75 where a run that was stopped wants to go on."""
+def train(
+    options: argparse.Namespace,
+    config: Config,
+    comm: Communicator,
+    launch: Launch,
+    commits: Commits | None = None,
+    after_commit: Callable[[], None] = lambda: None,
+) -> int:
+    """Train; returns the exit code: 0, or 75 where a run that was stopped wants to go on.
+
+    ``commits`` and ``after_commit`` are of an elastic job, as ``build_run`` takes them.
+    """
     resume = None
     if options.resume or options.resume_from is not None:
         keys = tuple(text.partition("=")[0] for text in options.overrides)
         resume = Resume(options.resume_from, keys)
-    loop, folder = build_run(config, comm, launch, resume)
+    loop, folder = build_run(config, comm, launch, resume, commits, after_commit)
     run = config.run
-    watchdog = Watchdog(comm, loop.place, run.rank_timeout, run.stall_timeout)
+    watchdog = Watchdog(comm, loop.place, run.rank_timeout, run.stall_timeout, commits is not None)
     with loop.votes.stops.listening(), watchdog.watching():
         if comm.rank == 0:
             ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"

@@ -33,7 +33,8 @@ def connect(
     chosen = choose_backend(backend, launch, os.environ, has_horovod)
     mpi_parts = parts and launch.mpi and importlib.util.find_spec("mpi4py") is not None
     comm = _start(chosen, groups, mpi_parts)
-    check_backend_agrees(launch, chosen, comm.rank, comm.size)
+    if os.environ.get("HOROVOD_ELASTIC") != "1":  # its variables tell of the first attempt
+        check_backend_agrees(launch, chosen, comm.rank, comm.size)
     if expect_world_size not in (None, comm.size):
         raise UserError(
             f"run.expect_world_size is {expect_world_size}, but {launch.launcher} gives "

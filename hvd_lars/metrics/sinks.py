@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -31,14 +32,18 @@ class Sink(Protocol):
 
 @final
 class JsonLines:
-    """Appends one JSON object a line and flushes it; a number that is not finite becomes null."""
+    """Appends one JSON object a line and flushes it; a number that is not finite becomes null.
+
+    ``unix_seconds``, when it was written, is added to every record.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the record."""
-        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        stamped = finite(record) | {"unix_seconds": round(time.time(), 3)}
+        self._file.write(json.dumps(stamped, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

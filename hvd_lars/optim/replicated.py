@@ -60,7 +60,8 @@ class Replicated:
         gradients_through: Reducer | None = None,
     ) -> None:
         self._reducer: Reducer = gradients_through or comm
-        self._name = f"gradients.{next(Replicated._instances)}"
+        # Rank 0 says: a rank that joined later has not made as many.
+        self._name = f"gradients.{comm.broadcast_object(next(Replicated._instances))}"
         self.gradients = GradientBuckets(
             params,
             comm,

@@ -79,7 +79,8 @@ class Sharded:
         early_norms: bool = False,
     ) -> None:
         self._comm = comm
-        self._name = f"shards.{next(Sharded._instances)}"
+        # Rank 0 says: a rank that joined later has not made as many.
+        self._name = f"shards.{comm.broadcast_object(next(Sharded._instances))}"
         self.gradients = GradientBuckets(
             params,
             comm,

@@ -1,0 +1,63 @@
+"""``hvd-lars train`` where workers come and go; imports assemble, commits and cli.train.
+
+Horovod's driver (``horovodrun --min-np``) starts workers, finds out which are lost and gives the
+others new ranks.  All that training is made of is then built anew, and goes on from the newest
+commit that any worker has in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Mapping
+
+from hvd_lars.cli.train import train
+from hvd_lars.comm import Communicator, Launch, connect
+from hvd_lars.commits import Commits
+from hvd_lars.config import Config
+
+
+def is_elastic(environment: Mapping[str, str]) -> bool:
+    """Whether Horovod's elastic driver started this process."""
+    return environment.get("HOROVOD_ELASTIC") == "1"
+
+
+def train_elastic(
+    options: argparse.Namespace,
+    config: Config,
+    guarded: Callable[[Communicator, Callable[[], int], tuple[type[BaseException], ...]], int],
+) -> int:
+    """Train; returns the exit code.
+
+    ``guarded`` runs one attempt and ends the job for every exception but those that are given:
+    a rank was lost, or hosts were added or removed.
+    """
+    import horovod.torch as hvd
+    from horovod.common.elastic import State
+    from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
+
+    class Changes(State):  # type: ignore[misc]
+        """Hears of hosts that come and go; what is to be kept is in ``commits``."""
+
+        def save(self) -> None: ...
+        def restore(self) -> None: ...
+        def sync(self) -> None: ...
+
+    commits = Commits()
+
+    @hvd.elastic.run  # type: ignore[untyped-decorator]
+    def attempt(changes: Changes) -> int:
+        gc.collect()  # models of an earlier attempt
+        comm = connect(config.comm.backend, config.run.expect_world_size, groups=True)
+        name = "horovodrun --host-discovery-script"
+        place = (comm.rank, comm.size, comm.local_rank, hvd.local_size())
+        launch = Launch(name, *place, mpi=False)
+
+        def work() -> int:
+            look = changes.check_host_updates
+            return train(options, config, comm, launch, commits, after_commit=look)
+
+        return guarded(comm, work, (HorovodInternalError, HostsUpdatedInterrupt))
+
+    code: int = attempt(Changes(hvd.broadcast_object, hvd.rank))
+    return code

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# One training job under the mpirun on PATH: Open MPI 4 or 5, MPICH or Intel MPI.
+#
+#   NP=4 launch/mpirun.sh CONFIG [key=value …]                  # here
+#   HOSTS=node1:4,node2:4 launch/mpirun.sh CONFIG [key=value …] # there; neither: the allocation's
+#
+# NIC=eth0 keeps all traffic on that interface.  PRINT=1 prints the command.  It becomes mpirun:
+# SIGUSR1 to it makes the ranks keep a checkpoint and end with code 75.
+set -euo pipefail
+
+[ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
+command -v mpirun >/dev/null || { echo "mpirun.sh: no mpirun on PATH" >&2; exit 2; }
+version=$(mpirun --version 2>&1 | head -n 3)
+hosts=() nic=${NIC:-}
+[ -z "${HOSTS:-}" ] || IFS=, read -r -a hosts <<<"$HOSTS"
+np=${NP:-}
+for host in "${hosts[@]}"; do
+    slots=${host#*:}
+    [ "$slots" != "$host" ] || slots=1
+    [ -n "${NP:-}" ] || np=$((${np:-0} + slots))
+done
+command=(mpirun)
+[ -z "$np" ] || command+=(-np "$np")
+
+case $version in
+*"Open MPI"* | *OpenRTE*)
+    [ -z "${HOSTS:-}" ] || command+=(-H "$HOSTS")
+    command+=(--bind-to none --map-by slot)
+    case $version in *") 4."*) command+=(-mca pml ob1 -mca btl ^openib) ;; esac
+    [ -z "$nic" ] || command+=(-mca btl_tcp_if_include "$nic" -x "NCCL_SOCKET_IFNAME=$nic")
+    [ "$(id -u)" != 0 ] || command+=(--allow-run-as-root)
+    # Open MPI hands on nothing but its own variables.
+    while read -r name; do
+        case $name in
+        PATH | LD_LIBRARY_PATH | PYTHONPATH | VIRTUAL_ENV | CONDA_PREFIX | OMP_* | HOROVOD_* | \
+            NCCL_* | HVD_LARS_* | CUDA_VISIBLE_DEVICES) command+=(-x "$name") ;;
+        esac
+    done < <(compgen -e)
+    ;;
+*) # MPICH and Intel MPI hand the environment on.
+    [ -z "${HOSTS:-}" ] || command+=(-hosts "$(IFS=,; echo "${hosts[*]}")")
+    [ -z "$nic" ] || command+=(-iface "$nic" -genv NCCL_SOCKET_IFNAME "$nic")
+    case $version in *Intel*) command+=(-genv I_MPI_PIN off) ;; *) command+=(-bind-to none) ;; esac
+    ;;
+esac
+command+=(hvd-lars train "$@")
+if [ -n "${PRINT:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+else
+    exec "${command[@]}"
+fi
