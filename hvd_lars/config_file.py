@@ -185,7 +185,7 @@ def _override(tree: dict[Any, Any], text: str) -> str:
     """Set one ``key.sub=value`` in the tree; returns the key."""
     key, equals, value = text.partition("=")
     names = key.split(".")
-    if not equals or not all(names):
+    if not equals or not all(map(str.isidentifier, names)):
         raise UserError(f"command line: {text!r} is not an override; write key.sub=value")
     node = tree
     for name in names[:-1]:
@@ -206,7 +206,7 @@ def _override(tree: dict[Any, Any], text: str) -> str:
 def _explain(detail: dict[str, Any]) -> tuple[str, str]:
     """Key path, and a line that says what was found there and what is allowed."""
     # A tagged union puts the tag into the path (data.digits.copies): the file has none there.
-    parts = [str(part) for part in detail["loc"]]
+    parts = [_printable(str(part)) for part in detail["loc"]]
     if len(parts) > 1 and parts[0] == "data":
         del parts[1]
     key = ".".join(parts)
@@ -232,6 +232,11 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
         return key, f"{key}: {found}; it is a section of keys and values"
     message = detail["msg"].removeprefix("Input should be ")
     return key, f"{key}: {found}; must be {message}"
+
+
+def _printable(key: str) -> str:
+    """The key on one line, whatever it is made of."""
+    return key if key.isprintable() else repr(key)
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:

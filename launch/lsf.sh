@@ -8,21 +8,23 @@
 #BSUB -Q "75"
 #BSUB -o hvd_lars.%J.log
 #
-#   bsub launch/lsf.sh CONFIG [key=value …]        (or: bsub < launch/lsf.sh with CONFIG set)
+#   CONFIG=resnet50-lars-b8192 bsub < launch/lsf.sh
 #
-# On LSF with jsrun (Summit's kind).  One rank a GPU: GPUS_PER_NODE (6) and CORES_PER_GPU (7) say how
-# many there are.  Five minutes before the time is up the ranks keep a checkpoint and end with code
-# 75, with which LSF queues the job again (-Q); it goes on in its run folder.
+# On LSF with jsrun (Summit's kind).  OPTIONS="key=value …" replaces values of the config, RUN names
+# the run folder.  One rank a GPU: GPUS_PER_NODE (6) and CORES_PER_GPU (7) say how many there are.
+# Five minutes before the time is up the ranks keep a checkpoint and end with code 75, with which
+# LSF queues the job again (-Q); it goes on in its run folder.
 set -uo pipefail
 
-[ $# -gt 0 ] || set -- "${CONFIG:?bsub launch/lsf.sh CONFIG, or CONFIG in the environment}"
-run=()
-case " $* " in *" run.dir="*) ;; *) run=("run.dir=runs/lsf-${LSB_JOBID:?not inside LSF}") ;; esac
+: "${CONFIG:?names what to train}"
+read -r -a options <<<"${OPTIONS:-}"
+run=${RUN:-runs/lsf-${LSB_JOBID:?not inside LSF}}
+# "batch 1 node1 42 node2 42": all hosts but the one that launches.
 nodes=$(tr ' ' '\n' <<<"${LSB_MCPU_HOSTS:-}" | grep -vEc '^[0-9]*$|batch|login')
 
 jsrun -n $((nodes * ${GPUS_PER_NODE:-6})) -a 1 -g 1 -c "${CORES_PER_GPU:-7}" -b none \
-    hvd-lars train "$@" "${run[@]}" --resume &
+    hvd-lars train "$CONFIG" "${options[@]}" "run.dir=$run" --resume &
 step=$!
-trap 'kill -USR1 "$step" 2>/dev/null' USR1 TERM # jsrun hands it on
+trap 'kill -USR1 "$step" 2>/dev/null' USR1 TERM # jsrun hands it on to every rank
 while wait "$step"; code=$?; [ "$code" -gt 128 ] && kill -0 "$step" 2>/dev/null; do :; done
 exit "$code"

@@ -11,12 +11,12 @@ set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
 command -v mpirun >/dev/null || { echo "mpirun.sh: no mpirun on PATH" >&2; exit 2; }
 version=$(mpirun --version 2>&1 | head -n 3)
-hosts=() nic=${NIC:-}
+hosts=() names=() sizes=() nic=${NIC:-} np=${NP:-}
 [ -z "${HOSTS:-}" ] || IFS=, read -r -a hosts <<<"$HOSTS"
-np=${NP:-}
 for host in "${hosts[@]}"; do
     slots=${host#*:}
     [ "$slots" != "$host" ] || slots=1
+    names+=("${host%%:*}") sizes+=("$slots")
     [ -n "${NP:-}" ] || np=$((${np:-0} + slots))
 done
 command=(mpirun)
@@ -38,7 +38,13 @@ case $version in
     done < <(compgen -e)
     ;;
 *) # MPICH and Intel MPI hand the environment on.
-    [ -z "${HOSTS:-}" ] || command+=(-hosts "$(IFS=,; echo "${hosts[*]}")")
+    if [ -n "${HOSTS:-}" ]; then
+        for slots in "${sizes[@]}"; do
+            [ "$slots" = "${sizes[0]}" ] || { echo "mpirun.sh: $HOSTS: MPICH and Intel MPI" \
+                "take the same number of ranks on every host" >&2; exit 2; }
+        done
+        command+=(-ppn "${sizes[0]}" -hosts "$(IFS=,; echo "${names[*]}")")
+    fi
     [ -z "$nic" ] || command+=(-iface "$nic" -genv NCCL_SOCKET_IFNAME "$nic")
     case $version in *Intel*) command+=(-genv I_MPI_PIN off) ;; *) command+=(-bind-to none) ;; esac
     ;;

@@ -109,6 +109,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']!r}; {FORMAT!r} is supported")
         for split in ("train", "val"):
+            if not isinstance(manifest[split], list):
+                raise ValueError(f"{split} is no list")
             for entry in manifest[split]:
                 if not _SHARD_NAME.fullmatch(entry["name"]):
                     raise UserError(f"{path}: {entry['name']!r} is not the name of a shard")

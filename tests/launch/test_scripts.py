@@ -1,0 +1,158 @@
+"""launch/*.sh: what they would run, and how they pass signals and codes on."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import HANG_GUARD, records_of, wait_for_step
+
+from hvd_lars.launchers import launcher_environment
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    found = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    assert len(script.read_text().splitlines()) < 70
+
+
+def program(folder, name, text):
+    """A stand-in for a program of a machine that is not here."""
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+VERSIONS = {
+    "open mpi 4": "mpirun (Open MPI) 4.1.4",
+    "open mpi 5": "mpirun (Open MPI) 5.0.11",
+    "mpich": "HYDRA build details:\n    Version: 4.3.2",
+    "intel": "Intel(R) MPI Library for Linux* OS, Version 2021.13",
+}
+ROOT = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+PASSED_ON = ["-x", "HOROVOD_CYCLE_TIME", "-x", "PATH"]
+OPEN_MPI = ["-np", "6", "-H", "a:3,b:3", "--bind-to", "none", "--map-by", "slot"]
+ETHERNET = ["-mca", "btl_tcp_if_include", "eth0", "-x", "NCCL_SOCKET_IFNAME=eth0"]
+HYDRA = ["-np", "6", "-ppn", "3", "-hosts", "a,b", "-iface", "eth0"]
+HYDRA += ["-genv", "NCCL_SOCKET_IFNAME", "eth0"]
+EXPECTED = {
+    "open mpi 4": [
+        *OPEN_MPI, "-mca", "pml", "ob1", "-mca", "btl", "^openib", *ETHERNET, *ROOT, *PASSED_ON,
+    ],
+    "open mpi 5": [*OPEN_MPI, *ETHERNET, *ROOT, *PASSED_ON],
+    "mpich": [*HYDRA, "-bind-to", "none"],
+    "intel": [*HYDRA, "-genv", "I_MPI_PIN", "off"],
+}  # fmt: skip
+
+
+def printed(script, *arguments, **variables):
+    """What a script prints that it would run, as a shell reads it."""
+    found = subprocess.run(
+        ["bash", LAUNCH / script, *arguments],
+        env=variables | {"PRINT": "1", "NIC": "eth0"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return shlex.split(found.stdout)
+
+
+@pytest.mark.parametrize("kind", VERSIONS)
+def test_mpirun_sh_tells_the_implementations_apart(tmp_path, kind):
+    program(tmp_path, "mpirun", f"echo '{VERSIONS[kind]}'")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOSTS": "a:3,b:3"}
+    environment |= {"HOROVOD_CYCLE_TIME": "1", "SECRET_TOKEN": "x"}
+    found = printed("mpirun.sh", "c.yaml", "run.name=two words", **environment)
+    train = ["hvd-lars", "train", "c.yaml", "run.name=two words"]
+    assert found == ["mpirun", *EXPECTED[kind], *train]
+
+
+def test_horovodrun_sh_prints_its_command():
+    found = printed("horovodrun.sh", "c.yaml", "run.dir=r", HOSTS="a:4,b:2", PATH="/usr/bin:/bin")
+    assert found == [
+        str(LAUNCH / "supervise"), "--hosts", "a:4,b:2", "--",
+        "horovodrun", "-np", "{np}", "-H", "{hosts}", "--network-interfaces", "eth0",
+        "hvd-lars", "train", "c.yaml", "run.dir=r", "--resume",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["mpirun.sh", "horovodrun.sh"])
+def test_scripts_say_how_they_are_used(name):
+    found = subprocess.run(["bash", LAUNCH / name], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "CONFIG" in found.stderr
+    assert "set -euo" not in found.stderr
+
+
+# A run that lasts; values with blanks do not go through a scheduler's variables.
+LONG = "train.duration=10000epochs train.log_every=1steps train.eval_every=10000epochs"
+
+
+def start(script, tmp_path, **environment):
+    """Train under a script of a scheduler; its own programs are stand-ins around mpirun."""
+    return subprocess.Popen(
+        ["bash", LAUNCH / script],
+        env=launcher_environment()
+        | {"PATH": f"{tmp_path}:{launcher_environment()['PATH']}", "OMP_NUM_THREADS": "1"}
+        | {"CONFIG": "digits", "RUN": str(tmp_path / "run"), "OPTIONS": LONG, **environment},
+        cwd=LAUNCH.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def stopped(process, run, code):
+    wait_for_step(process, run, 3)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=HANG_GUARD)
+    assert process.returncode == code, output
+    assert psutil.wait_procs(family, timeout=10)[1] == [], output
+    assert records_of(run, "event")[-1]["reason"] == "SIGUSR1"
+    return output
+
+
+# mpirun with more ranks than cores, as the schedulers' own would be on a machine of this size.
+CROWDED = """\
+export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+exec {real} "$@"
+"""
+JSRUN = """\
+while [ "$1" != hvd-lars ]; do [ "$1" != -n ] || n=$2; shift; done
+NP=$n exec bash {launch}/mpirun.sh "${{@:3}}"
+"""
+
+
+@pytest.fixture
+def crowded_mpirun(tmp_path):
+    real = shutil.which("mpirun", path=launcher_environment()["PATH"])
+    program(tmp_path, "mpirun", CROWDED.format(real=real))
+
+
+@pytest.mark.usefixtures("crowded_mpirun")
+def test_pbs_sh_keeps_a_checkpoint_and_submits_itself_again(tmp_path):
+    nodes = tmp_path / "nodes"
+    nodes.write_text("localhost\nlocalhost\n")
+    program(tmp_path, "qsub", 'echo "qsub $*: $CONFIG $RUN $HOURS"')
+    variables = {"PBS_NODEFILE": str(nodes), "PBS_JOBID": "7.server", "HOURS": "2"}
+    process = start("pbs.sh", tmp_path, PBS_O_WORKDIR=str(LAUNCH.parent), **variables)
+    output = stopped(process, tmp_path / "run", 0)
+    assert "digits: 2 ranks on horovod" in output
+    submitted = f"qsub -v CONFIG,SETUP,OPTIONS,HOURS,RUN launch/pbs.sh: digits {tmp_path}/run 2"
+    assert submitted in output
+
+
+@pytest.mark.usefixtures("crowded_mpirun")
+def test_lsf_sh_keeps_a_checkpoint_and_ends_with_the_code_that_requeues(tmp_path):
+    program(tmp_path, "jsrun", JSRUN.format(launch=LAUNCH))
+    variables = {"LSB_MCPU_HOSTS": "batch1 1 node1 42 node2 42", "LSB_JOBID": "7"}
+    process = start("lsf.sh", tmp_path, GPUS_PER_NODE="1", **variables)
+    output = stopped(process, tmp_path / "run", 75)
+    assert "digits: 2 ranks on horovod" in output
+    assert '#BSUB -Q "75"' in (LAUNCH / "lsf.sh").read_text()
