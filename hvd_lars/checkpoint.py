@@ -5,7 +5,6 @@ Imports checkpoint_files, progress, replicas, optim, comm and errors.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -22,6 +21,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.optim import LARS
 from hvd_lars.progress import Progress
 from hvd_lars.replicas import average_buffers, broadcast_and_verify, named_state
+from hvd_lars.terminal import warn
 
 
 @final
@@ -83,7 +83,7 @@ class Checkpointer:
         if raising:
             on_root(self._comm, lambda: _raise(failure))
         elif failure is not None:
-            print(f"hvd-lars: {failure}; the run goes on", file=sys.stderr, flush=True)
+            warn(f"{failure}; the run goes on")
         return failure
 
     def find(self, source: Path | None = None) -> checkpoint_files.Found | None:
@@ -99,7 +99,7 @@ class Checkpointer:
         found = on_root(self._comm, lambda: checkpoint_files.find(source or self._folder))
         if found is not None and self._comm.rank == 0:
             for line in found.passed_over:
-                print(f"hvd-lars: {line}: taking {found.folder}", file=sys.stderr, flush=True)
+                warn(f"{line}: taking {found.folder}")
         return found
 
     def restore(

@@ -5,7 +5,6 @@ Imports trainer, checkpoint, evaluation, metrics, liveness and votes; takes no C
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from hvd_lars.liveness import Place
 from hvd_lars.metrics import Sink
 from hvd_lars.progress import Progress
 from hvd_lars.replicas import broadcast_and_verify, named_state, verify_agreement
+from hvd_lars.terminal import warn
 from hvd_lars.trainer import Trainer
 from hvd_lars.votes import Outcome, Votes
 
@@ -148,7 +148,7 @@ class Loop:
         outcome = self.votes.count(counted)
         for line in outcome.replaced:
             if self._comm.rank == 0:
-                print(f"hvd-lars: {line}: another takes its place", file=sys.stderr, flush=True)
+                warn(f"{line}: another takes its place")
             self._record("event", self.trainer.progress.step, event="replaced", image=line)
         return outcome
 

@@ -2,7 +2,7 @@
 
 Every rank sends a datagram a second to rank 0, which answers.  A process that stopped (SIGSTOP, a
 machine that hangs) sends nothing; a rank that waits for ever sends, but gets nowhere.  Either
-ends the job with a line that names the ranks.  Imports comm.base and liveness.
+ends the job with a line that names the ranks.  Imports comm.base, liveness and terminal.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from hvd_lars.comm.base import Communicator
 from hvd_lars.liveness import Judge, Place, describe, process_state
+from hvd_lars.terminal import warn
 
 _BEAT = 1.0  # seconds; more where rank 0 would have more than 256 datagrams a second to read
 _MEETING = 5.0  # seconds that training waits for the first datagrams, which take milliseconds
@@ -195,11 +196,9 @@ class Watchdog:
 
     def _warn(self, missing: int) -> None:
         who = f"{missing} ranks" if self._comm.rank == 0 else "rank 0"
-        print(
-            f"hvd-lars: rank {self._comm.rank} has no datagrams from {who} (a firewall?): a rank "
-            f"that hangs is only noticed by {self._comm.backend} itself",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"rank {self._comm.rank} has no datagrams from {who} (a firewall?): a rank that hangs "
+            f"is only noticed by {self._comm.backend} itself"
         )
 
     def _end(self, silent: list[int]) -> None:
@@ -226,7 +225,7 @@ class Watchdog:
         here = [rank for rank in lost if known[rank].host == socket.gethostname()]
         if not self._replaceable or not here:
             self._comm.abort(reason)
-        print(f"hvd-lars: {reason}\n  killed, for others to take over", file=sys.stderr, flush=True)
+        warn(f"{reason}\n  killed, for others to take over")
         for rank in here:
             with suppress(OSError):  # it is gone already
                 os.kill(known.pop(rank).pid, signal.SIGKILL)

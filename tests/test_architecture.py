@@ -11,7 +11,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module may import from its own layer's row only what stands to its left,
 # and anything from the rows above.
 LAYERS = [
-    ["allocator", "errors", "files", "memory", "durations", "schedules", "launchers", "run_folder"],
+    [
+        "allocator",
+        "errors",
+        "terminal",
+        "files",
+        "memory",
+        "durations",
+        "schedules",
+        "launchers",
+        "run_folder",
+    ],
     ["stopwatch", "precision", "progress", "liveness"],
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
     ["optim", "replicas", "batch_norm", "stopping", "votes", "watchdog"],
@@ -24,6 +34,7 @@ HEIGHT = {name: (i, j) for i, row in enumerate(LAYERS) for j, name in enumerate(
 MAY_IMPORT_NOTHING = [
     "allocator",
     "errors",
+    "terminal",
     "files",
     "memory",
     "durations",

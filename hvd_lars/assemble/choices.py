@@ -19,6 +19,7 @@ from hvd_lars.config import Config
 from hvd_lars.errors import UserError
 from hvd_lars.optim import LARS, Placement
 from hvd_lars.optim.kernels import KernelName, choose_kernel, why_not_native
+from hvd_lars.terminal import tell
 
 _TRIALS = 5
 _BUCKETS = (1.0, 5.0, 25.0, 100.0)  # MiB
@@ -55,7 +56,7 @@ def settle(
             placement = _fastest("optimizer.placement", found, comm)
         elif comm.rank == 0:
             why = "there is one rank" if comm.size == 1 else "gradients are compressed"
-            print(f"optimizer.placement auto: replicated, as {why}")
+            tell(f"optimizer.placement auto: replicated, as {why}")
         config = config.with_values("optimizer", placement=placement)
     return config
 
@@ -132,5 +133,5 @@ def _fastest(key: str, found: dict[str, float], comm: Communicator) -> str:
     best = min(found, key=lambda name: found[name])
     if comm.rank == 0:
         told = ", ".join(f"{name} {took:.1f} ms" for name, took in found.items())
-        print(f"{key} auto: {best}; steps take with {told} (medians of {_TRIALS})")
+        tell(f"{key} auto: {best}; steps take with {told} (medians of {_TRIALS})")
     return best

@@ -35,6 +35,7 @@ from hvd_lars.metrics import Console, JsonLines
 from hvd_lars.models import load_weights
 from hvd_lars.optim import LARS, Placement, Sharded, parameter_groups
 from hvd_lars.stopping import StopRequests
+from hvd_lars.terminal import tell
 from hvd_lars.trainer import Trainer
 from hvd_lars.votes import Votes
 
@@ -179,7 +180,7 @@ def make_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Tr
         # On rank 0 alone: all take its weights before the first step.
         for name in on_root(comm, lambda: load_weights(model, path, source.num_classes)):
             if comm.rank == 0:
-                print(f"model.init_from: {name} is of another shape there: left as it starts")
+                tell(f"model.init_from: {name} is of another shape there: left as it starts")
     average = None
     if config.model.ema_decay is not None:
         average = make_average(model, config.model.ema_decay)

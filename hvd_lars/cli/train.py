@@ -10,6 +10,7 @@ from hvd_lars.comm import Communicator, Launch
 from hvd_lars.commits import Commits
 from hvd_lars.config import Config
 from hvd_lars.stopping import STOP_FILE
+from hvd_lars.terminal import tell
 from hvd_lars.watchdog import Watchdog
 
 _REQUEUE = 75  # EX_TEMPFAIL
@@ -38,27 +39,24 @@ def train(
         if comm.rank == 0:
             ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
             done = loop.trainer.progress.step
-            print(
+            tell(
                 f"{config.run.name}: {ranks}, run folder {folder}"
-                f"{f', going on after step {done}' if done else ''}",
-                flush=True,
+                f"{f', going on after step {done}' if done else ''}"
             )
         summary = loop.run()
     if summary.stopped is not None:
         if comm.rank == 0:
-            print(
+            tell(
                 f"stopped by {summary.stopped} after step {loop.trainer.progress.step}, kept in "
-                f"{summary.checkpoint}; --resume goes on",
-                flush=True,
+                f"{summary.checkpoint}; --resume goes on"
             )
         return 0 if summary.stopped == STOP_FILE else _REQUEUE
     result = summary.evaluation
     if comm.rank == 0 and result is None:
-        print(f"nothing is left to do: all {loop.intervals.total} steps are done", flush=True)
+        tell(f"nothing is left to do: all {loop.intervals.total} steps are done")
     elif comm.rank == 0 and result is not None:
-        print(
+        tell(
             f"done in {summary.seconds:.1f} s: top-1 {result.top1:.4f} on {result.num_samples} "
-            f"images, {summary.images_per_second:,.0f} images/s, run folder {folder}",
-            flush=True,
+            f"images, {summary.images_per_second:,.0f} images/s, run folder {folder}"
         )
     return 0

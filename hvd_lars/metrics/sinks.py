@@ -1,4 +1,4 @@
-"""Where records of a run go: a file of JSON lines, the terminal; imports nothing of hvd_lars."""
+"""Where records of a run go: a file of JSON lines, the terminal; imports terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
+
+from hvd_lars.terminal import tell, warn
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,23 +35,48 @@ class Sink(Protocol):
 
 @final
 class JsonLines:
-    """Appends one JSON object a line and flushes it; a number that is not finite becomes null.
+    """Appends one JSON object a line; a number that is not finite becomes null.
 
-    ``unix_seconds``, when it was written, is added to every record.
+    ``unix_seconds``, when it was written, is added to every record.  On a full disk lines wait in
+    memory for room, and no line is ever written in part.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._size = self._file.tell()
+        self._waiting = b""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append the record."""
+        """Append the record, or keep it until there is room."""
         stamped = finite(record) | {"unix_seconds": round(time.time(), 3)}
-        self._file.write(json.dumps(stamped, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(stamped, allow_nan=False).encode() + b"\n"
+        problem = self._append(self._waiting + line)
+        if problem is not None and not self._waiting:
+            self._warn(f"{problem}; the run goes on, and its records wait for room")
+        self._waiting = b"" if problem is None else self._waiting + line
 
     def close(self) -> None:
         """Close the file."""
+        if self._waiting and (problem := self._append(self._waiting)) is not None:
+            lost = self._waiting.count(b"\n")
+            self._warn(f"{problem}; {lost:,} records are lost")
         self._file.close()
+
+    def _append(self, data: bytes) -> str | None:
+        """All of the data or nothing; why nothing."""
+        try:
+            if self._file.write(data) == len(data):
+                self._size += len(data)
+                return None
+            problem = "no space left on the device"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        with suppress(OSError):
+            self._file.truncate(self._size)
+        return problem
+
+    def _warn(self, what: str) -> None:
+        warn(f"{self._path}: cannot be written: {what}")
 
 
 @final
@@ -63,17 +91,15 @@ class Console:
         """Print the record; events that only matter to programs are left out."""
         place = f"step {record.get('step', 0):>{self._width}}/{self._total}"
         if record["kind"] == "train":
-            print(
+            tell(
                 f"{place}  epoch {record['epoch']:6.2f}  loss {record['loss']:.4f}  "
-                f"lr {record['lr']:<8.4g}  {record['images_per_second']:,.0f} images/s",
-                flush=True,
+                f"lr {record['lr']:<8.4g}  {record['images_per_second']:,.0f} images/s"
             )
         elif record["kind"] == "eval":
-            print(
+            tell(
                 f"{place}  epoch {record['epoch']:6.2f}  test loss {record['loss']:.4f}  "
                 f"top-1 {record['top1']:.4f}  top-5 {record['top5']:.4f}"
-                + (f"  average's top-1 {record['ema_top1']:.4f}" if "ema_top1" in record else ""),
-                flush=True,
+                + (f"  average's top-1 {record['ema_top1']:.4f}" if "ema_top1" in record else "")
             )
 
     def close(self) -> None:

@@ -134,8 +134,9 @@ def test_a_job_that_records_nothing_is_ended_with_all_its_processes(tmp_path):
     [
         ([], ["true"], "COMMAND must name run.dir=DIR and --resume"),
         ([], ["/no/such/program", "run.dir=x", "--resume"], "cannot be started"),
-        (["--hosts", "a:x"], ["true", "run.dir=x", "--resume"], "--hosts: found 'a:x'; a host is"),
-        (["--hostfile", "/no"], ["true", "run.dir=x", "--resume"], "--hostfile: /no:"),
+        (["--hosts", "a:x"], ["{np}", "run.dir=x", "--resume"], "--hosts: found 'a:x'; a host is"),
+        (["--hostfile", "/no"], ["{np}", "run.dir=x", "--resume"], "--hostfile: /no:"),
+        ([], ["{np}", "run.dir=x", "--resume"], "{np}, {hosts}: which? give --hosts"),
         (["--attempts", "0"], ["true", "run.dir=x", "--resume"], "--attempts: found 0; must be 1"),
     ],
 )
@@ -148,7 +149,7 @@ def test_mistakes_are_one_line(options, command, message):
 def test_nothing_goes_through_a_shell(tmp_path):
     """Values of a config reach the launcher as they are."""
     trap = tmp_path / "trap"
-    value = f"run.name=$(touch {trap}); touch {trap} #"
+    value = f"run.name={{$(touch {trap})}}; touch {trap} #"
     echo = [sys.executable, "-c", "import sys; print(sys.argv)", value, "run.dir=x", "--resume"]
     output = end_of(supervise([], echo), 0)
     assert value in output

@@ -1,0 +1,133 @@
+"""``hvd-lars launch``: the line for every launcher, and real runs where it is here."""
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import hvd_lars, records_of
+
+from hvd_lars.cli.launch import KINDS, start_of
+from hvd_lars.errors import UserError
+from hvd_lars.launchers import local_command
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+ROOT = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+TRAINING = ["digits", "train.duration=2 epochs"]
+
+
+def line(kind, *options, training=TRAINING):
+    code, output = hvd_lars("launch", "--on", kind, "--print-only", *options, *training)
+    assert code == 0, output
+    return shlex.split(output)
+
+
+def test_local():
+    assert line("local", "-np", "3") == local_command("mpirun", 3, ["hvd-lars", "train", *TRAINING])
+
+
+def test_horovodrun():
+    found = line("horovodrun", "--hosts", "a:4,b:4", "--nic", "ib0", training=["c", "run.dir=r"])
+    assert found == [
+        str(LAUNCH / "supervise"), "--hosts", "a:4,b:4", "--",
+        "horovodrun", "-np", "{np}", "-H", "{hosts}", "--network-interfaces", "ib0",
+        "hvd-lars", "train", "c", "run.dir=r", "--resume",
+    ]  # fmt: skip
+
+
+def test_openmpi(monkeypatch):
+    for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "0.1")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    found = line("openmpi", "--hosts", "a:4,b:4")
+    passed = [name for flag, name in zip(found, found[1:], strict=False) if flag == "-x"]
+    assert {"PATH", "HOROVOD_CYCLE_TIME"} <= set(passed)
+    assert not any("secret" in word or "WANDB" in word for word in found)
+    assert found[:9] == [
+        "mpirun", "-np", "8", "-H", "a:4,b:4", "--bind-to", "none", "--map-by", "slot",
+    ]  # fmt: skip
+    assert found[-4:] == ["hvd-lars", "train", *TRAINING]
+
+
+def test_slurm_outside_and_inside_an_allocation(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    script = str(LAUNCH / "slurm.sbatch")
+    assert line("slurm", "-np", "8") == ["sbatch", "--ntasks=8", script, *TRAINING]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert line("slurm") == [
+        "srun", "--mpi=pmix", "--cpu-bind=none", "--kill-on-bad-exit=1",
+        "hvd-lars", "train", *TRAINING,
+    ]  # fmt: skip
+
+
+def test_pbs_and_lsf():
+    training = ["digits", "train.duration=2epochs", "run.seed=3"]
+    options = "train.duration=2epochs run.seed=3"
+    assert line("pbs", "-np", "4", training=training) == [
+        "qsub", "-l", "select=4:ncpus=8:mpiprocs=1:ngpus=1",
+        "-v", f"CONFIG=digits,OPTIONS={options}", str(LAUNCH / "pbs.sh"),
+    ]  # fmt: skip
+    assert line("lsf", training=training) == [
+        "CONFIG=digits", f"OPTIONS={options}", "bsub", "<", str(LAUNCH / "lsf.sh"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "workers", "slots"), [(None, 2, 4), ("2", 1, 2), ("16", 4, 4)])
+def test_kubernetes(ranks, workers, slots):
+    options = [] if ranks is None else ["-np", ranks]
+    code, output = hvd_lars("launch", "--on", "kubernetes", "--print-only", *options, *TRAINING)
+    assert code == 0, output
+    assert output.startswith("kubectl apply -f - <<EOF\n")
+    job = yaml.safe_load(output.partition("\n")[2].rpartition("EOF")[0])
+    replicas = job["spec"]["mpiReplicaSpecs"]
+    assert (replicas["Worker"]["replicas"], job["spec"]["slotsPerWorker"]) == (workers, slots)
+    [launcher] = replicas["Launcher"]["template"]["spec"]["containers"]
+    assert launcher["args"] == [*TRAINING, "--resume"]
+    assert launcher["env"] == [{"name": "NP", "value": str(workers * slots)}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--on", "local", "--hosts", "a:2"], "--hosts: --on local has no use for it"),
+        (["--on", "slurm", "--nic", "eth0"], "--on slurm leaves both to the scheduler"),
+        (["--on", "horovodrun", "-np", "2"], "-np: horovodrun takes all slots"),
+        (["--on", "kubernetes", "-np", "6"], "-np: found 6; a worker has 4 slots"),
+        (["--on", "pbs"], "a value with a blank or a comma"),
+        (["--on", "local", "-np", "0"], "-np: found 0; must be 1 or more"),
+        (["--on", "openmpi", "train.nothing=1"], "unknown key"),
+    ],
+)
+def test_mistakes(options, message):
+    code, output = hvd_lars("launch", *options, "--print-only", *TRAINING)
+    assert code == 2, output
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_a_program_that_is_not_here():
+    code, output = hvd_lars("launch", "--on", "kubernetes", *TRAINING)
+    assert code == 2, output
+    assert "kubectl: no such program on this machine" in output
+
+
+def test_every_kind_is_covered():
+    for kind in KINDS:
+        try:
+            assert start_of(kind, ["digits"], None, None, None, {}).command
+        except UserError as error:
+            raise AssertionError(kind) from error
+
+
+@pytest.mark.parametrize("kind", ["local", "openmpi", "horovodrun"])
+def test_real_runs(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
+    run = tmp_path / "run"
+    size = ["--hosts", "localhost:2"] if kind == "horovodrun" else ["-np", "2"]
+    code, output = hvd_lars("launch", "--on", kind, *size, *TRAINING, f"run.dir={run}")
+    assert code == 0, output
+    assert records_of(run, "event")[0]["world_size"] == 2
+    assert records_of(run, "eval")[-1]["step"] == 20
