@@ -3,8 +3,8 @@
 
     python benchmarks/checkpoint.py [--rounds 3]
 
-Jobs of two ranks of one thread train on made-up images of 64² pixels, with a checkpoint every 5 of
-20 steps, and go on from it, ``--rounds`` times.  ``stall`` is how long training stands still, the
+Jobs of two ranks of one thread train on made-up images of 64² pixels, with a checkpoint every 10 of
+40 steps, and go on from it, ``--rounds`` times.  ``stall`` is how long training stands still, the
 median of all checkpoints but a run's last; beside it what it must take at least, copying the bytes
 once, and what it takes where training waits for ``torch.save`` and fsync.  ``resume`` is what a
 start takes longer with ``--resume`` than a fresh one: reading the file twice (for its checksum, and
@@ -37,7 +37,7 @@ def train(run: Path, network: str, steps: int) -> tuple[float, list[dict]]:
     options = [
         f"data={data}", f"model.name={network}", f"run.dir={run}", "train.global_batch=16",
         f"train.duration={steps} steps", "schedule.warmup_duration=1 steps",
-        "train.eval_every=1000 steps", "checkpoint.every=5 steps", "schedule.base_lr=0.1",
+        "train.eval_every=1000 steps", "checkpoint.every=10 steps", "schedule.base_lr=0.1",
     ]  # fmt: skip
     program = this_python("-m", "hvd_lars", "train", "digits", *options, "--resume")
     begun = time.time()
@@ -81,14 +81,14 @@ def main() -> None:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory(prefix="hvd_lars-checkpoint-") as folder:
                 run = Path(folder) / "run"
-                begun, events = train(run, network, 20)
+                begun, events = train(run, network, 40)
                 fresh.append(begun)
                 kept = [e for e in events if e["event"] == "checkpoint"]
                 stalls += [e["stall_seconds"] for e in kept[:-1]]
-                begun, events = train(run, network, 25)
-                assert events[0]["event"] == "resume" and events[0]["step"] == 20
+                begun, events = train(run, network, 42)
+                assert events[0]["event"] == "resume" and events[0]["step"] == 40
                 again.append(begun)
-                file = run / "checkpoints/step-00000020/state.safetensors"
+                file = run / "checkpoints/step-00000040/state.safetensors"
                 size = file.stat().st_size
                 state = load_file(file)
                 copies.append(seconds(lambda s=state: {n: t.clone() for n, t in s.items()}))

@@ -7,13 +7,15 @@ optimizer step with zero gradients, and weight decay moves that rank's weights.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator
 from hvd_lars.optim import LARS
+
+_PACK = 2**22  # bytes of small tensors that are sent together
 
 
 class ReplicasDifferError(RuntimeError):
@@ -44,9 +46,35 @@ def named_state(
 
 def broadcast_and_verify(state: Mapping[str, Tensor], comm: Communicator, root: int = 0) -> None:
     """Give every rank the tensors of rank ``root``, then check that all hold the same bits."""
+    packed: list[Tensor] = []
     for tensor in state.values():
-        comm.broadcast(tensor, root)
+        if packed and (
+            packed[0].device != tensor.device or sum(map(_bytes, packed)) + _bytes(tensor) > _PACK
+        ):
+            _broadcast_together(packed, comm, root)
+            packed = []
+        packed.append(tensor)
+    if packed:
+        _broadcast_together(packed, comm, root)
     verify_agreement(state, comm)
+
+
+def _broadcast_together(tensors: Sequence[Tensor], comm: Communicator, root: int) -> None:
+    """One broadcast of small tensors' bytes: each of its own would cost Horovod's cycle."""
+    if len(tensors) == 1:
+        comm.broadcast(tensors[0], root)
+        return
+    flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    together = torch.cat(flat)
+    comm.broadcast(together, root)
+    sizes = [part.numel() for part in flat]
+    for tensor, part in zip(tensors, torch.split(together, sizes), strict=True):
+        # A copy, whose address fits the dtype.
+        tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def verify_agreement(state: Mapping[str, Tensor], comm: Communicator) -> None:
@@ -87,16 +115,32 @@ def average_buffers(model: nn.Module, comm: Communicator) -> None:
     """
     if comm.size == 1:
         return
-    for prefix, module in model.named_modules():
-        seen = getattr(module, "num_batches_tracked", None)
-        weight = 1.0 if seen is None else (seen > 0).to(torch.float64)
-        for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_floating_point():
-                continue
-            total = torch.empty(buffer.numel() + 1, dtype=torch.float64, device=buffer.device)
-            total[:-1] = buffer.detach().flatten() * weight
-            total[-1] = weight
-            comm.start_all_reduce_sum(total, f"buffer.{prefix}.{name}").wait()
-            # Where no rank has seen a batch, all hold the initial values.
-            mean = (total[:-1] / total[-1]).view_as(buffer).to(buffer.dtype)
-            buffer.copy_(torch.where(total[-1] > 0, mean, buffer))
+    statistics = [
+        (buffer, _has_seen(module))
+        for module in model.modules()
+        for buffer in module.buffers(recurse=False)
+        if buffer.is_floating_point()
+    ]
+    if not statistics:
+        return
+    # One sum for all: a hundred small ones take a tenth of a second.
+    parts = [
+        torch.cat([buffer.detach().flatten().double() * seen, seen.reshape(1)])
+        for buffer, seen in statistics
+    ]
+    sizes = [part.numel() for part in parts]
+    total = torch.cat(parts)
+    comm.start_all_reduce_sum(total, "buffers").wait()
+    for part, (buffer, _) in zip(torch.split(total, sizes), statistics, strict=True):
+        mean = (part[:-1] / part[-1]).view_as(buffer).to(buffer.dtype)
+        # Where no rank has seen a batch, all hold the initial values.
+        buffer.copy_(torch.where(part[-1] > 0, mean, buffer))
+
+
+def _has_seen(module: nn.Module) -> Tensor:
+    """1 where a module's statistics are of some batch, else 0: 0-dim, float64."""
+    counter: Tensor | None = getattr(module, "num_batches_tracked", None)
+    if counter is None:
+        device = next(module.buffers(recurse=False)).device
+        return torch.ones((), dtype=torch.float64, device=device)
+    return (counter > 0).double()
