@@ -30,9 +30,18 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["hvd_lars", "hvd_lars.*"]), "hvd_lars.configs"],
-    package_dir={"hvd_lars.configs": "configs"},
-    package_data={"hvd_lars": ["py.typed"], "hvd_lars.configs": ["*.yaml", "base/*.yaml"]},
+    packages=[
+        *find_packages(include=["hvd_lars", "hvd_lars.*"]),
+        "hvd_lars.configs",
+        "hvd_lars.launch",
+    ],
+    package_dir={"hvd_lars.configs": "configs", "hvd_lars.launch": "launch"},
+    package_data={
+        "hvd_lars": ["py.typed"],
+        "hvd_lars.configs": ["*.yaml", "base/*.yaml"],
+        "hvd_lars.launch": ["*.sh", "*.sbatch", "*.yaml", "Dockerfile", "supervise"],
+        "hvd_lars.report": ["page.css"],
+    },
     install_requires=[
         "numpy>=1.24",
         "pydantic>=2.7",

@@ -179,6 +179,7 @@ def table(results: dict[tuple[str, int], dict[str, float]]) -> str:
     ratio("native / floor", lambda r: r["ours native"] / r["floor 28 B"])
     ratio("exposed / SGD fused", lambda r: r["ours native, exposed"] / r["torch SGD fused"])
     ratio("fastest peer / native", lambda r: min(r[w] for w in theirs) / r["ours native"])
+    ratio("fastest peer / exposed", lambda r: min(r[w] for w in theirs) / r["ours native, exposed"])
     return "\n".join(lines)
 
 

@@ -186,13 +186,16 @@ class Train(Section):
     compile: bool = Field(default=False, description="torch.compile the network")
     eval_every: DurationField = Duration(1, "epochs")
     log_every: DurationField = Duration(10, "steps")
+    log_layers_every: DurationField = Field(
+        default=Duration(1, "epochs"), description="between records of all layers' norms and ratios"
+    )
     threads: Positive | None = Field(
         default=None, description="CPU threads a rank; cores / ranks if absent"
     )
 
     @model_validator(mode="after")
     def _durations_are_positive(self) -> Train:
-        for key in ("duration", "eval_every", "log_every"):
+        for key in ("duration", "eval_every", "log_every", "log_layers_every"):
             if getattr(self, key).value <= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
         return self

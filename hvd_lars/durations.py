@@ -62,4 +62,5 @@ class Intervals:
     evaluate: int
     log: int
     checkpoint: int
+    layers: int = 0
     checkpoint_seconds: float = math.inf

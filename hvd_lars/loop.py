@@ -1,6 +1,6 @@
 """The training loop, read from top to bottom.
 
-Imports trainer, checkpoint, evaluation, metrics, liveness and votes; takes no Config.
+Imports trainer, recorder, checkpoint, evaluation, liveness and votes; takes no Config.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hvd_lars.checkpoint import Checkpointer
@@ -22,6 +21,7 @@ from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.liveness import Place
 from hvd_lars.metrics import Sink
 from hvd_lars.progress import Progress
+from hvd_lars.recorder import Recorder
 from hvd_lars.replicas import broadcast_and_verify, named_state, verify_agreement
 from hvd_lars.terminal import warn
 from hvd_lars.trainer import Trainer
@@ -51,6 +51,7 @@ class Loop:
         eval_batch: most samples in one evaluation pass.
         checkpointer: keeps the state; nothing is kept without one.
         sinks: take the records; empty but on rank 0.
+        layers_every: steps between records of all layers' norms; 0 for none.
         max_skipped_steps: steps in a row that may be left out because a norm is not finite.
         verify_every: steps between comparisons of the ranks' parameters; 0 for none.
         votes: what ranks tell each other besides; requests to stop before the end among it.
@@ -69,16 +70,16 @@ class Loop:
         verify_every: int = 0,
         votes: Votes | None = None,
         commit_every: int = 20,
+        layers_every: int = 0,
     ) -> None:
         self.trainer, self.intervals, self.eval_batch = trainer, intervals, eval_batch
-        self.checkpointer, self.sinks = checkpointer, sinks
+        self.checkpointer = checkpointer
+        self.recorder = Recorder(trainer, sinks, layers_every)
         self.max_skipped_steps, self.verify_every = max_skipped_steps, verify_every
         self.commit: Callable[[], None] | None = None
         self.commit_every = commit_every
         self._comm = trainer.comm
         self.votes = votes or Votes(self._comm)
-        self._window_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
-        self._window_started = 0.0
         self._doing, self._evaluated = "", 0  # what but training goes on; batches of evaluation
 
     def place(self) -> Place:
@@ -90,7 +91,7 @@ class Loop:
     def resume(self, progress: Progress) -> None:
         """Go on from a checkpoint, whose tensors are restored already."""
         self.trainer.resume(progress)
-        self._window_loss.fill_(progress.loss_of(self._comm.rank, self._comm.size))
+        self.recorder.resume(progress)
 
     def run(self) -> Summary:
         """Train from where ``progress`` stands to the end, or until the ranks agree to stop.
@@ -103,11 +104,10 @@ class Loop:
         state = named_state(self.trainer.model, self.trainer.optimizer, self.trainer.average)
         broadcast_and_verify(state, self._comm)
         progress, total = self.trainer.progress, self.intervals.total
-        event = "resume" if progress.step else "start"
-        self._record("event", progress.step, event=event, world_size=self._comm.size)
         self.trainer.model.train()
         self._commit()
-        started = self._window_started = time.perf_counter()
+        self.recorder.begin()
+        started = time.perf_counter()
         aside, trained = 0.0, 0  # seconds of evaluation and checkpoints, steps
         evaluation: Evaluation | None = None
         stopped: str | None = None
@@ -133,13 +133,13 @@ class Loop:
                 self._commit()
             pause = time.perf_counter() - pause
             aside += pause
-            self._window_started += pause
+            self.recorder.pause(pause)
         if stopped and kept is None:
             kept = self._keep(beside=False)
         seconds = time.perf_counter() - started
         rate = trained * self.trainer.batches.global_batch / max(seconds - aside, 1e-9)
-        self._record("event", progress.step, event="stop", reason=stopped or "finished")
-        for sink in self.sinks:
+        self.recorder.record("event", progress.step, event="stop", reason=stopped or "finished")
+        for sink in self.recorder.sinks:
             sink.close()
         return Summary(evaluation, rate, seconds, stopped, kept)
 
@@ -149,7 +149,7 @@ class Loop:
         for line in outcome.replaced:
             if self._comm.rank == 0:
                 warn(f"{line}: another takes its place")
-            self._record("event", self.trainer.progress.step, event="replaced", image=line)
+            self.recorder.record("event", self.trainer.progress.step, event="replaced", image=line)
         return outcome
 
     def _train_and_log(self, batches: Iterator[tuple[Request, Batch]]) -> None:
@@ -160,17 +160,17 @@ class Loop:
         progress.step += 1
         progress.top1 = None
         if self.trainer.optimizer.skipped:
-            self._record("event", progress.step, event="skipped", in_row=progress.skipped_in_row)
+            self.recorder.record(
+                "event", progress.step, event="skipped", in_row=progress.skipped_in_row
+            )
             if progress.skipped_in_row > self.max_skipped_steps:
                 raise UserError(self._diverged(self._keep(beside=False)))
-        else:
-            self._window_loss += loss
-            progress.window_steps += 1
+        self.recorder.step_taken(None if self.trainer.optimizer.skipped else loss)
         if self.verify_every and progress.step % self.verify_every == 0:
             self.trainer.placement.complete_parameters()
             verify_agreement(dict(self.trainer.model.named_parameters()), self._comm)
         if progress.step % self.intervals.log == 0 or progress.step == self.intervals.total:
-            self._log_window()
+            self.recorder.log_window()
 
     def _diverged(self, kept: Path | None) -> str:
         bad = self.trainer.optimizer.first_not_finite()
@@ -204,7 +204,7 @@ class Loop:
         self.trainer.progress.evaluation_due = False
         fields = result.record() | ({} if average is None else average.record("ema_"))
         self.trainer.progress.top1 = result.top1
-        self._record("eval", self.trainer.progress.step, **fields)
+        self.recorder.record("eval", self.trainer.progress.step, **fields)
         return result, None
 
     def _keep(self, beside: bool) -> Path | None:
@@ -219,7 +219,7 @@ class Loop:
         )
         self._doing = ""
         self.votes.kept()
-        self._record(
+        self.recorder.record(
             "event", progress.step, event="checkpoint", path=path.name, stall_seconds=stall
         )
         return path
@@ -233,39 +233,7 @@ class Loop:
         """Complete what a resumed run needs; collective."""
         self.trainer.placement.complete_parameters()
         progress = self.trainer.progress
-        losses = torch.zeros(self._comm.size, dtype=torch.float64)
-        losses[self._comm.rank] = self._window_loss.item()
-        self._comm.start_all_reduce_sum(losses, "window_losses").wait()
-        progress.window_losses = losses.tolist()
+        progress.window_losses = self.recorder.losses()
         if self.trainer.loss_scale is not None:
             progress.loss_scale = self.trainer.loss_scale.value
             progress.good_steps = self.trainer.loss_scale.good_steps
-
-    def _log_window(self) -> None:
-        """Record the means since the last log line; the loss is summed over the ranks."""
-        progress = self.trainer.progress
-        total, steps = self._window_loss.clone(), progress.window_steps
-        self._comm.start_all_reduce_sum(total, "loss").wait()
-        seconds = time.perf_counter() - self._window_started
-        self._record(
-            "train",
-            progress.step,
-            samples=progress.step * self.trainer.batches.global_batch,
-            loss=total.item() / steps if steps else float("nan"),
-            lr=self.trainer.schedule(progress.step - 1),
-            images_per_second=steps * self.trainer.batches.global_batch / seconds,
-            step_seconds=seconds / max(steps, 1),
-            **{
-                f"{part}_seconds": took / max(steps, 1)
-                for part, took in self.trainer.watch.seconds.items()
-            },
-            **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
-        )
-        self.trainer.watch.reset()
-        self._window_loss.zero_()
-        progress.window_steps, self._window_started = 0, time.perf_counter()
-
-    def _record(self, kind: str, step: int, **fields: float | int | str) -> None:
-        epoch = round(step / self.trainer.batches.steps_per_epoch, 4)
-        for sink in self.sinks:
-            sink.write({"kind": kind, "step": step, "epoch": epoch, **fields})

@@ -1,4 +1,4 @@
-"""The folder of one run: config.yaml, environment.json, metrics.jsonl, checkpoints/.
+"""The folder of one run: config.yaml, environment.json, metrics.jsonl, layers.jsonl, checkpoints/.
 
 Imports errors and files.  Its functions run on rank 0.
 """
@@ -19,10 +19,11 @@ from typing import Any
 from hvd_lars.errors import UserError
 from hvd_lars.files import sync
 
-CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, STOP = (
+CONFIG, ENVIRONMENT, METRICS, LAYERS, CHECKPOINTS, STOP = (
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "layers.jsonl",
     "checkpoints",
     "STOP",
 )
@@ -59,10 +60,13 @@ def describe_run(
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Cut metrics.jsonl to what was recorded up to ``step``; torn lines go, too."""
-    path = folder / METRICS
-    if not path.exists():
-        return
+    """Cut what was recorded to what is of steps up to ``step``; torn lines go, too."""
+    for path in (folder / METRICS, folder / LAYERS):
+        if path.exists():
+            _cut(path, step)
+
+
+def _cut(path: Path, step: int) -> None:
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:

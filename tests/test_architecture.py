@@ -26,8 +26,9 @@ LAYERS = [
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
     ["optim", "replicas", "batch_norm", "stopping", "votes", "watchdog"],
     ["evaluation", "checkpoint_files", "checkpoint", "commits"],
-    ["trainer", "loop", "doctor"],
+    ["trainer", "recorder", "loop", "doctor"],
     ["assemble"],
+    ["report"],
     ["cli", "__main__"],
 ]
 HEIGHT = {name: (i, j) for i, row in enumerate(LAYERS) for j, name in enumerate(row)}

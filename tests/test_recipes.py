@@ -38,7 +38,7 @@ def test_takes_steps(comm, name, tmp_path_factory):
     loop, _ = build_run(config, comm, detect_launch(os.environ))
     torch.set_num_threads(1)
     trainer = loop.trainer
-    for sink in loop.sinks:
+    for sink in loop.recorder.sinks:
         sink.close()
     before = parameters_to_vector(trainer.model.parameters()).clone()
     batches = trainer.batches_from(0)

@@ -25,14 +25,14 @@ def steps_in(path):
 def test_records_wait_for_room_and_are_whole(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n')
-    sink = JsonLines(path)
-    sink.write({"step": 1})
+    sink = JsonLines(path, ["event"])
+    sink.write({"kind": "event", "step": 1})
     with room(path.stat().st_size + 20):  # the next line fits in part
         for step in (2, 3, 4):
-            sink.write({"step": step})
+            sink.write({"kind": "event", "step": step})
             assert steps_in(path) == [0, 1]
     assert capsys.readouterr().err.count("its records wait for room") == 1
-    sink.write({"step": 5})
+    sink.write({"kind": "event", "step": 5})
     sink.close()
     assert steps_in(path) == [0, 1, 2, 3, 4, 5]
     assert capsys.readouterr().err == ""
@@ -40,10 +40,10 @@ def test_records_wait_for_room_and_are_whole(tmp_path, capsys):
 
 def test_what_never_found_room_is_counted(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    sink = JsonLines(path)
+    sink = JsonLines(path, ["event"])
     with room(10):
-        sink.write({"step": 1})
-        sink.write({"step": 2})
+        sink.write({"kind": "event", "step": 1})
+        sink.write({"kind": "event", "step": 2})
         sink.close()
     assert path.read_bytes() == b""
     assert "2 records are lost" in capsys.readouterr().err

@@ -115,6 +115,7 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
             evaluate=steps(train.eval_every, "train.eval_every"),
             log=steps(train.log_every, "train.log_every"),
             checkpoint=total if by_clock else steps(kept, "checkpoint.every"),
+            layers=steps(train.log_layers_every, "train.log_layers_every"),
             checkpoint_seconds=60.0 * kept.value if by_clock else math.inf,
         ),
         warmup_steps=warmup,

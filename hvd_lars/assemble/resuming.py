@@ -18,7 +18,8 @@ _FREE = (
     "data.max_bad_fraction",
     "model.init_from", "model.checkpoint_blocks", "optimizer.kernel", "optimizer.placement",
     "train.micro_batch", "train.eval_batch", "train.threads", "train.log_every",
-    "train.eval_every", "train.channels_last", "train.compile", "train.max_skipped_steps",
+    "train.log_layers_every", "train.eval_every", "train.channels_last", "train.compile",
+    "train.max_skipped_steps",
     "train.verify_every",
 )  # fmt: skip
 

@@ -125,6 +125,7 @@ def build_run(
         max_skipped_steps=config.train.max_skipped_steps,
         verify_every=config.train.verify_every or 0,
         commit_every=config.checkpoint.commit_every,
+        layers_every=intervals.layers,
         votes=Votes(
             comm,
             StopRequests(
@@ -159,8 +160,9 @@ def build_run(
             step = found.progress.step
     if comm.rank == 0:
         run_folder.forget_after(folder, step)
-        metrics = JsonLines(folder / run_folder.METRICS)
-        loop.sinks = [Console(loop.intervals.total), metrics]
+        metrics = JsonLines(folder / run_folder.METRICS, ("train", "eval", "event"))
+        layers = JsonLines(folder / run_folder.LAYERS, ("layers",))
+        loop.recorder.sinks = [Console(loop.intervals.total), metrics, layers]
     return loop, folder
 
 

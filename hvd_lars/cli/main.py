@@ -1,4 +1,4 @@
-"""The command ``hvd-lars``: train, eval, check, bench, pack, schema, doctor.
+"""The command ``hvd-lars``: what starts it, and train, eval and bench over the ranks.
 
 Imports everything, late: a mistyped config is answered before torch is loaded.
 """
@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import hvd_lars
+from hvd_lars.cli.parser import parse
+from hvd_lars.cli.tools import TOOLS
 from hvd_lars.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,105 +33,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     75 is EX_TEMPFAIL of sysexits.h: the run was told to stop and can go on; requeue it.
     """
-    options = _parse(arguments)
+    options = parse(arguments)
     try:
         if options.command in ("train", "eval", "bench"):
             sys.exit(_run_on_ranks(options))
-        else:
-            tools = {"check": _check, "pack": _pack, "schema": _schema, "doctor": _doctor}
-            sys.exit(tools[options.command](options))
+        sys.exit(TOOLS[options.command](options))
     except UserError as error:
         _fail_together(str(error))
     except KeyboardInterrupt:
         print("hvd-lars: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse a command line on which overrides and options stand in any order."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    late = [text for text in rest if "=" in text and not text.startswith("-")]
-    if len(late) < len(rest) or (late and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if late:
-        options.overrides += late
-    return options
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hvd-lars",
-        description="Train image classifiers with enormous batches: LARS over Horovod and MPI.",
-        epilog="Start several ranks with: horovodrun -np N hvd-lars train CONFIG",
-    )
-    parser.add_argument("--version", action="version", version=f"hvd-lars {hvd_lars.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add_config(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "config", metavar="CONFIG", help="a YAML file or a bundled config's name"
-        )
-        command.add_argument(
-            "overrides", metavar="key.sub=value", nargs="*", help="replaces a value of the config"
-        )
-
-    train = commands.add_parser("train", help="train, on every rank that the launcher starts")
-    add_config(train)
-    train.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on in run.dir from its newest checkpoint, or begin there if it has none",
-    )
-    train.add_argument(
-        "--resume-from", type=Path, metavar="PATH", help="start from a run or a checkpoint of it"
-    )
-    evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
-    evaluate.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
-    evaluate.add_argument("overrides", metavar="key.sub=value", nargs="*")
-    check = commands.add_parser("check", help="print the plans of configs without training")
-    check.add_argument(
-        "configs",
-        metavar="CONFIG",
-        nargs="+",
-        help="a YAML file, a bundled config's name, or key.sub=value for all of them",
-    )
-    check.set_defaults(overrides=[])
-    check.add_argument(
-        "--device-memory", metavar="80GB", help="warn where a rank would need more than this"
-    )
-    check.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan for")
-    check.add_argument("--json", action="store_true", help="print the plan as JSON")
-    bench = commands.add_parser(
-        "bench", help="measure images/s on made-up images, and where a step's time goes"
-    )
-    bench.add_argument("config", metavar="CONFIG", nargs="?", default="digits", help="as for train")
-    bench.add_argument("overrides", metavar="key.sub=value", nargs="*")
-    for name, default, what in (
-        ("--windows", 10, "measurements, whose spread gives the interval"),
-        ("--steps", 10, "steps a window"),
-        ("--accumulate", 1, "micro-batches a rank and step"),
-    ):
-        bench.add_argument(name, type=int, default=default, metavar="N", help=what)
-    bench.add_argument("--json", action="store_true", help="print one JSON object")
-    pack = commands.add_parser(
-        "pack", help="write an image folder as tar shards; run again, it goes on where it was"
-    )
-    pack.add_argument("source", metavar="SRC", help="root/train/CLASS/image, root/val/CLASS/image")
-    pack.add_argument("target", metavar="DST", type=Path, help="folder of the shards")
-    cores = len(os.sched_getaffinity(0))
-    pack.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
-    pack.add_argument(
-        "--shard-samples", type=int, default=4096, metavar="N", help="images a shard; default 4096"
-    )
-    pack.add_argument(
-        "--verify", action="store_true", help="then read every shard and compare checksums"
-    )
-    schema = commands.add_parser("schema", help="write the JSON schema of configs, for editors")
-    schema.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of the terminal")
-    doctor = commands.add_parser("doctor", help="check the installation; exit 1 if it cannot train")
-    doctor.add_argument("--megabytes", type=int, default=64, help="size of the test all-reduce")
-    return parser
 
 
 def _run_on_ranks(options: argparse.Namespace) -> int:
@@ -219,48 +131,6 @@ def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) 
     if comm.rank == 0:
         print(json.dumps(finite(record)), flush=True)
     return 0
-
-
-def _check(options: argparse.Namespace) -> int:
-    from hvd_lars.cli.check import check
-
-    # An override is what has a key before its equals sign; a file may hold one in its name.
-    overrides = [t for t in options.configs if "=" in t and not os.path.exists(t)]
-    overrides += options.overrides
-    configs = [text for text in options.configs if text not in overrides]
-    if not configs:
-        raise UserError("check: no config is given, only overrides")
-    return check(configs, overrides, options.ranks, options.device_memory, options.json)
-
-
-def _pack(options: argparse.Namespace) -> int:
-    from hvd_lars.cli.pack import pack
-
-    return pack(
-        options.source, options.target, options.workers, options.shard_samples, options.verify
-    )
-
-
-def _schema(options: argparse.Namespace) -> int:
-    from hvd_lars.config import json_schema
-
-    text = json.dumps(json_schema(), indent=2) + "\n"
-    if options.output is None:
-        print(text, end="")
-        return 0
-    try:
-        options.output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{options.output}: cannot be written: {error.strerror}") from None
-    return 0
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from hvd_lars.doctor import diagnose
-
-    if options.megabytes < 1:
-        raise UserError(f"--megabytes: found {options.megabytes}; must be 1 or more")
-    return diagnose(options.megabytes)
 
 
 def _fail_together(message: str) -> NoReturn:

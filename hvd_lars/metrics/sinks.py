@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -25,7 +25,7 @@ class Sink(Protocol):
     """Takes one record at a time; lives on rank 0."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Take a record: ``kind`` is ``train``, ``eval`` or ``event``, values are global."""
+        """Take a record: its ``kind`` is ``train``, ``eval``, ``event`` or ``layers``."""
         ...
 
     def close(self) -> None:
@@ -35,19 +35,22 @@ class Sink(Protocol):
 
 @final
 class JsonLines:
-    """Appends one JSON object a line; a number that is not finite becomes null.
+    """Appends records of some ``kinds``, one JSON object a line.
 
-    ``unix_seconds``, when it was written, is added to every record.  On a full disk lines wait in
-    memory for room, and no line is ever written in part.
+    A number that is not finite becomes null; ``unix_seconds``, when it was written, is added.  On a
+    full disk lines wait in memory for room, and no line is ever written in part.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kinds: Collection[str]) -> None:
+        self._kinds = kinds
         self._path, self._file = path, path.open("ab", buffering=0)
         self._size = self._file.tell()
         self._waiting = b""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the record, or keep it until there is room."""
+        if record["kind"] not in self._kinds:
+            return
         stamped = finite(record) | {"unix_seconds": round(time.time(), 3)}
         line = json.dumps(stamped, allow_nan=False).encode() + b"\n"
         problem = self._append(self._waiting + line)

@@ -6,7 +6,6 @@ is computed the kernel's.  Imports groups, kernels, layers and placement.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -18,7 +17,16 @@ from torch.optim import Optimizer
 from hvd_lars.optim.groups import check_group
 from hvd_lars.optim.kernels import KernelName, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold
-from hvd_lars.optim.layers import Layers, block_of, is_half, layers_of, ratios_of, signature
+from hvd_lars.optim.layers import (
+    Layers,
+    Measured,
+    block_of,
+    is_half,
+    layers_of,
+    ratios_of,
+    signature,
+)
+from hvd_lars.optim.measured import LayerNorms, first_not_finite, kept_sums, layer_norms
 from hvd_lars.optim.placement import Placement
 
 LrPosition = Literal["momentum", "update"]
@@ -116,7 +124,7 @@ class LARS(Optimizer):
     # ranks where one is not finite, which ``skipped`` then says.  None: neither is looked at.
     loss_scale: float | None = None
     _finite: Tensor | None = None
-    _norms: Sequence[tuple[Layers, Tensor]] = ()  # of the last step's gradients
+    _measured: Sequence[tuple[Layers, Measured]] = ()  # in the last step
 
     def __init__(
         self,
@@ -212,11 +220,15 @@ class LARS(Optimizer):
 
     def first_not_finite(self) -> Tensor | None:
         """The first parameter whose gradient's norm was not finite in the last step."""
-        for here, norms in self._norms:
-            bad = norms.isfinite().logical_not().nonzero()
-            if len(bad):
-                return here.adapted[int(bad[0])]
-        return None
+        return first_not_finite(self._measured)
+
+    def layer_norms(self) -> list[LayerNorms]:
+        """Norms and trust ratios of the last step, of all layers whose norms it took.
+
+        Those that take a trust ratio, and all where ``loss_scale`` is set.  They cost no pass over
+        memory; to ask waits for the device.
+        """
+        return layer_norms(self._measured)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; momentum is v, whichever kernel wrote it."""
@@ -261,39 +273,20 @@ class LARS(Optimizer):
         """The norms' phases on each device, then the update's, of which the weights' sums stay."""
         unscale = 1.0 / (self.loss_scale or 1.0)
         updates = []
-        self._norms = norms_of = []
+        self._measured = measured_of = []
         for here, sums, untouched in zip(last.devices, last.sums, last.untouched(), strict=True):
             known = sums if untouched else None
             kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
             blocks = [block_of(each, self.state, self.placement, untouched) for each in here.layers]
-            ratios, norms = ratios_of(here, blocks, kernel, self.placement, known, unscale)
-            norms_of.append((here, norms))
+            measured = ratios_of(here, blocks, kernel, self.placement, known, unscale)
+            measured_of.append((here, measured))
             if self.loss_scale is not None:
-                finite = norms.isfinite().all()
+                finite = measured.gradients.isfinite().all()
                 earlier = finite if self._finite is None else self._finite.to(finite.device)
                 self._finite = finite & earlier
-            updates.append((kernel, blocks, ratios, known))
+            updates.append((kernel, blocks, measured.ratios, known))
         for i, (kernel, blocks, ratios, known) in enumerate(updates):
             live = None if self._finite is None else self._finite.to(ratios.device)
-            last.sums[i] = _kept(last.sums[i], kernel.update(blocks, ratios, unscale, live), known)
-
-
-def _kept(
-    memory: Tensor | None, sums: tuple[Tensor | None, Tensor] | None, known: Tensor | None
-) -> Tensor | None:
-    """What is known of the weights after an update, in the memory of what was known before.
-
-    In the same memory, since a step in a CUDA graph reads at each replay what the one before it
-    left there.
-    """
-    if sums is None:
-        return None
-    before, after = sums
-    if before is not None and known is not None and not torch.equal(before, known):
-        warnings.warn(
-            "weights were edited through .data between two steps: this step took its trust "
-            "ratios from their norms before that",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-    return after if memory is None else memory.copy_(after)
+            last.sums[i] = kept_sums(
+                last.sums[i], kernel.update(blocks, ratios, unscale, live), known
+            )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,6 +175,18 @@ def _make_block(
     return Block(weight, gradient, buffer, copy, group, state, norm_part)
 
 
+class Measured(NamedTuple):
+    """What a step found out about its layers, all float64 on their device.
+
+    ``ratios`` is λ of every layer, (layers,), 1 where it has none; ``weights`` and ``gradients``
+    are the norms of those in ``Layers.sources``.
+    """
+
+    ratios: Tensor
+    weights: Tensor
+    gradients: Tensor
+
+
 def ratios_of(
     layers: Layers,
     blocks: Sequence[Block],
@@ -182,8 +194,8 @@ def ratios_of(
     placement: Placement | None,
     known: Tensor | None,
     unscale: float,
-) -> tuple[Tensor, Tensor]:
-    """λ of every layer, 1 where it has none: (layers,), float64; and the gradients' norms taken.
+) -> Measured:
+    """Take the norms that are not known yet, and from them every layer's λ.
 
     ``known`` are sums of squares of this rank's parts of all weights, where they stand already.
     ``unscale`` is the factor of the gradients.
@@ -191,7 +203,7 @@ def ratios_of(
     one = torch.ones(1, dtype=torch.float64, device=layers.device)
     sources = layers.sources
     if not sources:
-        return one.expand(len(blocks)), one[:0]
+        return Measured(one.expand(len(blocks)), one[:0], one[:0])
     adapted = [blocks[i] for i in sources]
     groups = [block.group for block in adapted]
     combined = any(map(_is_combined, groups))
@@ -212,7 +224,7 @@ def ratios_of(
     if not combined:
         gradient_norms = gradient_norms * unscale
     ratios = torch.cat([trust_ratios(groups, weight_norms, gradient_norms), one])
-    return ratios[layers.ratio_of], gradient_norms
+    return Measured(ratios[layers.ratio_of], weight_norms, gradient_norms)
 
 
 def _is_combined(group: dict[str, Any]) -> bool:

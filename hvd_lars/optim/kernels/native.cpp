@@ -20,14 +20,23 @@
 #else
 #define FOR_EVERY_CPU
 #endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#define IS_INTEL (__builtin_cpu_init(), __builtin_cpu_is("intel") != 0)
+#else
+#define IS_INTEL false
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 namespace {
 
 constexpr int64_t kBlock = 4096;        // float32 sums end here
 constexpr int64_t kChunk = 8 * kBlock;  // one thread's unit of work
-constexpr int64_t kAhead = 256;         // elements to fetch ahead: 12 % off the update, 20 % off sums
+constexpr int64_t kAhead = 256;         // elements to fetch ahead, where that helps
 constexpr int64_t kAlone = 1 << 16;     // fewer elements than this are not worth a second thread
+
+// Measured: fetching ahead takes 12 % off the update and 20 % off the sums on an Intel Xeon, and adds
+// 13 % and 21 % on an AMD EPYC (Zen 4), whose own prefetchers are better.  The results are the same.
+const bool fetch_ahead = IS_INTEL;
 
 typedef float Floats __attribute__((vector_size(64)));    // 16
 typedef double Doubles __attribute__((vector_size(64)));  // 8
@@ -96,14 +105,15 @@ template <typename V> INLINE double total(V lanes) {
 
 // One block of each of two streams, 4096 or fewer elements: a core fetches two streams of memory
 // faster than one.  Adds each stream's sum to its own total.
-template <typename V, typename T, bool Two>
+template <typename V, typename T, bool Two, bool Ahead>
 INLINE void squares_of_block(const T* x, const T* y, int64_t count, double* sum_x, double* sum_y) {
   using S = decltype(widen(*x));
   constexpr int64_t lanes = sizeof(V) / sizeof(S);
   V a = {}, b = {}, c = {}, d = {};
   int64_t i = 0;
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
-    for (int64_t ahead = i + kAhead; ahead < i + kAhead + 2 * lanes; ahead += lanes) {
+    for (int64_t j = 0; Ahead && j < 2 * lanes; j += lanes) {
+      const int64_t ahead = i + kAhead + j;
       __builtin_prefetch(x + ahead);
       if constexpr (Two) __builtin_prefetch(y + ahead);
     }
@@ -122,19 +132,19 @@ INLINE void squares_of_block(const T* x, const T* y, int64_t count, double* sum_
   if constexpr (Two) *sum_y += total(V(c + d));
 }
 
-template <typename T> INLINE double squares(const T* x, int64_t count) {
+template <bool Ahead, typename T> INLINE double squares(const T* x, int64_t count) {
   using V = typename Vector<decltype(widen(*x))>::type;
   double first = 0, second = 0;
   int64_t i = 0;
   if (count == kChunk) {
     for (; i < kChunk / 2; i += kBlock) {
-      squares_of_block<V, T, true>(x + i, x + kChunk / 2 + i, kBlock, &first, &second);
+      squares_of_block<V, T, true, Ahead>(x + i, x + kChunk / 2 + i, kBlock, &first, &second);
     }
     return first + second;
   }
   for (; i < count; i += kBlock) {
     const int64_t left = count - i < kBlock ? count - i : kBlock;
-    squares_of_block<V, T, false>(x + i, nullptr, left, &first, &second);
+    squares_of_block<V, T, false, Ahead>(x + i, nullptr, left, &first, &second);
   }
   return first;
 }
@@ -151,7 +161,7 @@ INLINE X advance(X w, X g, X* v, const Rule<S>& rule) {
   return w - rule.outside * *v;
 }
 
-template <bool HasBuffer, bool Nesterov, typename S, typename G, typename P>
+template <bool Ahead, bool HasBuffer, bool Nesterov, typename S, typename G, typename P>
 INLINE void update_rule(S* w, const G* g, S* v, P* out, int64_t count, const Rule<S>& rule,
                         double* before, double* after) {
   using V = typename Vector<S>::type;
@@ -161,7 +171,8 @@ INLINE void update_rule(S* w, const G* g, S* v, P* out, int64_t count, const Rul
     V a = {}, b = {}, a_new = {}, b_new = {};
     int64_t i = begin;
     for (; i + 2 * lanes <= end; i += 2 * lanes) {
-      for (int64_t ahead = i + kAhead; ahead < i + kAhead + 2 * lanes; ahead += lanes) {
+      for (int64_t j = 0; Ahead && j < 2 * lanes; j += lanes) {
+        const int64_t ahead = i + kAhead + j;
         __builtin_prefetch(w + ahead, 1);
         __builtin_prefetch(g + ahead);
         if constexpr (HasBuffer) __builtin_prefetch(v + ahead, 1);
@@ -197,26 +208,38 @@ INLINE void update_rule(S* w, const G* g, S* v, P* out, int64_t count, const Rul
   }
 }
 
-template <typename S, typename G, typename P>
+template <bool Ahead, typename S, typename G, typename P>
 INLINE void update(S* w, const G* g, S* v, P* out, int64_t count, const Rule<S>& rule,
                    double* before, double* after) {
-  if (!v) return update_rule<false, false>(w, g, v, out, count, rule, before, after);
-  if (rule.nesterov) return update_rule<true, true>(w, g, v, out, count, rule, before, after);
-  update_rule<true, false>(w, g, v, out, count, rule, before, after);
+  if (!v) return update_rule<Ahead, false, false>(w, g, v, out, count, rule, before, after);
+  if (rule.nesterov) return update_rule<Ahead, true, true>(w, g, v, out, count, rule, before, after);
+  update_rule<Ahead, true, false>(w, g, v, out, count, rule, before, after);
 }
 
-// One function a type, since target_clones takes no templates.
-#define SUM_OF(NAME, T) \
-  FOR_EVERY_CPU double NAME(const T* x, int64_t count) { return squares(x, count); }
+// Functions for each type, since target_clones takes no templates.
+#define SUM_OF(NAME, T)                                                                           \
+  FOR_EVERY_CPU double NAME##_ahead(const T* x, int64_t count) { return squares<true>(x, count); } \
+  FOR_EVERY_CPU double NAME##_plain(const T* x, int64_t count) { return squares<false>(x, count); } \
+  double NAME(const T* x, int64_t count) {                                                        \
+    return fetch_ahead ? NAME##_ahead(x, count) : NAME##_plain(x, count);                         \
+  }
 SUM_OF(sum_float, float)
 SUM_OF(sum_double, double)
 SUM_OF(sum_bfloat16, BFloat16)
 SUM_OF(sum_half, Half)
 
-#define UPDATE_OF(NAME, S, G, P)                                                             \
-  FOR_EVERY_CPU void NAME(S* w, const G* g, S* v, P* out, int64_t count, const Rule<S>& rule, \
-                          double* before, double* after) {                                    \
-    update(w, g, v, out, count, rule, before, after);                                         \
+#define UPDATE_OF(NAME, S, G, P)                                                            \
+  FOR_EVERY_CPU void NAME##_ahead(S* w, const G* g, S* v, P* out, int64_t count,            \
+                                  const Rule<S>& rule, double* before, double* after) {     \
+    update<true>(w, g, v, out, count, rule, before, after);                                 \
+  }                                                                                         \
+  FOR_EVERY_CPU void NAME##_plain(S* w, const G* g, S* v, P* out, int64_t count,            \
+                                  const Rule<S>& rule, double* before, double* after) {     \
+    update<false>(w, g, v, out, count, rule, before, after);                                \
+  }                                                                                         \
+  void NAME(S* w, const G* g, S* v, P* out, int64_t count, const Rule<S>& rule,             \
+            double* before, double* after) {                                                \
+    (fetch_ahead ? NAME##_ahead : NAME##_plain)(w, g, v, out, count, rule, before, after);  \
   }
 UPDATE_OF(update_float, float, float, float)
 UPDATE_OF(update_double, double, double, double)

@@ -1,0 +1,104 @@
+"""What a run recorded, read back for a report; imports run_folder, config_file, plan and errors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvd_lars import run_folder
+from hvd_lars.assemble.plan import make_plan
+from hvd_lars.config import Config
+from hvd_lars.config_file import load_config
+from hvd_lars.errors import UserError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run folder holds."""
+
+    name: str
+    folder: Path
+    config: Record  # the resolved config, as a tree of plain values
+    global_batch: int
+    environment: Record
+    train: list[Record]
+    evaluations: list[Record]
+    events: list[Record]
+    layers: list[Record]
+    planned: list[tuple[float, float]]  # (step, learning rate)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; of a run that goes on, what it has recorded so far.
+
+    Raises:
+        UserError: it is no run folder, or its files cannot be read.
+    """
+    if not (folder / run_folder.CONFIG).is_file():
+        reason = "no config.yaml in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: not a run folder: {reason}")
+    config = load_config(str(folder / run_folder.CONFIG))
+    records = _lines(folder / run_folder.METRICS)
+    by_kind = {
+        kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "eval", "event")
+    }
+    if not by_kind["train"]:
+        raise UserError(f"{folder / run_folder.METRICS}: no step is recorded there yet")
+    return Run(
+        name=folder.absolute().name,
+        folder=folder,
+        config=config.model_dump(mode="json", exclude={"recipe", "extends"}),
+        global_batch=config.train.global_batch,
+        environment=_environment(folder / run_folder.ENVIRONMENT),
+        train=by_kind["train"],
+        evaluations=by_kind["eval"],
+        events=by_kind["event"],
+        layers=_lines(folder / run_folder.LAYERS),
+        planned=_planned(config, by_kind["train"][-1]),
+    )
+
+
+def _lines(path: Path) -> list[Record]:
+    """The records of a file of JSON lines; a torn last line is one that is being written."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is no record: {line[:40]!r}") from None
+        records.append(record)
+    return records
+
+
+def _environment(path: Path) -> Record:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _planned(config: Config, last: Record) -> list[tuple[float, float]]:
+    """The schedule that the config says, from the length of an epoch as the run had it."""
+    if not last.get("epoch"):
+        return []
+    steps_per_epoch = round(last["step"] / last["epoch"])
+    samples = steps_per_epoch * config.train.global_batch
+    plan = make_plan(config, samples, 1)
+    total = plan.intervals.total
+    steps = sorted({*range(0, total, max(1, total // 400)), total - 1})
+    return [(step + 1, plan.schedule(step)) for step in steps]

@@ -1,0 +1,5 @@
+"""One page about runs; imports assemble.recorded, metrics and errors."""
+
+from hvd_lars.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,268 @@
+"""The page: what stands on it, in which order.
+
+Imports charts, assemble.recorded, metrics and errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import hvd_lars
+from hvd_lars.assemble.recorded import Run, read_run
+from hvd_lars.errors import UserError
+from hvd_lars.metrics import finite
+from hvd_lars.report.charts import Series, heat_map, line_chart, stacked_chart
+
+_PARTS = ("data", "forward", "backward", "communication", "optimizer")
+_COLUMNS = 60  # of a heat map
+
+
+def write_report(folders: Sequence[Path], output: Path) -> None:
+    """Write one page about runs, which opens without a network.
+
+    Raises:
+        UserError: a folder holds no run, or the page cannot be written.
+    """
+    runs = [read_run(folder) for folder in folders]
+    page = make_page(runs)
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+
+
+def make_page(runs: Sequence[Run]) -> str:
+    """The whole page as HTML."""
+    sections: list[tuple[str, str, str]] = [
+        ("summary", "Summary", _summary(runs)),
+        ("accuracy", "Loss and accuracy", _accuracy(runs)),
+        ("rate", "Learning rate", _rate(runs)),
+        ("layers", "Layers", "".join(map(_layers, runs))),
+        ("speed", "Speed", _speed(runs)),
+        ("ranks", "Ranks", "".join(map(_ranks, runs))),
+        ("events", "Events", "".join(map(_events, runs))),
+        ("config", "Config", _config(runs)),
+        ("environment", "Environment", _environment(runs)),
+    ]
+    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
+    body = "".join(
+        f'<section id="{key}" tabindex="-1"><h2>{title}</h2>{text}</section>'
+        for key, title, text in sections
+    )
+    names = ", ".join(run.name for run in runs)
+    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<title>{escape(names)} · hvd_lars</title><style>{style}</style></head><body>"
+        f'<a class="skip" href="#summary">To the content</a>'
+        f"<header><h1>{escape(names)}</h1><p>hvd_lars {hvd_lars.__version__}</p>"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main>'
+        "</body></html>\n"
+    )
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    def row(run: Run) -> list[object]:
+        last = run.train[-1]
+        top1 = [e["top1"] for e in run.evaluations if e.get("top1") is not None]
+        sizes = [e["world_size"] for e in run.events if "world_size" in e]
+        stops = [e.get("reason", "") for e in run.events if e["event"] == "stop"]
+        return [
+            run.name,
+            f"{last['step']:,}",
+            _percent(top1[-1]) if top1 else "–",
+            _percent(max(top1)) if top1 else "–",
+            f"{last['loss']:.4f}" if last.get("loss") is not None else "not finite",
+            f"{median(r['images_per_second'] for r in run.train):,.0f}",
+            " → ".join(map(str, sizes)) or "–",
+            f"{run.global_batch:,}",
+            last.get("skipped_steps", 0),
+            stops[-1] if stops else "goes on, or was killed",
+        ]
+
+    head = [
+        "run", "steps", "top-1", "best top-1", "last loss", "images/s (median)", "ranks",
+        "global batch", "skipped", "ended",
+    ]  # fmt: skip
+    return _table(head, [row(run) for run in runs])
+
+
+def _accuracy(runs: Sequence[Run]) -> str:
+    loss = _lines(runs, lambda run: [(r["epoch"], r.get("loss")) for r in run.train])
+    loss += [
+        Series(f"{each.name}, test", each.points, each.colour, dashed=True)
+        for each in _lines(runs, lambda run: [(e["epoch"], e.get("loss")) for e in run.evaluations])
+    ]
+    top1 = _lines(
+        runs, lambda run: [(e["epoch"], 100.0 * e["top1"]) for e in run.evaluations if "top1" in e]
+    )
+    return _figure(
+        line_chart("Loss by epoch", loss, "epoch", "loss", log_y=True), "Loss"
+    ) + _figure(line_chart("Top-1 accuracy by epoch", top1, "epoch", "top-1, %"), "Top-1 accuracy")
+
+
+def _rate(runs: Sequence[Run]) -> str:
+    series = []
+    for number, run in enumerate(runs):
+        taken = [(r["step"], r["lr"]) for r in run.train]
+        series += [
+            Series(f"{run.name}, as planned", run.planned, number, dashed=True),
+            Series(run.name, taken, number),
+        ]
+    chart = line_chart("Learning rate by step", series, "step", "learning rate γ")
+    planned = [dict(run.planned) for run in runs]
+    off = [
+        f"{run.name}: step {r['step']} took {r['lr']:.6g}, the config plans {plan[r['step']]:.6g}"
+        for run, plan in zip(runs, planned, strict=True)
+        for r in run.train
+        if r["step"] in plan and not math.isclose(r["lr"], plan[r["step"]], rel_tol=1e-6)
+    ]
+    note = "Every step took the rate that the config plans."
+    if off:
+        note = f"{len(off)} recorded rates are not as planned: {off[0]}."
+    return _figure(chart, "The rate that was taken over the plan") + f"<p>{escape(note)}</p>"
+
+
+def _layers(run: Run) -> str:
+    if not run.layers:
+        return f"<p class=none>{escape(run.name)}: no norms of layers were recorded.</p>"
+    stride = -(-len(run.layers) // _COLUMNS)
+    kept = run.layers[::stride]
+    names = list(kept[-1]["trust_ratio"])
+    columns = [f"{r['step']:,}" for r in kept]
+    text = ""
+    for key, what in (("trust_ratio", "Trust ratio λ"), ("weight_norm", "Norm of the weights")):
+        values = [[float(r[key].get(name) or 0.0) for r in kept] for name in names]
+        title = f"{what}, {run.name}: layers by step"
+        text += _figure(heat_map(title, names, columns, values), title)
+    last = kept[-1]
+    rows = [
+        [name, *(f"{last[key][name]:.4g}" if last[key].get(name) is not None else "not finite"
+                 for key in ("weight_norm", "gradient_norm", "trust_ratio", "rate"))]
+        for name in names
+    ]  # fmt: skip
+    table = _table(["layer", "‖w‖", "‖g‖", "λ", "γλ"], rows)
+    return text + f"<details><summary>Numbers at step {last['step']:,}</summary>{table}</details>"
+
+
+def _speed(runs: Sequence[Run]) -> str:
+    rates = _lines(runs, lambda run: [(r["step"], r["images_per_second"]) for r in run.train])
+    text = _figure(line_chart("Images per second by step", rates, "step", "images/s"), "Throughput")
+    for run in runs:
+        split = {part: [1e3 * r.get(f"{part}_seconds", 0.0) for r in run.train] for part in _PARTS}
+        known = [sum(values) for values in zip(*split.values(), strict=True)]
+        split["rest"] = [
+            max(0.0, 1e3 * r["step_seconds"] - k) for r, k in zip(run.train, known, strict=True)
+        ]
+        title = f"Where a step's time goes on rank 0, {run.name}"
+        text += _figure(stacked_chart(title, [r["step"] for r in run.train], split), title)
+    return text
+
+
+def _ranks(run: Run) -> str:
+    timed = [r for r in run.train if "rank_busy_seconds" in r]
+    if not timed:
+        return f"<p class=none>{escape(run.name)}: one rank, with nobody to wait for.</p>"
+    size = len(timed[-1]["rank_busy_seconds"])
+    timed = [r for r in timed if len(r["rank_busy_seconds"]) == size]
+    hosts: list[str] = next((e["hosts"] for e in reversed(run.events) if e.get("hosts")), [])
+    stride = -(-len(timed) // _COLUMNS)
+    kept = timed[::stride]
+    own = [[r["rank_data_seconds"][k] + r["rank_busy_seconds"][k] for r in kept]
+           for k in range(size)]  # fmt: skip
+    labels = [f"rank {k} · {hosts[k] if k < len(hosts) else ''}" for k in range(size)]
+    title = f"Seconds a step without waiting for others, {run.name}: ranks by step"
+    text = _figure(heat_map(title, labels, [f"{r['step']:,}" for r in kept], own), title)
+    usual = median(median(values) for values in own)
+    rows = [
+        [labels[k], f"{1e3 * median(r['rank_data_seconds'][k] for r in timed):,.1f}",
+         f"{1e3 * median(r['rank_busy_seconds'][k] for r in timed):,.1f}",
+         f"{median(own[k]) / usual:.2f} ×" if usual else "–"]
+        for k in range(size)
+    ]  # fmt: skip
+    head = ["rank", "waits for data, ms a step", "computes, ms a step", "of the median rank"]
+    return text + _table(head, rows)
+
+
+def _events(run: Run) -> str:
+    told = [e for e in run.events if e["event"] not in ("checkpoint",)]
+    rows = [
+        [f"{e['step']:,}", e["event"],
+         ", ".join(f"{k} {v}" for k, v in e.items()
+                   if k not in ("kind", "step", "epoch", "event", "unix_seconds", "hosts"))]
+        for e in told
+    ]  # fmt: skip
+    stalls = [e["stall_seconds"] for e in run.events if e["event"] == "checkpoint"]
+    kept = f"{len(stalls)} checkpoints"
+    if stalls:
+        kept += f", which held training up {median(stalls):.3f} s in the median"
+    return f"<h3>{escape(run.name)}</h3>" + _table(["step", "event", ""], rows) + f"<p>{kept}.</p>"
+
+
+def _config(runs: Sequence[Run]) -> str:
+    flat = [dict(_leaves(run.config)) for run in runs]
+    keys = list(dict.fromkeys(key for each in flat for key in each))
+    if len(runs) == 1:
+        rows = [[key, flat[0][key]] for key in keys]
+        return f"<details><summary>All values</summary>{_table(['key', 'value'], rows)}</details>"
+    rows = [
+        [key, *(each.get(key, "–") for each in flat)]
+        for key in keys
+        if len({repr(each.get(key)) for each in flat}) > 1
+    ]
+    return _table(["differs", *(run.name for run in runs)], rows)
+
+
+def _environment(runs: Sequence[Run]) -> str:
+    flat = [dict(_leaves(run.environment)) for run in runs]
+    keys = list(dict.fromkeys(key for each in flat for key in each))
+    rows = [[key, *(each.get(key, "–") for each in flat)] for key in keys]
+    return _table(["", *(run.name for run in runs)], rows)
+
+
+def _lines(
+    runs: Sequence[Run], points: Callable[[Run], Iterable[tuple[float, float | None]]]
+) -> list[Series]:
+    return [
+        Series(run.name, [(x, math.nan if y is None else y) for x, y in points(run)], number)
+        for number, run in enumerate(runs)
+    ]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
+    for key, value in finite(tree).items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", " ".join(map(str, value))
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _figure(chart: str, caption: str) -> str:
+    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    lines = "".join(
+        f'<tr><th scope="row">{escape(str(row[0]))}</th>'
+        + "".join(f"<td>{escape(str(cell))}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="table">'
+        f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100.0 * value:.2f} %"
