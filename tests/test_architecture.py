@@ -26,7 +26,7 @@ LAYERS = [
     ["config_fields", "config_data", "config", "config_file", "models", "metrics", "data", "comm"],
     ["optim", "replicas", "batch_norm", "stopping", "votes", "watchdog"],
     ["evaluation", "checkpoint_files", "checkpoint", "commits"],
-    ["trainer", "recorder", "loop", "doctor"],
+    ["trainer", "recorder", "profiling", "loop", "doctor"],
     ["assemble"],
     ["report"],
     ["cli", "__main__"],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvd_lars import run_folder
+from hvd_lars.assemble.recording import leaves
 from hvd_lars.config import Config
 from hvd_lars.config_file import load_config
 from hvd_lars.errors import UserError
@@ -19,7 +20,7 @@ _FREE = (
     "model.init_from", "model.checkpoint_blocks", "optimizer.kernel", "optimizer.placement",
     "train.micro_batch", "train.eval_batch", "train.threads", "train.log_every",
     "train.log_layers_every", "train.eval_every", "train.channels_last", "train.compile",
-    "train.max_skipped_steps",
+    "train.max_skipped_steps", "train.profile",
     "train.verify_every",
 )  # fmt: skip
 
@@ -39,8 +40,8 @@ def as_before(config: Config, stored: Config, given: Collection[str], where: Pat
         UserError: another key that changes the mathematics differs; a line for each.
     """
     before, now = (
-        dict(_leaves(stored.model_dump(mode="json"))),
-        dict(_leaves(config.model_dump(mode="json"))),
+        dict(leaves(stored.model_dump(mode="json"))),
+        dict(leaves(config.model_dump(mode="json"))),
     )
     lines = [
         f"{key}: found {now.get(key)!r}, the run has {before.get(key)!r} ({where}); "
@@ -103,14 +104,6 @@ def checkpoints_in(path: Path) -> Path:
     """Where to look for checkpoints: a run folder's own, else the path itself."""
     inside = path / run_folder.CHECKPOINTS
     return inside if inside.is_dir() else path
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _covers(key: str) -> Any:

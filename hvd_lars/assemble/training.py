@@ -17,6 +17,7 @@ from hvd_lars.assemble.choices import settle
 from hvd_lars.assemble.network import build_network, shapes_of
 from hvd_lars.assemble.placing import place
 from hvd_lars.assemble.plan import make_plan
+from hvd_lars.assemble.recording import make_sinks
 from hvd_lars.assemble.resuming import Resume, checkpoints_in, config_to_resume
 from hvd_lars.assemble.sources import build_source, mixes_pairs, workers_of
 from hvd_lars.batch_norm import span_ranks
@@ -31,9 +32,10 @@ from hvd_lars.data import GlobalBatches
 from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
 from hvd_lars.loop import Loop
-from hvd_lars.metrics import Console, JsonLines
+from hvd_lars.metrics import check_loggers
 from hvd_lars.models import load_weights
 from hvd_lars.optim import LARS, Placement, Sharded, parameter_groups
+from hvd_lars.profiling import Profile
 from hvd_lars.stopping import StopRequests
 from hvd_lars.terminal import tell
 from hvd_lars.trainer import Trainer
@@ -95,6 +97,7 @@ def build_run(
         UserError: on every rank alike, for anything in the config that cannot be done, or a run
             that cannot be resumed.
     """
+    check_loggers(config.run.loggers)
     committed = None if commits is None else commits.agree(comm)
     wanted = config.run.dir
     if committed is not None:
@@ -138,6 +141,8 @@ def build_run(
             intervals.checkpoint_seconds,
         ),
     )
+    if config.train.profiled_steps is not None:
+        loop.profile = Profile(*config.train.profiled_steps, folder / "profile", comm)
     step = 0
     state = trainer.model, trainer.optimizer, trainer.average
     if commits is not None:
@@ -160,9 +165,7 @@ def build_run(
             step = found.progress.step
     if comm.rank == 0:
         run_folder.forget_after(folder, step)
-        metrics = JsonLines(folder / run_folder.METRICS, ("train", "eval", "event"))
-        layers = JsonLines(folder / run_folder.LAYERS, ("layers",))
-        loop.recorder.sinks = [Console(loop.intervals.total), metrics, layers]
+        loop.recorder.sinks = make_sinks(config, folder, intervals.total)
     return loop, folder
 
 

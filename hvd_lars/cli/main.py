@@ -49,7 +49,8 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
     """Join the ranks and train, evaluate or measure; returns the exit code."""
     # Read before torch is imported: most mistakes are in the config.
     if options.command != "eval":
-        config = _config(options.config, options.overrides)
+        quiet = ["run.console=none"] if getattr(options, "quiet", False) else []
+        config = _config(options.config, [*options.overrides, *quiet])
     else:
         if not (options.run_folder / "config.yaml").is_file():
             reason = "no config.yaml in it" if options.run_folder.is_dir() else "no such folder"
@@ -63,6 +64,10 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
 
     if options.command == "train" and is_elastic(os.environ):
         return train_elastic(options, config, _guarded)
+    if options.command == "train" and config.train.profile is not None:
+        from hvd_lars.profiling import prepare_timeline
+
+        prepare_timeline()
     launch = detect_launch(os.environ)
     groups = config.model.bn_sync_ranks > 1
     parts = options.command != "eval" and config.optimizer.placement != "replicated"

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume-from", type=Path, metavar="PATH", help="start from a run or a checkpoint of it"
     )
+    train.add_argument("--quiet", action="store_true", help="same as run.console=none")
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     evaluate.add_argument("overrides", metavar="key.sub=value", nargs="*")

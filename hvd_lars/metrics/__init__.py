@@ -1,5 +1,7 @@
-"""What a run writes down; imports nothing of hvd_lars."""
+"""What a run writes down; imports terminal and errors."""
 
+from hvd_lars.metrics.bar import Bar
+from hvd_lars.metrics.loggers import check_loggers, make_logger
 from hvd_lars.metrics.sinks import Console, JsonLines, Sink, finite
 
-__all__ = ["Console", "JsonLines", "Sink", "finite"]
+__all__ = ["Bar", "Console", "JsonLines", "Sink", "check_loggers", "finite", "make_logger"]

@@ -1,4 +1,4 @@
-"""One page about runs; imports assemble.recorded, metrics and errors."""
+"""One page about runs; imports assemble and errors."""
 
 from hvd_lars.report.page import write_report
 

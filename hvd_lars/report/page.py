@@ -1,6 +1,6 @@
 """The page: what stands on it, in which order.
 
-Imports charts, assemble.recorded, metrics and errors.
+Imports charts, assemble and errors.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import hvd_lars
 from hvd_lars.assemble.recorded import Run, read_run
+from hvd_lars.assemble.recording import leaves
 from hvd_lars.errors import UserError
-from hvd_lars.metrics import finite
 from hvd_lars.report.charts import Series, heat_map, line_chart, stacked_chart
 
 _PARTS = ("data", "forward", "backward", "communication", "optimizer")
@@ -207,7 +206,7 @@ def _events(run: Run) -> str:
 
 
 def _config(runs: Sequence[Run]) -> str:
-    flat = [dict(_leaves(run.config)) for run in runs]
+    flat = [dict(leaves(run.config)) for run in runs]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     if len(runs) == 1:
         rows = [[key, flat[0][key]] for key in keys]
@@ -221,7 +220,7 @@ def _config(runs: Sequence[Run]) -> str:
 
 
 def _environment(runs: Sequence[Run]) -> str:
-    flat = [dict(_leaves(run.environment)) for run in runs]
+    flat = [dict(leaves(run.environment)) for run in runs]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     rows = [[key, *(each.get(key, "–") for each in flat)] for key in keys]
     return _table(["", *(run.name for run in runs)], rows)
@@ -236,16 +235,6 @@ def _lines(
     ]
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
-    for key, value in finite(tree).items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield f"{prefix}{key}", " ".join(map(str, value))
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _figure(chart: str, caption: str) -> str:
     return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
 
@@ -254,7 +243,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
     lines = "".join(
         f'<tr><th scope="row">{escape(str(row[0]))}</th>'
-        + "".join(f"<td>{escape(str(cell))}</td>" for cell in row[1:])
+        + "".join(f"<td>{escape(_shown(cell))}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
     )
@@ -262,6 +251,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         f'<div class="wide" tabindex="0" role="region" aria-label="table">'
         f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _percent(value: float) -> str:

@@ -14,7 +14,7 @@ from hvd_lars.launchers import local_command
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ROOT = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-TRAINING = ["digits", "train.duration=2 epochs"]
+TRAINING = ["digits", "train.duration=2 epochs", "schedule.warmup_duration=1 epochs"]
 
 
 def line(kind, *options, training=TRAINING):
@@ -28,11 +28,13 @@ def test_local():
 
 
 def test_horovodrun():
-    found = line("horovodrun", "--hosts", "a:4,b:4", "--nic", "ib0", training=["c", "run.dir=r"])
+    found = line(
+        "horovodrun", "--hosts", "a:4,b:4", "--nic", "ib0", training=["digits", "run.dir=r"]
+    )
     assert found == [
         str(LAUNCH / "supervise"), "--hosts", "a:4,b:4", "--",
         "horovodrun", "-np", "{np}", "-H", "{hosts}", "--network-interfaces", "ib0",
-        "hvd-lars", "train", "c", "run.dir=r", "--resume",
+        "hvd-lars", "train", "digits", "run.dir=r", "--resume",
     ]  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def test_openmpi(monkeypatch):
     assert found[:9] == [
         "mpirun", "-np", "8", "-H", "a:4,b:4", "--bind-to", "none", "--map-by", "slot",
     ]  # fmt: skip
-    assert found[-4:] == ["hvd-lars", "train", *TRAINING]
+    assert found[-2 - len(TRAINING) :] == ["hvd-lars", "train", *TRAINING]
 
 
 def test_slurm_outside_and_inside_an_allocation(monkeypatch):
@@ -101,13 +103,14 @@ def test_kubernetes(ranks, workers, slots):
     ],
 )
 def test_mistakes(options, message):
-    code, output = hvd_lars("launch", *options, "--print-only", *TRAINING)
+    code, output = hvd_lars("launch", "--print-only", *TRAINING, *options)
     assert code == 2, output
     assert message in output
     assert "Traceback" not in output
 
 
-def test_a_program_that_is_not_here():
+def test_a_program_that_is_not_here(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
     code, output = hvd_lars("launch", "--on", "kubernetes", *TRAINING)
     assert code == 2, output
     assert "kubectl: no such program on this machine" in output

@@ -14,6 +14,7 @@ RANK_TESTS = [
     "tests/test_batch_norm.py",
     "tests/test_horovod_optimizer.py",
     "tests/test_loop.py",
+    "tests/test_recorder.py",
 ]
 
 

@@ -1,0 +1,38 @@
+"""Where a run's records go; imports config, metrics and run_folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hvd_lars import run_folder
+from hvd_lars.config import Config
+from hvd_lars.metrics import Bar, Console, JsonLines, Sink, make_logger
+
+
+def make_sinks(config: Config, folder: Path, total_steps: int) -> list[Sink]:
+    """Rank 0's sinks: files in the run folder, what one sees of the run, and other loggers."""
+    sinks: list[Sink] = [
+        JsonLines(folder / run_folder.METRICS, ("train", "eval", "event")),
+        JsonLines(folder / run_folder.LAYERS, ("layers",)),
+    ]
+    console = config.run.console
+    if console == "auto":
+        console = "bar" if sys.stdout.isatty() else "lines"
+    if console == "bar":
+        sinks.append(Bar(total_steps))
+    elif console == "lines":
+        sinks.append(Console(total_steps))
+    values = dict(leaves(config.model_dump(mode="json", exclude={"recipe", "extends"})))
+    return sinks + [make_logger(name, folder, values) for name in config.run.loggers]
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of a tree by their dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,53 @@
+"""A progress bar in a terminal; imports nothing of hvd_lars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, final
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@final
+class Bar:
+    """Epoch, loss, top-1, learning rate, images/s, exposed communication and time left, in a line.
+
+    Args:
+        total_steps: of the run.
+        terminal: where it is drawn; standard output if None.
+    """
+
+    def __init__(self, total_steps: int, terminal: Terminal | None = None) -> None:
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]:.2f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:.0f} %  {task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=terminal,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=total_steps, epoch=0.0, text="")
+        self._top1 = ""
+        self._progress.start()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Show the record; a terminal that has gone does not stop training."""
+        if record["kind"] == "eval":
+            self._top1 = f"top-1 {record['top1']:.4f}  "
+        if record["kind"] == "train":
+            share = record["communication_seconds"] / max(record["step_seconds"], 1e-9)
+            text = (
+                f"loss {record['loss']:.4f}  {self._top1}lr {record['lr']:.4g}  "
+                f"{record['images_per_second']:,.0f} images/s  waits {100 * share:.0f} %"
+            )
+            with suppress(OSError):
+                self._progress.update(
+                    self._task, completed=record["step"], epoch=record["epoch"], text=text
+                )
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        with suppress(OSError):
+            self._progress.stop()

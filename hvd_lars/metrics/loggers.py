@@ -1,0 +1,167 @@
+"""Other programs that take a run's records: TensorBoard, MLflow, Weights & Biases.
+
+Imports sinks, errors and terminal.  Each is an extra of setup.py, and imported when asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, final
+
+from hvd_lars.errors import UserError
+from hvd_lars.metrics.sinks import Sink
+from hvd_lars.terminal import warn
+
+LOGGERS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}  # and their package
+
+
+def check_loggers(names: tuple[str, ...]) -> None:
+    """Raise UserError where one is not installed."""
+    for name in names:
+        if importlib.util.find_spec(LOGGERS[name]) is None:
+            raise UserError(
+                f"run.loggers: {name} is not installed: pip install {LOGGERS[name]} (or the extra "
+                f"hvd_lars[{name}])"
+            )
+
+
+def make_logger(name: str, folder: Path, config: Mapping[str, Any]) -> Sink:
+    """A sink that writes into the run folder; what fails in it warns once and stops nothing.
+
+    Args:
+        name: one of ``LOGGERS``.
+        folder: the run's.
+        config: dotted keys and their values, for loggers that show them.
+    """
+    kinds: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {
+        "tensorboard": _TensorBoard,
+        "mlflow": _MLflow,
+        "wandb": _Wandb,
+    }
+    return Guarded(name, lambda: kinds[name](folder, config))
+
+
+@final
+class Guarded:
+    """A sink of other people's code: after its first failure it is left alone."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        self._try(lambda: setattr(self, "_sink", make()))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Hand the record on."""
+        sink = self._sink
+        if sink is not None:
+            self._try(lambda: sink.write(record))
+
+    def close(self) -> None:
+        """Let it finish."""
+        sink = self._sink
+        if sink is not None:
+            self._try(sink.close)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 -- whatever it is, a logger is not worth a run
+            self._sink = None
+            reason = str(error).strip().splitlines()[:1] or [""]
+            warn(f"{self._name}: {type(error).__name__}: {reason[0]}; training goes on without it")
+
+
+def scalars_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a record by ``kind/name``; of layers by ``norm/name of the layer``."""
+    kind = record["kind"]
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}/{name}": float(number) for name, number in value.items()}
+        elif isinstance(value, (int, float)) and key not in ("step", "unix_seconds"):
+            found[f"{kind}/{key}"] = float(value)
+    return found
+
+
+@final
+class _TensorBoard:
+    """Scalars, and histograms of the trust ratios, in ``tensorboard/``."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Events are left out."""
+        if record["kind"] == "event":
+            return
+        for name, value in scalars_of(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+        if record["kind"] == "layers":
+            import numpy as np
+
+            ratios = np.array(list(record["trust_ratio"].values()))
+            self._writer.add_histogram("trust_ratio", ratios, record["step"])
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._writer.close()
+
+
+@final
+class _MLflow:
+    """Parameters and metrics; in ``mlruns/`` unless MLFLOW_TRACKING_URI says where."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            database = (folder / "mlflow.db").absolute()
+            mlflow.set_tracking_uri(f"sqlite:///{database}")
+        mlflow.set_experiment("hvd_lars")
+        mlflow.start_run(run_name=folder.name)
+        items = list(config.items())
+        for begin in range(0, len(items), 100):  # its limit for one call
+            mlflow.log_params(dict(items[begin : begin + 100]))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Events and layers are left out."""
+        if record["kind"] in ("train", "eval"):
+            self._mlflow.log_metrics(scalars_of(record), step=record["step"])
+
+    def close(self) -> None:
+        """End the run."""
+        self._mlflow.end_run()
+
+
+@final
+class _Wandb:
+    """Offline, in ``wandb/`` of the run folder, unless WANDB_MODE says otherwise."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(
+            project="hvd_lars",
+            name=folder.name,
+            dir=str(folder),
+            config=dict(config),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Events are left out."""
+        if record["kind"] != "event":
+            self._run.log(scalars_of(record), step=record["step"])
+
+    def close(self) -> None:
+        """End the run."""
+        with suppress(SystemExit):
+            self._run.finish(quiet=True)

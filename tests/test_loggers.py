@@ -1,0 +1,97 @@
+"""Loggers of other people: what they are told, and that none can stop a run."""
+
+import importlib.util
+
+import pytest
+
+from hvd_lars.errors import UserError
+from hvd_lars.metrics import check_loggers, make_logger
+from hvd_lars.metrics.loggers import LOGGERS, Guarded, scalars_of
+
+LAYERS = {"kind": "layers", "step": 3, "epoch": 0.3, "lr": 1.0,
+          "trust_ratio": {"a.weight": 0.5, "b.weight": 0.25},
+          "weight_norm": {"a.weight": 2.0}}  # fmt: skip
+TRAIN = {"kind": "train", "step": 3, "epoch": 0.3, "loss": 0.5, "unix_seconds": 1.0,
+         "rank_busy_seconds": [1.0, 2.0]}  # fmt: skip
+
+
+class Failing:
+    """A sink that fails from its ``first`` call on."""
+
+    def __init__(self, first):
+        self.calls, self.first = 0, first
+
+    def write(self, record):
+        self.calls += 1
+        if self.calls >= self.first:
+            raise ConnectionError("the server\nhas gone")
+
+    def close(self):
+        raise AssertionError("not asked any more")
+
+
+def test_a_logger_that_fails_warns_once_and_is_left_alone(capsys):
+    sink = Failing(2)
+    guarded = Guarded("theirs", lambda: sink)
+    for _ in range(4):
+        guarded.write(TRAIN)
+    guarded.close()
+    assert sink.calls == 2
+    assert capsys.readouterr().err == (
+        "hvd-lars: theirs: ConnectionError: the server; training goes on without it\n"
+    )
+
+
+def test_a_logger_that_cannot_be_made_warns_once(capsys):
+    def make():
+        raise PermissionError("no")
+
+    guarded = Guarded("theirs", make)
+    guarded.write(TRAIN)
+    guarded.close()
+    assert capsys.readouterr().err.count("theirs: PermissionError: no") == 1
+
+
+def test_numbers_of_a_record():
+    assert scalars_of(TRAIN) == {"train/epoch": 0.3, "train/loss": 0.5}
+    assert scalars_of(LAYERS) == {
+        "layers/epoch": 0.3, "layers/lr": 1.0, "trust_ratio/a.weight": 0.5,
+        "trust_ratio/b.weight": 0.25, "weight_norm/a.weight": 2.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_logger_that_is_not_installed_is_one_line(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=f"run.loggers: {name} is not installed: pip install"):
+        check_loggers((name,))
+    check_loggers(())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_holds_scalars_and_histograms(tmp_path, capsys):
+    logger = make_logger("tensorboard", tmp_path, {"a.b": 1})
+    for record in (TRAIN, LAYERS, {"kind": "event", "step": 3, "event": "stop"}):
+        logger.write(record)
+    logger.close()
+    assert capsys.readouterr().err == ""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(found.Tags()["scalars"]) == set(scalars_of(TRAIN) | scalars_of(LAYERS))
+    [value] = found.Scalars("train/loss")
+    assert (value.step, value.value) == (3, 0.5)
+    assert found.Tags()["histograms"] == ["trust_ratio"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "file"), [("mlflow", "mlflow.db"), ("wandb", "wandb")])
+def test_mlflow_and_wandb_write_into_the_run_folder(tmp_path, capsys, monkeypatch, name, file):
+    pytest.importorskip(name, reason="an extra of its own, and large")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = make_logger(name, tmp_path, {"a.b": 1})
+    for record in (TRAIN, LAYERS):
+        logger.write(record)
+    logger.close()
+    assert "training goes on without it" not in capsys.readouterr().err
+    assert (tmp_path / file).exists()
