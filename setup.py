@@ -69,8 +69,11 @@ setup(
             "torch-optimizer>=0.3",
             "torchvision>=0.19",
         ],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "dev": [
             "hypothesis>=6",
+            "mkdocs-material>=9.5",
+            "mkdocstrings[python]>=0.26",
             "mypy",
             "psutil",
             "pytest>=8",

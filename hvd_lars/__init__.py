@@ -7,10 +7,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LARS", "Replicated", "parameter_groups"]
+__all__ = ["LARS", "Replicated", "Sharded", "parameter_groups"]
 
 if TYPE_CHECKING:
-    from hvd_lars.optim import LARS, Replicated, parameter_groups
+    from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 
 
 def __getattr__(name: str) -> Any:

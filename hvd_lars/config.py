@@ -55,7 +55,7 @@ class Run(Section):
     )
     console: Literal["auto", "bar", "lines", "none"] = Field(
         default="auto",
-        description="auto: a bar in a terminal, lines elsewhere",
+        description="auto: a bar in a terminal, lines elsewhere and under a launcher",
     )
     loggers: Annotated[
         tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(strict=False)

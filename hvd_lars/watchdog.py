@@ -7,11 +7,13 @@ ends the job with a line that names the ranks.  Imports comm.base, liveness and 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -28,6 +30,7 @@ from hvd_lars.terminal import warn
 
 _BEAT = 1.0  # seconds; more where rank 0 would have more than 256 datagrams a second to read
 _MEETING = 5.0  # seconds that training waits for the first datagrams, which take milliseconds
+_SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 _STACKS_AFTER = 3.0  # seconds that ranks have to send their stacks
 
 
@@ -235,14 +238,13 @@ def _addresses(one_host: bool) -> list[str]:
     """Where other ranks may reach this machine, likeliest first."""
     if one_host:
         return ["127.0.0.1"]
-    found = [entry[4][0] for entry in _resolve(socket.gethostname())]
+    found = [str(entry[4][0]) for entry in _resolve(socket.gethostname())]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which interface leads outside
-            found.append(probe.getsockname()[0])
-        except OSError:  # no route to anywhere
-            pass
-    return list(dict.fromkeys(str(address) for address in found if not address.startswith("127.")))
+        for _, interface in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                asked = struct.pack("256s", interface.encode()[:15])
+                found.append(socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, asked)[20:24]))
+    return list(dict.fromkeys(address for address in found if not address.startswith("127.")))
 
 
 def _resolve(host: str) -> list[Any]:

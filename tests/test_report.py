@@ -168,7 +168,7 @@ def test_empty_charts_say_so():
 
 def test_a_chart_places_points_where_they_belong():
     chart = line_chart("t", [Series("s", [(0, 0), (10, 100)], 0)], "x", "y")
-    assert 'points="62.0,260.0 706.0,12.0"' in chart
+    assert 'points="74.0,260.0 706.0,12.0"' in chart
 
 
 def test_a_page_of_a_thousand_layers_and_steps_is_small(tmp_path):

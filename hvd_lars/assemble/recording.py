@@ -12,15 +12,19 @@ from hvd_lars.config import Config
 from hvd_lars.metrics import Bar, Console, JsonLines, Sink, make_logger
 
 
-def make_sinks(config: Config, folder: Path, total_steps: int) -> list[Sink]:
-    """Rank 0's sinks: files in the run folder, what one sees of the run, and other loggers."""
+def make_sinks(config: Config, folder: Path, total_steps: int, alone: bool) -> list[Sink]:
+    """Rank 0's sinks: files in the run folder, what one sees of the run, and other loggers.
+
+    ``alone``: no launcher is between this process and the terminal.  mpirun gives its ranks a
+    terminal of their own, wherever their output goes.
+    """
     sinks: list[Sink] = [
         JsonLines(folder / run_folder.METRICS, ("train", "eval", "event")),
         JsonLines(folder / run_folder.LAYERS, ("layers",)),
     ]
     console = config.run.console
     if console == "auto":
-        console = "bar" if sys.stdout.isatty() else "lines"
+        console = "bar" if alone and sys.stdout.isatty() else "lines"
     if console == "bar":
         sinks.append(Bar(total_steps))
     elif console == "lines":

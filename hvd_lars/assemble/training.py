@@ -24,7 +24,7 @@ from hvd_lars.batch_norm import span_ranks
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
-from hvd_lars.comm.launcher import Launch
+from hvd_lars.comm.launcher import ALONE, Launch
 from hvd_lars.commits import Commits
 from hvd_lars.config import Config, Optimizer
 from hvd_lars.config_file import dump_config
@@ -165,7 +165,7 @@ def build_run(
             step = found.progress.step
     if comm.rank == 0:
         run_folder.forget_after(folder, step)
-        loop.recorder.sinks = make_sinks(config, folder, intervals.total)
+        loop.recorder.sinks = make_sinks(config, folder, intervals.total, launch is ALONE)
     return loop, folder
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -163,5 +162,4 @@ class _Wandb:
 
     def close(self) -> None:
         """End the run."""
-        with suppress(SystemExit):
-            self._run.finish(quiet=True)
+        self._run.finish()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 12, 40
 _POINTS = 500  # a series is thinned to about so many
 
 # Viridis, at nine places.
@@ -176,7 +176,7 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
     parts.append(
         f'<text class="label" text-anchor="middle" x="{(_LEFT + right) / 2}" '
         f'y="{_HEIGHT - 6}">{escape(x_label)}</text>'
-        f'<text class="label" text-anchor="middle" transform="translate(13 {middle}) rotate(-90)">'
+        f'<text class="label" text-anchor="middle" transform="translate(11 {middle}) rotate(-90)">'
         f"{escape(y_label)}</text>"
     )
     return "".join(parts)

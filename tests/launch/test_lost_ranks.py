@@ -24,6 +24,21 @@ def end_of(process, family):
 
 
 @pytest.mark.parametrize(
+    ("launcher", "backend", "killed"),
+    [("mpirun", "horovod", 0), ("mpirun", "mpi", 1), ("horovodrun --gloo", "horovod", 1)],
+)
+def test_a_killed_process_ends_the_job(tmp_path, launcher, backend, killed):
+    run = tmp_path / "run"
+    process = start(
+        launcher, 2, ["train", "digits", f"run.dir={run}", f"comm.backend={backend}", *LONG]
+    )
+    wait_for_step(process, run, 3)
+    family = psutil.Process(process.pid).children(recursive=True)
+    ranks_under(process)[killed].kill()
+    end_of(process, family)
+
+
+@pytest.mark.parametrize(
     ("launcher", "backend", "stopped"),
     [("mpirun", "horovod", 1), ("mpirun", "mpi", 0), ("horovodrun --gloo", "horovod", 1)],
 )

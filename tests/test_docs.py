@@ -1,0 +1,35 @@
+"""The documentation as a site, and links that lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"\]\(([^)#\s]+)(#[^)]*)?\)")
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """mkdocs --strict: every link, anchor and entry of the menu leads to something."""
+    found = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", tmp_path],
+        cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    api = (tmp_path / "api/index.html").read_text()
+    assert "trust_coefficient" in api
+    pages = "".join(path.read_text() for path in tmp_path.rglob("*.html"))
+    loaded = re.findall(
+        r'<(?:script|img)[^>]+src="(https?:[^"]+)|<link[^>]+href="(https?:[^"]+)', pages
+    )
+    assert loaded == []  # a cluster's documentation is read without a network
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_pages_outside_the_site_lead_to_files(page):
+    links = [link for link, _ in LINK.findall((ROOT / page).read_text()) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
