@@ -46,12 +46,13 @@ def photograph(page: Path, picture: Path, width: int, height: int, dark: bool = 
     )  # fmt: skip
 
 
-def capture_terminal(run: Path, picture: Path) -> None:
+def capture_terminal(folder: Path, picture: Path) -> None:
     """A short run alone in a terminal of 110 columns, as it looks at its end."""
     ours, theirs = pty.openpty()
-    command = ["hvd-lars", "train", "digits", f"run.dir={run}"]
+    command = ["hvd-lars", "train", "digits"]
     process = subprocess.Popen(
-        this_python("-m", *["hvd_lars", *command[1:]]), stdout=theirs, stderr=theirs, stdin=theirs,
+        this_python("-m", "hvd_lars", *command[1:]),
+        stdout=theirs, stderr=theirs, stdin=theirs, cwd=folder,
         env=launcher_environment() | {"TERM": "xterm-256color", "COLUMNS": "110"},
     )  # fmt: skip
     os.close(theirs)
@@ -67,7 +68,7 @@ def capture_terminal(run: Path, picture: Path) -> None:
         line.rpartition("\r\x1b[2K")[2] for line in shown.decode().replace("\r\n", "\n").split("\n")
     ]
     console = Console(record=True, width=110, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-    console.print(f"$ {' '.join(command[:3])}")
+    console.print(f"$ {' '.join(command)}")
     console.print(Text.from_ansi("\n".join(line for line in lines if line.strip())))
     console.save_svg(str(picture), title="hvd-lars train")
 
@@ -86,7 +87,7 @@ def main() -> None:
         subprocess.run(program, check=True)
         photograph(page, PICTURES / "report.png", 1000, 1500)
         photograph(page, PICTURES / "report-phone.png", 390, 900, dark=True)
-        capture_terminal(folder / "run", PICTURES / "terminal.svg")
+        capture_terminal(folder, PICTURES / "terminal.svg")
 
 
 if __name__ == "__main__":

@@ -29,23 +29,29 @@ class Bar:
             expand=True,
         )
         self._task = self._progress.add_task("", total=total_steps, epoch=0.0, text="")
-        self._top1 = ""
+        self._step, self._epoch = 0, 0.0
+        self._loss = self._top1 = self._pace = ""
         self._progress.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Show the record; a terminal that has gone does not stop training."""
-        if record["kind"] == "eval":
-            self._top1 = f"top-1 {record['top1']:.4f}  "
         if record["kind"] == "train":
             share = record["communication_seconds"] / max(record["step_seconds"], 1e-9)
-            text = (
-                f"loss {record['loss']:.4f}  {self._top1}lr {record['lr']:.4g}  "
-                f"{record['images_per_second']:,.0f} images/s  waits {100 * share:.0f} %"
+            self._step, self._epoch = record["step"], record["epoch"]
+            self._loss = f"loss {record['loss']:.4f}  "
+            self._pace = (
+                f"lr {record['lr']:.4g}  {record['images_per_second']:,.0f} images/s  "
+                f"waits {100 * share:.0f} %"
             )
-            with suppress(OSError):
-                self._progress.update(
-                    self._task, completed=record["step"], epoch=record["epoch"], text=text
-                )
+        elif record["kind"] == "eval":
+            self._top1 = f"top-1 {record['top1']:.4f}  "
+        else:
+            return
+        text = self._loss + self._top1 + self._pace
+        with suppress(OSError):
+            self._progress.update(
+                self._task, completed=self._step, epoch=self._epoch, text=text, refresh=True
+            )
 
     def close(self) -> None:
         """Leave the last state on the screen."""

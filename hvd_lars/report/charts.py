@@ -101,7 +101,7 @@ def heat_map(
     for r, row in enumerate(values):
         if cell > 10 or r % 2 == 0:
             parts.append(
-                f'<text class="tick" text-anchor="end" x="{left - 6}" y="{r * cell + cell - 3}">'
+                f'<text class="row" text-anchor="end" x="{left - 6}" y="{r * cell + cell - 3}">'
                 f"{escape(rows[r][-30:])}</text>"
             )
         for c, value in enumerate(row):
