@@ -1,6 +1,6 @@
 """The state of training in host memory, for ranks that go on when others are lost or join.
 
-Imports checkpoint, progress, optim and comm.base.
+Imports checkpoint, progress, optim, stopping and comm.base.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from hvd_lars.comm.base import Communicator
 from hvd_lars.optim import LARS
 from hvd_lars.progress import Progress
 from hvd_lars.replicas import named_state
+from hvd_lars.stopping import StopRequests
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What ranks found that they can go on from: rank ``root`` has it in memory."""
+    """What ranks found that they can go on from: rank ``root`` has it in memory.
+
+    ``tensors``: whether there is a state beside the settings.
+    """
 
     root: int
     settings: Any
+    tensors: bool
 
 
 @final
@@ -34,6 +39,11 @@ class Commits:
         self._tensors: dict[str, Tensor] = {}
         self._record: dict[str, Any] | None = None
         self._settings: Any = None
+        self.stops: StopRequests | None = None  # they are not forgotten, nor does the clock restart
+
+    def announce(self, settings: object) -> None:
+        """The run has a folder: an attempt that fails before the first commit goes on in it."""
+        self._settings = settings
 
     def keep(
         self,
@@ -56,14 +66,16 @@ class Commits:
         self._record, self._settings = progress.record(), settings
 
     def agree(self, comm: Communicator) -> Commit | None:
-        """The newest commit of any rank; None where no rank has one.  Collective."""
+        """The newest commit of any rank; None where none knows of the run.  Collective."""
         steps = torch.zeros(comm.size, dtype=torch.int64)
-        steps[comm.rank] = 0 if self._record is None else 1 + self._record["step"]
+        if self._settings is not None:
+            steps[comm.rank] = 1 if self._record is None else 2 + self._record["step"]
         comm.start_all_reduce_sum(steps, "commits").wait()
         if not steps.any():
             return None
         root = int(steps.argmax())
-        return Commit(root, comm.broadcast_object(self._settings, root))
+        settings = comm.broadcast_object(self._settings, root)
+        return Commit(root, settings, bool(steps[root] > 1))
 
     def restore(
         self,

@@ -96,6 +96,21 @@ class Loop:
         self.recorder.resume(progress)
 
     def run(self) -> Summary:
+        """Train from where ``progress`` stands to the end; whatever happens, nothing is left open.
+
+        Raises: what :meth:`_run` does.
+        """
+        try:
+            return self._run()
+        except Exception:
+            if self.checkpointer is not None:
+                self.checkpointer.finish()  # an elastic job's next attempt may write there
+            raise
+        finally:
+            for sink in self.recorder.sinks:
+                sink.close()
+
+    def _run(self) -> Summary:
         """Train from where ``progress`` stands to the end, or until the ranks agree to stop.
 
         Raises:
@@ -143,8 +158,6 @@ class Loop:
         seconds = time.perf_counter() - started
         rate = trained * self.trainer.batches.global_batch / max(seconds - aside, 1e-9)
         self.recorder.record("event", progress.step, event="stop", reason=stopped or "finished")
-        for sink in self.recorder.sinks:
-            sink.close()
         return Summary(evaluation, rate, seconds, stopped, kept)
 
     def _agree(self, counted: Tensor | None = None) -> Outcome:

@@ -47,7 +47,7 @@ class StopRequests:
     """
 
     def __init__(self, stop_file: Path | None = None, max_seconds: float = float("inf")) -> None:
-        self._stop_file, self._deadline = stop_file, time.monotonic() + max_seconds
+        self.stop_file, self._deadline = stop_file, time.monotonic() + max_seconds
         self._next_look = 0.0
         self._asked: set[str] = set()
 
@@ -66,10 +66,10 @@ class StopRequests:
         now = time.monotonic()
         if now >= self._deadline:
             self._asked.add("run.max_hours")
-        if self._stop_file is not None and now >= self._next_look:
+        if self.stop_file is not None and now >= self._next_look:
             self._next_look = now + _LOOK_EVERY
-            if os.path.lexists(self._stop_file):
-                self._asked.add(_wish_in(self._stop_file))
+            if os.path.lexists(self.stop_file):
+                self._asked.add(_wish_in(self.stop_file))
         return torch.tensor([float(reason in self._asked) for reason in REASONS]).double()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

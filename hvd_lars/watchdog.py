@@ -219,19 +219,22 @@ class Watchdog:
         lost = [rank for rank in sorted(known) if not known[rank].waits] or sorted(known)
         lines = [f"no rank got on for {self._judge.stall_timeout:g} s (run.stall_timeout)"]
         lines += ["not waiting for others, so others wait for:"]
-        self._comm.abort("\n".join(lines + [describe(rank, known[rank]) for rank in lost[:8]]))
+        self._replace(lost[:8], "\n".join(lines))
 
     def _replace(self, lost: list[int], why: str) -> None:
-        """Kill ranks on this machine for others to take over; end the job where that cannot be."""
+        """End the job, or kill ranks on this machine where others can take over."""
         known = self._judge.ranks
         reason = "\n".join([why, *(describe(rank, known[rank]) for rank in lost)])
-        here = [rank for rank in lost if known[rank].host == socket.gethostname()]
-        if not self._replaceable or not here:
+        if not self._replaceable:
             self._comm.abort(reason)
-        warn(f"{reason}\n  killed, for others to take over")
-        for rank in here:
-            with suppress(OSError):  # it is gone already
-                os.kill(known.pop(rank).pid, signal.SIGKILL)
+        here = [rank for rank in lost if known[rank].host == socket.gethostname()]
+        end = "killed, for others to take over" if here else "on another machine: left to Horovod"
+        warn(f"{reason}\n  {end}")
+        for rank in lost:  # told once
+            pid = known.pop(rank).pid
+            if rank in here:
+                with suppress(OSError):  # it is gone already
+                    os.kill(pid, signal.SIGKILL)
 
 
 def _addresses(one_host: bool) -> list[str]:

@@ -11,7 +11,7 @@ set -euo pipefail
 
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
 hosts=${HOSTS:-localhost:$((gpus > 0 ? gpus : 2))}
 command=("$here/supervise" --hosts "$hosts" -- horovodrun -np '{np}' -H '{hosts}')
 [ -z "${NIC:-}" ] || command+=(--network-interfaces "$NIC")

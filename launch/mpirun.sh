@@ -13,7 +13,7 @@ command -v mpirun >/dev/null || { echo "mpirun.sh: no mpirun on PATH" >&2; exit 
 version=$(mpirun --version 2>&1 | head -n 3)
 hosts=() names=() sizes=() nic=${NIC:-} np=${NP:-}
 [ -z "${HOSTS:-}" ] || IFS=, read -r -a hosts <<<"$HOSTS"
-for host in "${hosts[@]}"; do
+for host in ${hosts[@]+"${hosts[@]}"}; do
     slots=${host#*:}
     [ "$slots" != "$host" ] || slots=1
     names+=("${host%%:*}") sizes+=("$slots")

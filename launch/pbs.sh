@@ -6,19 +6,22 @@
 #
 #   qsub -v CONFIG=resnet50-lars-b8192,SETUP="module load openmpi" launch/pbs.sh
 #
-# Run from the checkout, in whose folder it is submitted.  OPTIONS="key=value …" replaces values of
-# the config, RUN names the run folder, HOURS the time after which the ranks keep a checkpoint and
-# end with code 75: give a little less than the walltime.  The script then submits itself again.
+# OPTIONS="key=value …" replaces values of the config, RUN names the run folder, HOURS the time after
+# which the ranks keep a checkpoint and end with code 75: give a little less than the walltime.  The
+# script then submits itself again, with QSUB="-q gpu -A project …" as options.  SCRIPTS is the folder
+# that it lies in, launch/ of where it is submitted if not given.
 set -uo pipefail
 
 cd "${PBS_O_WORKDIR:?qsub sets it}" || exit 2
 : "${CONFIG:?qsub -v CONFIG=… names what to train}"
 run=${RUN:-runs/pbs-${PBS_JOBID%%.*}}
+scripts=${SCRIPTS:-launch}
 read -r -a setup <<<"${SETUP:-}"
 read -r -a options <<<"${OPTIONS:-}"
+read -r -a submit <<<"${QSUB:-}"
 [ ${#setup[@]} -eq 0 ] || "${setup[@]}"
 
-NP=$(wc -l <"$PBS_NODEFILE") bash launch/mpirun.sh "$CONFIG" "${options[@]}" \
+NP=$(wc -l <"$PBS_NODEFILE") bash "$scripts/mpirun.sh" "$CONFIG" ${options[@]+"${options[@]}"} \
     "run.dir=$run" "run.max_hours=${HOURS:-23.8}" --resume &
 job=$!
 trap 'kill -USR1 "$job" 2>/dev/null' USR1 TERM # mpirun hands SIGUSR1 on to every rank
@@ -26,6 +29,8 @@ while wait "$job"; code=$?; [ "$code" -gt 128 ] && kill -0 "$job" 2>/dev/null; d
 
 if [ "$code" = 75 ]; then # qrerun is for operators only
     export CONFIG SETUP="${SETUP:-}" OPTIONS="${OPTIONS:-}" HOURS="${HOURS:-23.8}" RUN="$run"
-    qsub -v CONFIG,SETUP,OPTIONS,HOURS,RUN launch/pbs.sh && exit 0
+    export QSUB="${QSUB:-}" SCRIPTS="$scripts"
+    qsub ${submit[@]+"${submit[@]}"} -v CONFIG,SETUP,OPTIONS,HOURS,RUN,QSUB,SCRIPTS \
+        "$scripts/pbs.sh" && exit 0
 fi
 exit "$code"

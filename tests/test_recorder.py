@@ -1,17 +1,19 @@
 """What a run records of its layers and its ranks; run by test_rank_suites."""
 
+import json
 import socket
 import time
 
 import numpy as np
 import pytest
 import torch
-from test_loop import Records
+from test_loop import Records, with_bad_images
 from tiny import GLOBAL_BATCH, RATES, TinySource, tiny_loop, tiny_model, tiny_trainer
 from torch import nn
 
 from hvd_lars import LARS, parameter_groups
 from hvd_lars.data import GlobalBatches
+from hvd_lars.metrics import JsonLines
 from hvd_lars.optim import Replicated, Sharded
 from hvd_lars.recorder import hosts_of
 
@@ -62,6 +64,21 @@ def test_layers_are_recorded_as_one_device_has_them(comm, tmp_path, placed):
             assert record["gradient_norm"][name] == pytest.approx(gradient, rel=1e-9)
             assert record["trust_ratio"][name] == pytest.approx(ratio, rel=1e-9)
             assert record["rate"][name] == pytest.approx(rate * ratio, rel=1e-9)
+
+
+def test_layers_of_a_step_that_was_left_out_are_recorded(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float64, 16)
+    with_bad_images(trainer, comm, {1})
+    path = tmp_path / "layers.jsonl"
+    sinks = [JsonLines(path, ("layers",))] if comm.rank == 0 else []
+    tiny_loop(trainer, folder, sinks=sinks, layers_every=2).run()
+    assert trainer.progress.skipped_steps == 1
+    if comm.rank == 0:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [record["step"] for record in records] == [2, 4, 6, 8]
+        assert None in records[0]["gradient_norm"].values()
+        assert None not in records[1]["gradient_norm"].values()
 
 
 def test_a_slow_rank_is_named_once(comm, tmp_path, capsys):

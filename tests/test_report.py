@@ -122,6 +122,11 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
     assert "no norms of layers were recorded" in page
 
 
+def test_a_run_whose_statistics_span_ranks_has_a_plan(tmp_path):
+    run = read_run(make_run(tmp_path / "run", **{"model.bn_sync_ranks": 2}))
+    assert len(run.planned) == 40
+
+
 def test_the_plan_is_the_schedule_of_the_config(tmp_path):
     run = read_run(make_run(tmp_path / "run"))
     assert run.planned[0][0] == 1

@@ -38,6 +38,18 @@ def test_records_wait_for_room_and_are_whole(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_numbers_that_json_has_not_become_null_at_any_depth(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path, ["layers"])
+    nan, infinity = float("nan"), float("inf")
+    sink.write(
+        {"kind": "layers", "step": 1, "a": nan, "norm": {"w": nan, "b": 1.0}, "l": [infinity]}
+    )
+    sink.close()
+    record = json.loads(path.read_text())
+    assert (record["a"], record["norm"], record["l"]) == (None, {"w": None, "b": 1.0}, [None])
+
+
 def test_what_never_found_room_is_counted(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     sink = JsonLines(path, ["event"])

@@ -58,7 +58,7 @@ def read_run(folder: Path) -> Run:
         evaluations=by_kind["eval"],
         events=by_kind["event"],
         layers=_lines(folder / run_folder.LAYERS),
-        planned=_planned(config, by_kind["train"][-1]),
+        planned=_planned(config, by_kind["train"][-1], by_kind["event"]),
     )
 
 
@@ -92,13 +92,14 @@ def _environment(path: Path) -> Record:
     return found if isinstance(found, dict) else {}
 
 
-def _planned(config: Config, last: Record) -> list[tuple[float, float]]:
+def _planned(config: Config, last: Record, events: list[Record]) -> list[tuple[float, float]]:
     """The schedule that the config says, from the length of an epoch as the run had it."""
     if not last.get("epoch"):
         return []
     steps_per_epoch = round(last["step"] / last["epoch"])
     samples = steps_per_epoch * config.train.global_batch
-    plan = make_plan(config, samples, 1)
+    sizes = [event["world_size"] for event in events if "world_size" in event]
+    plan = make_plan(config, samples, sizes[-1] if sizes else 1)
     total = plan.intervals.total
     steps = sorted({*range(0, total, max(1, total // 400)), total - 1})
     return [(step + 1, plan.schedule(step)) for step in steps]

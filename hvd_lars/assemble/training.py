@@ -112,12 +112,15 @@ def build_run(
         ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
         threads, device = torch.get_num_threads(), str(trainer.device)
         run_folder.describe_run(folder, dump_config(config), ranks, device, threads)
-        (folder / run_folder.STOP).unlink(missing_ok=True)
+        if committed is None:
+            (folder / run_folder.STOP).unlink(missing_ok=True)
         return str(folder)
 
     folder = Path(on_root(comm, make_folder))
+    stops = _stop_requests(config, folder if comm.rank == 0 else None, commits)
+    if commits is not None:
+        commits.announce((config, str(folder)))
     checkpointer = Checkpointer(folder / run_folder.CHECKPOINTS, comm, config.checkpoint.keep_last)
-    hours = config.run.max_hours
     source = trainer.source
     intervals = make_plan(config, source.num_train, comm.size).intervals
     loop = Loop(
@@ -131,10 +134,7 @@ def build_run(
         layers_every=intervals.layers,
         votes=Votes(
             comm,
-            StopRequests(
-                folder / run_folder.STOP if comm.rank == 0 else None,
-                float("inf") if hours is None else hours * 3600.0,
-            ),
+            stops,
             source.replaced,
             source.num_train + source.num_eval,
             getattr(config.data, "max_bad_fraction", 0.0),
@@ -152,7 +152,7 @@ def build_run(
             after_commit()
 
         loop.commit = commit
-    if commits is not None and committed is not None:
+    if commits is not None and committed is not None and committed.tensors:
         loop.resume(commits.restore(committed, *state, comm))
         step = trainer.progress.step
     elif resume is not None:
@@ -167,6 +167,17 @@ def build_run(
         run_folder.forget_after(folder, step)
         loop.recorder.sinks = make_sinks(config, folder, intervals.total, launch is ALONE)
     return loop, folder
+
+
+def _stop_requests(config: Config, folder: Path | None, commits: Commits | None) -> StopRequests:
+    """This rank's, which an elastic job keeps over its attempts; ``folder`` where it may look."""
+    hours = config.run.max_hours
+    kept = None if commits is None else commits.stops
+    stops = kept or StopRequests(max_seconds=float("inf") if hours is None else hours * 3600.0)
+    stops.stop_file = None if folder is None else folder / run_folder.STOP
+    if commits is not None:
+        commits.stops = stops
+    return stops
 
 
 def make_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Trainer, Config]:

@@ -48,7 +48,9 @@ def train_elastic(
     @hvd.elastic.run  # type: ignore[untyped-decorator]
     def attempt(changes: Changes) -> int:
         gc.collect()  # models of an earlier attempt
-        comm = connect(config.comm.backend, config.run.expect_world_size, groups=True)
+        # One worker alone is a job that others may join, too.
+        backend = "horovod" if config.comm.backend == "auto" else config.comm.backend
+        comm = connect(backend, config.run.expect_world_size, groups=True)
         name = "horovodrun --host-discovery-script"
         place = (comm.rank, comm.size, comm.local_rank, hvd.local_size())
         launch = Launch(name, *place, mpi=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,14 +40,14 @@ class Start:
         if isinstance(self.stdin, Path):
             words += ["<", shlex.quote(str(self.stdin))]
         elif self.stdin is not None:
-            words += ["<<EOF\n" + self.stdin + "EOF"]
+            words += ["<<'EOF'\n" + self.stdin + "EOF"]
         return " ".join(words)
 
 
 def script(name: str) -> Path:
     """A file of launch/: inside a wheel, or beside the package in a checkout."""
-    inside = _PACKAGE / "launch" / name
-    return inside if inside.is_file() else _PACKAGE.parent / "launch" / name
+    inside = _PACKAGE / "launch"
+    return (inside if inside.is_dir() else _PACKAGE.parent / "launch") / name
 
 
 def start_of(
@@ -70,13 +71,19 @@ def start_of(
     Raises:
         UserError: options and kind do not go together.
     """
-    if kind in ("local", "kubernetes") and hosts:
-        raise UserError(f"--hosts: --on {kind} has no use for it")
+    for option, value in (("--hosts", hosts), ("--nic", nic)):
+        if kind in ("local", "kubernetes") and value:
+            raise UserError(f"{option}: --on {kind} has no use for it")
     variables = {
         name: value
         for name, value in (("HOSTS", hosts), ("NP", ranks and str(ranks)), ("NIC", nic))
         if value
     }
+    if kind in ("horovodrun", "kubernetes") and not any(w.startswith("run.dir=") for w in training):
+        # What is started again must find its run; that of an earlier start is another.
+        root = "/runs" if kind == "kubernetes" else "runs"
+        name = f"{Path(training[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        training = [*training, f"run.dir={root}/{name}"]
     if kind == "local":
         return Start(local_command("mpirun", ranks or 2, ["hvd-lars", "train", *training]))
     if kind == "horovodrun":
@@ -100,6 +107,8 @@ def start_of(
         )
     if kind == "pbs":
         size = [] if ranks is None else ["-l", f"select={ranks}:ncpus=8:mpiprocs=1:ngpus=1"]
+        # For when the script submits itself again.
+        variables |= {"SCRIPTS": str(script("pbs.sh").parent), "QSUB": " ".join(size)}
         given = ",".join(f"{name}={value}" for name, value in variables.items() if value)
         return Start(["qsub", *size, "-v", given, str(script("pbs.sh"))])
     return Start(["bsub"], {k: v for k, v in variables.items() if v}, script("lsf.sh"))

@@ -115,7 +115,7 @@ class _TensorBoard:
 
 @final
 class _MLflow:
-    """Parameters and metrics; in ``mlruns/`` unless MLFLOW_TRACKING_URI says where."""
+    """Parameters and metrics; in ``mlflow.db`` unless MLFLOW_TRACKING_URI says where."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import mlflow

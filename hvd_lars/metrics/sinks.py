@@ -14,11 +14,16 @@ from hvd_lars.terminal import tell, warn
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with null for what JSON has no number for: NaN and the infinities."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
+    """The record with null for what JSON has no number for, at any depth: NaN, infinities."""
+    return {key: _finite(value) for key, value in record.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return finite(value)
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Sink(Protocol):

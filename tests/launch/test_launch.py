@@ -69,7 +69,10 @@ def test_pbs_and_lsf():
     options = "train.duration=2epochs run.seed=3"
     assert line("pbs", "-np", "4", training=training) == [
         "qsub", "-l", "select=4:ncpus=8:mpiprocs=1:ngpus=1",
-        "-v", f"CONFIG=digits,OPTIONS={options}", str(LAUNCH / "pbs.sh"),
+        "-v",
+        f"CONFIG=digits,OPTIONS={options},SCRIPTS={LAUNCH},"
+        "QSUB=-l select=4:ncpus=8:mpiprocs=1:ngpus=1",
+        str(LAUNCH / "pbs.sh"),
     ]  # fmt: skip
     assert line("lsf", training=training) == [
         "CONFIG=digits", f"OPTIONS={options}", "bsub", "<", str(LAUNCH / "lsf.sh"),
@@ -81,12 +84,14 @@ def test_kubernetes(ranks, workers, slots):
     options = [] if ranks is None else ["-np", ranks]
     code, output = hvd_lars("launch", "--on", "kubernetes", "--print-only", *options, *TRAINING)
     assert code == 0, output
-    assert output.startswith("kubectl apply -f - <<EOF\n")
+    assert output.startswith("kubectl apply -f - <<'EOF'\n")
     job = yaml.safe_load(output.partition("\n")[2].rpartition("EOF")[0])
     replicas = job["spec"]["mpiReplicaSpecs"]
     assert (replicas["Worker"]["replicas"], job["spec"]["slotsPerWorker"]) == (workers, slots)
     [launcher] = replicas["Launcher"]["template"]["spec"]["containers"]
-    assert launcher["args"] == [*TRAINING, "--resume"]
+    assert launcher["args"][: len(TRAINING)] == TRAINING
+    assert launcher["args"][-2].startswith("run.dir=/runs/digits-")
+    assert launcher["args"][-1] == "--resume"
     assert launcher["env"] == [{"name": "NP", "value": str(workers * slots)}]
 
 

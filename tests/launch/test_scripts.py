@@ -141,10 +141,12 @@ def test_pbs_sh_keeps_a_checkpoint_and_submits_itself_again(tmp_path):
     nodes.write_text("localhost\nlocalhost\n")
     program(tmp_path, "qsub", 'echo "qsub $*: $CONFIG $RUN $HOURS"')
     variables = {"PBS_NODEFILE": str(nodes), "PBS_JOBID": "7.server", "HOURS": "2"}
+    variables["QSUB"] = "-q gpu"
     process = start("pbs.sh", tmp_path, PBS_O_WORKDIR=str(LAUNCH.parent), **variables)
     output = stopped(process, tmp_path / "run", 0)
     assert "digits: 2 ranks on horovod" in output
-    submitted = f"qsub -v CONFIG,SETUP,OPTIONS,HOURS,RUN launch/pbs.sh: digits {tmp_path}/run 2"
+    names = "CONFIG,SETUP,OPTIONS,HOURS,RUN,QSUB,SCRIPTS"
+    submitted = f"qsub -q gpu -v {names} launch/pbs.sh: digits {tmp_path}/run 2"
     assert submitted in output
 
 

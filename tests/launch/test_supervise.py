@@ -111,6 +111,27 @@ def test_it_gives_up_after_attempts_without_progress(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--hostfile", "/no"], "--hostfile: /no:"), (["--host-discovery-script", "/no"], "/no: ")],
+)
+def test_hosts_that_nobody_can_name_now_may_be_named_later(tmp_path, options, message):
+    command = ["{np}", f"run.dir={tmp_path}", "--resume"]
+    output = end_of(supervise([*options, "--attempts", "2"], command), 1)
+    assert output.count(message) == 2
+    assert "fewer than 1 slots; given up after 2 attempts" in output
+
+
+@pytest.mark.parametrize(("text", "code"), [("", 0), ("requeue", 75)])
+def test_a_stop_file_between_two_attempts_is_heard(tmp_path, text, code):
+    broken = [sys.executable, "-c", "raise SystemExit(3)", f"run.dir={tmp_path}", "--resume"]
+    process = supervise(["--backoff", "100"], broken)
+    while "on in 100 s" not in process.stdout.readline():
+        pass
+    (tmp_path / "STOP").write_text(text)
+    assert "STOP file between two attempts" in end_of(process, code)
+
+
 def test_a_mistake_in_the_config_is_not_tried_again(tmp_path):
     output = end_of(supervise([], [*TRAIN, f"run.dir={tmp_path / 'run'}", "train.nothing=1"]), 2)
     assert "unknown key" in output
@@ -135,7 +156,6 @@ def test_a_job_that_records_nothing_is_ended_with_all_its_processes(tmp_path):
         ([], ["true"], "COMMAND must name run.dir=DIR and --resume"),
         ([], ["/no/such/program", "run.dir=x", "--resume"], "cannot be started"),
         (["--hosts", "a:x"], ["{np}", "run.dir=x", "--resume"], "--hosts: found 'a:x'; a host is"),
-        (["--hostfile", "/no"], ["{np}", "run.dir=x", "--resume"], "--hostfile: /no:"),
         ([], ["{np}", "run.dir=x", "--resume"], "{np}, {hosts}: which? give --hosts"),
         (["--attempts", "0"], ["true", "run.dir=x", "--resume"], "--attempts: found 0; must be 1"),
     ],
