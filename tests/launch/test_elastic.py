@@ -25,14 +25,23 @@ COMMIT = 20
 class Job:
     """An elastic job whose every worker has a "host" of its own, an alias of this machine."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, names=("localhost", "127.0.0.1")):
         self.run, self.hosts = folder / "run", folder / "hosts"
-        self.set_hosts("localhost", "127.0.0.1")
+        self.set_hosts(*names)
         discover = folder / "discover.sh"
         discover.write_text(f"#!/bin/sh\ncat {self.hosts}\n")
         discover.chmod(0o755)
         command = [find_program("horovodrun"), "--gloo", "--network-interfaces", "lo"]
-        command += ["-np", "2", "--min-np", "1", "--max-np", "3", "--gloo-timeout-seconds", "10"]
+        command += [
+            "-np",
+            str(len(names)),
+            "--min-np",
+            "1",
+            "--max-np",
+            "3",
+            "--gloo-timeout-seconds",
+            "10",
+        ]
         command += ["--blacklist-cooldown-range", "1", "3"]
         command += ["--host-discovery-script", str(discover)]
         command += this_python("-m", "hvd_lars", "train", "digits", f"run.dir={self.run}")
@@ -109,12 +118,14 @@ def test_workers_are_lost_and_join_and_the_run_is_what_it_would_have_been(tmp_pa
     assert (both[0] - both[1]).norm() < 1e-3 * both[1].norm()
 
 
-def test_a_stopped_worker_is_killed_and_replaced(tmp_path):
-    job = Job(tmp_path)
+def test_a_worker_alone_is_joined_by_one_that_is_stopped_killed_and_replaced(tmp_path):
+    job = Job(tmp_path, names=("localhost",))
     wait_for_step(job.process, job.run, COMMIT + 5)
+    job.set_hosts("localhost", "127.0.0.1")
+    job.wait_for_attempt(2, 2)
     ranks_under(job.process)[1].send_signal(signal.SIGSTOP)
-    job.wait_for_attempt(2, 1)
-    job.wait_for_attempt(3, 2)
+    job.wait_for_attempt(3, 1)
+    job.wait_for_attempt(4, 2)
     output = job.stop()
     assert "stopped (SIGSTOP) while the others had to leave:" in output
     assert "rank 1 (host " in output
