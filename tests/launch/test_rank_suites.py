@@ -17,8 +17,8 @@ RANK_TESTS = [
     "tests/test_recorder.py",
 ]
 
-# Where all of them run; elsewhere the communicator's contract, which they stand on.  Gloo polls: more
-# than two ranks take minutes on two cores.
+# Where all of them run; elsewhere the communicator's contract, which they stand on.  Gloo polls:
+# more than two ranks take minutes on two cores.
 WHOLE = {
     ("mpirun", "horovod"): (2, 3, 4),
     ("mpirun", "mpi"): (2, 4),
