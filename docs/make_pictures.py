@@ -10,7 +10,6 @@ report-phone.png and terminal.svg.
 from __future__ import annotations
 
 import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from hvd_lars.launchers import launcher_environment, run_here, this_python
+from hvd_lars.launchers import run_here, run_in_terminal, this_python
 
 PICTURES = Path(__file__).parent / "pictures"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -48,25 +47,10 @@ def photograph(page: Path, picture: Path, width: int, height: int, dark: bool = 
 
 def capture_terminal(folder: Path, picture: Path) -> None:
     """A short run alone in a terminal of 110 columns, as it looks at its end."""
-    ours, theirs = pty.openpty()
     command = ["hvd-lars", "train", "digits"]
-    process = subprocess.Popen(
-        this_python("-m", "hvd_lars", *command[1:]),
-        stdout=theirs, stderr=theirs, stdin=theirs, cwd=folder,
-        env=launcher_environment() | {"TERM": "xterm-256color", "COLUMNS": "110"},
-    )  # fmt: skip
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-    process.wait()
+    _, shown = run_in_terminal(this_python("-m", "hvd_lars", *command[1:]), 110, folder)
     # The last state of every line: a carriage return begins it anew.
-    lines = [
-        line.rpartition("\r\x1b[2K")[2] for line in shown.decode().replace("\r\n", "\n").split("\n")
-    ]
+    lines = [line.rpartition("\r\x1b[2K")[2] for line in shown.replace("\r\n", "\n").split("\n")]
     console = Console(record=True, width=110, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     console.print(f"$ {' '.join(command)}")
     console.print(Text.from_ansi("\n".join(line for line in lines if line.strip())))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 
 LAUNCHERS = ("mpirun", "horovodrun", "horovodrun --gloo")
 
@@ -89,6 +91,30 @@ def run_here(
             output, _ = process.communicate()
         code = 124
     return subprocess.CompletedProcess(process.args, code, output, "")
+
+
+def run_in_terminal(
+    program: Sequence[str], columns: int, cwd: Path | None = None
+) -> tuple[int, str]:
+    """Run ``program`` in a terminal of so many columns; its exit code, and what it drew there."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        program,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=cwd,
+        env=launcher_environment() | {"TERM": "xterm-256color", "COLUMNS": str(columns)},
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    return process.wait(), shown.decode(errors="replace")
 
 
 def this_python(*arguments: str) -> list[str]:

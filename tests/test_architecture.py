@@ -32,17 +32,7 @@ LAYERS = [
     ["cli", "__main__"],
 ]
 HEIGHT = {name: (i, j) for i, row in enumerate(LAYERS) for j, name in enumerate(row)}
-MAY_IMPORT_NOTHING = [
-    "allocator",
-    "errors",
-    "terminal",
-    "files",
-    "memory",
-    "durations",
-    "schedules",
-    "launchers",
-]
-MAY_IMPORT_NOTHING += ["stopwatch", "precision", "progress", "liveness"]
+MAY_IMPORT_NOTHING = [*LAYERS[0][:-1], *LAYERS[1]]
 
 
 def part_of(path):

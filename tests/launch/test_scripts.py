@@ -84,6 +84,18 @@ def test_horovodrun_sh_prints_its_command():
     ]  # fmt: skip
 
 
+def test_horovodrun_sh_takes_the_hosts_of_an_allocation(tmp_path):
+    nodes = tmp_path / "nodes"
+    nodes.write_text("b\na\nb\na\n")
+    program(tmp_path, "scontrol", '[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"')
+    pbs = {"PBS_NODEFILE": str(nodes)}
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS_PER_NODE": "4"}
+    for variables, hosts in ((pbs, "a:2,b:2"), (slurm, "n1:4,n2:4"), ({}, "localhost:2")):
+        path = f"{tmp_path}:/usr/bin:/bin"
+        found = printed("horovodrun.sh", "c.yaml", "run.dir=r", PATH=path, **variables)
+        assert found[1:3] == ["--hosts", hosts]
+
+
 @pytest.mark.parametrize("name", ["mpirun.sh", "horovodrun.sh"])
 def test_scripts_say_how_they_are_used(name):
     found = subprocess.run(["bash", LAUNCH / name], capture_output=True, text=True, check=False)

@@ -1,15 +1,13 @@
 """What one sees of a run: the bar, quiet, a profile, the page, in a browser where there is one."""
 
 import json
-import os
-import pty
 import shutil
 import subprocess
 
 import pytest
 from commands import HANG_GUARD, hvd_lars
 
-from hvd_lars.launchers import launcher_environment, run_here, this_python
+from hvd_lars.launchers import run_here, run_in_terminal, this_python
 
 SHORT = ["train.duration=40 steps", "schedule.warmup_duration=10 steps",
          "train.eval_every=20 steps"]  # fmt: skip
@@ -17,25 +15,14 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), N
 
 
 def test_a_bar_in_a_terminal(tmp_path):
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        this_python("-m", "hvd_lars", "train", "digits", f"run.dir={tmp_path / 'run'}", *SHORT),
-        stdout=theirs, stderr=theirs, stdin=theirs,
-        env=launcher_environment() | {"TERM": "xterm-256color", "COLUMNS": "120"},
-    )  # fmt: skip
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-    assert process.wait(timeout=HANG_GUARD) == 0, shown
-    last = shown.decode().rpartition("epoch ")[2]
+    program = this_python("-m", "hvd_lars", "train", "digits", f"run.dir={tmp_path / 'run'}")
+    code, shown = run_in_terminal([*program, *SHORT], columns=120)
+    assert code == 0, shown
+    last = shown.rpartition("epoch ")[2]
     assert last.startswith("4.00")
     for what in ("100 %", "loss ", "top-1 0.", "lr ", "images/s", "waits "):
         assert what in last, shown
-    assert b"done in" in shown
+    assert "done in" in shown
 
 
 def test_quiet(tmp_path):
