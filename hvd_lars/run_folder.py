@@ -50,6 +50,13 @@ def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Pat
     return folder
 
 
+def require_run(folder: Path) -> None:
+    """Raise UserError where the folder holds no run."""
+    if not (folder / CONFIG).is_file():
+        reason = f"no {CONFIG} in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: not a run folder: {reason}")
+
+
 def describe_run(
     folder: Path, config_yaml: str, ranks: dict[str, Any], device: str, threads: int
 ) -> None:

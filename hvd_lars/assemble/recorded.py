@@ -38,9 +38,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: it is no run folder, or its files cannot be read.
     """
-    if not (folder / run_folder.CONFIG).is_file():
-        reason = "no config.yaml in it" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: not a run folder: {reason}")
+    run_folder.require_run(folder)
     config = load_config(str(folder / run_folder.CONFIG))
     records = _lines(folder / run_folder.METRICS)
     by_kind = {

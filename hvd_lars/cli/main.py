@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from hvd_lars.cli.parser import parse
 from hvd_lars.cli.tools import TOOLS
 from hvd_lars.errors import UserError
+from hvd_lars.run_folder import CONFIG, require_run
 
 if TYPE_CHECKING:
     from hvd_lars.comm import Communicator, Launch
@@ -52,12 +53,10 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
         quiet = ["run.console=none"] if getattr(options, "quiet", False) else []
         config = _config(options.config, [*options.overrides, *quiet])
     else:
-        if not (options.run_folder / "config.yaml").is_file():
-            reason = "no config.yaml in it" if options.run_folder.is_dir() else "no such folder"
-            raise UserError(f"{options.run_folder}: not a run folder: {reason}")
+        require_run(options.run_folder)
         # How many ranks trained, and over what, does not bind who evaluates.
         anywhere = ["comm.backend=auto", "run.expect_world_size=null"]
-        path = str(options.run_folder / "config.yaml")
+        path = str(options.run_folder / CONFIG)
         config = _config(path, [*anywhere, *options.overrides])
     from hvd_lars.cli.elastic import is_elastic, train_elastic
     from hvd_lars.comm import connect, detect_launch
@@ -99,7 +98,7 @@ def _guarded(
         raise
     except ReplicasDifferError as error:
         comm.abort(str(error))
-    except OSError as error:  # on rank 0 alone: a full disk under metrics.jsonl
+    except OSError as error:  # on rank 0 alone: its run folder has gone
         comm.abort(f"{error.filename or 'file system'}: {error.strerror or error}")
     except BaseException:
         # Any other rank may be waiting for this one: say why, then end them all.

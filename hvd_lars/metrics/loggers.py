@@ -15,15 +15,15 @@ from hvd_lars.errors import UserError
 from hvd_lars.metrics.sinks import Sink
 from hvd_lars.terminal import warn
 
-LOGGERS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}  # and their package
+LOGGERS = ("tensorboard", "mlflow", "wandb")  # the names of their packages, too
 
 
 def check_loggers(names: tuple[str, ...]) -> None:
     """Raise UserError where one is not installed."""
     for name in names:
-        if importlib.util.find_spec(LOGGERS[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"run.loggers: {name} is not installed: pip install {LOGGERS[name]} (or the extra "
+                f"run.loggers: {name} is not installed: pip install {name} (or the extra "
                 f"hvd_lars[{name}])"
             )
 
