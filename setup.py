@@ -72,6 +72,8 @@ setup(
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "dev": [
             "hypothesis>=6",
+            "jsonschema>=4",
+            "kubernetes-validate>=1.32",
             "mkdocs-material>=9.5",
             "mkdocstrings[python]>=0.26",
             "mypy",

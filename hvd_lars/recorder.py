@@ -1,6 +1,6 @@
 """What a run records of its steps, its layers and its ranks.
 
-Imports trainer, metrics, terminal and comm.base.
+Imports trainer, metrics, rank_errors, terminal and comm.base.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from hvd_lars.comm.base import Communicator
 from hvd_lars.metrics import Sink
 from hvd_lars.progress import Progress
+from hvd_lars.rank_errors import voice
 from hvd_lars.terminal import warn
 from hvd_lars.trainer import Trainer
 
@@ -56,6 +57,7 @@ class Recorder:
         """The run begins, or goes on."""
         step = self._trainer.progress.step
         self._hosts = hosts_of(self._comm)
+        settle_warnings(self._comm)
         event = "resume" if step else "start"
         self.record("event", step, event=event, world_size=self._comm.size, hosts=self._hosts)
         self._started = time.perf_counter()
@@ -89,14 +91,16 @@ class Recorder:
         trainer, progress = self._trainer, self._trainer.progress
         steps, size, rank = progress.window_steps, self._comm.size, self._comm.rank
         took = {part: s / max(steps, 1) for part, s in trainer.watch.seconds.items()}
-        # The loss, then by rank the seconds that others do not cause.
-        sums = torch.zeros(1 + 2 * size, dtype=torch.float64)
+        # The loss, then by rank the seconds that others do not cause, and what it warned of.
+        sums = torch.zeros(1 + 3 * size, dtype=torch.float64)
         sums[0] = self._loss.item()
         sums[1 + rank] = took["data"]
         sums[1 + size + rank] = took["forward"] + took["backward"] + took["optimizer"]
+        sums[1 + 2 * size + rank] = _warned()
         self._comm.start_all_reduce_sum(sums, "window").wait()
         seconds = time.perf_counter() - self._started
-        data, busy = sums[1 : 1 + size].tolist(), sums[1 + size :].tolist()
+        data, busy, warned = sums[1:].view(3, size).tolist()
+        _settle(warned, rank)
         ranks = {"rank_data_seconds": data, "rank_busy_seconds": busy} if size > 1 else {}
         self.record(
             "train",
@@ -153,3 +157,21 @@ def hosts_of(comm: Communicator) -> list[str]:
     table[comm.rank, : len(name)] = torch.tensor(list(name), dtype=torch.int32)
     comm.start_all_reduce_sum(table, "hosts").wait()
     return [bytes(filter(None, row)).decode(errors="replace") for row in table.tolist()]
+
+
+def settle_warnings(comm: Communicator) -> None:
+    """Show what this rank warned of and rank 0 did not; collective."""
+    warned = torch.zeros(comm.size, dtype=torch.float64)
+    warned[comm.rank] = _warned()
+    comm.start_all_reduce_sum(warned, "warnings").wait()
+    _settle(warned.tolist(), comm.rank)
+
+
+def _warned() -> int:
+    own = voice()
+    return 0 if own is None else own.digest()
+
+
+def _settle(digests: list[float], rank: int) -> None:
+    if (own := voice()) is not None:
+        own.settle(digests[rank] == digests[0])

@@ -15,6 +15,7 @@ LAYERS = [
         "allocator",
         "errors",
         "terminal",
+        "rank_errors",
         "files",
         "memory",
         "durations",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from hvd_lars.cli.parser import parse
 from hvd_lars.cli.tools import TOOLS
 from hvd_lars.errors import UserError
+from hvd_lars.rank_errors import speak_as, voice
 from hvd_lars.run_folder import CONFIG, require_run
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _fail_together(str(error))
     except KeyboardInterrupt:
-        print("hvd-lars: interrupted", file=sys.stderr, flush=True)
+        if (own := voice()) is None or own.rank == 0:
+            print("hvd-lars: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
 
 
@@ -68,6 +70,7 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
 
         prepare_timeline()
     launch = detect_launch(os.environ)
+    speak_as(launch.rank)
     groups = config.model.bn_sync_ranks > 1
     parts = options.command != "eval" and config.optimizer.placement != "replicated"
     comm = connect(config.comm.backend, config.run.expect_world_size, groups, parts)
@@ -88,10 +91,13 @@ def _guarded(
     comm: Communicator, work: Callable[[], int], passed: tuple[type[BaseException], ...] = ()
 ) -> int:
     """Work on this rank; whatever goes wrong here ends all ranks, but for what is ``passed``."""
+    from hvd_lars.recorder import settle_warnings
     from hvd_lars.replicas import ReplicasDifferError
 
+    speak_as(comm.rank)  # an elastic job's ranks change
     try:
         code = work()
+        settle_warnings(comm)
     except passed:
         raise
     except (UserError, KeyboardInterrupt):
@@ -102,7 +108,9 @@ def _guarded(
         comm.abort(f"{error.filename or 'file system'}: {error.strerror or error}")
     except BaseException:
         # Any other rank may be waiting for this one: say why, then end them all.
-        comm.abort(traceback.format_exc())
+        found = traceback.format_exc()
+        _let_rank_0_speak(comm.rank, 1)
+        comm.abort(found)
     comm.close()
     return code
 
@@ -150,12 +158,16 @@ def _fail_together(message: str) -> NoReturn:
         launch = detect_launch(os.environ)
     except UserError:
         launch = ALONE
-    prefix = "hvd-lars: "
-    if launch.rank != 0:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(_USER_ERROR))
-        time.sleep(_GRACE_SECONDS)
-        prefix = f"hvd-lars: rank {launch.rank}: "
+    speak_as(launch.rank)
+    _let_rank_0_speak(launch.rank, _USER_ERROR)
     for line in message.splitlines():
-        print(f"{prefix}{line}", file=sys.stderr)
+        print(f"hvd-lars: {line}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(_USER_ERROR)  # an orderly exit would wait for the other ranks in MPI's finalize
+
+
+def _let_rank_0_speak(rank: int, code: int) -> None:
+    """Wait on other ranks: what all met, rank 0 says, and its end is theirs, with ``code``."""
+    if rank != 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(_GRACE_SECONDS)

@@ -1,10 +1,14 @@
-"""Batches in a given order, made by worker processes ahead of time; imports source and errors."""
+"""Batches in a given order, made by worker processes ahead of time.
+
+Imports source, errors and rank_errors.
+"""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -12,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvd_lars.data.source import Batch, Request, Source
 from hvd_lars.errors import UserError
+from hvd_lars.rank_errors import speak_as, voice
 
 
 @final
@@ -32,6 +37,10 @@ class _Answers(Dataset[tuple[Batch, list[str]] | UserError]):
         replaced = list(self._source.replaced)
         self._source.replaced.clear()
         return batch, replaced
+
+
+def _speak_as(rank: int, worker: int) -> None:
+    speak_as(rank, hold=False)
 
 
 def answer(source: Source, request: Request) -> Batch:
@@ -85,12 +94,14 @@ def _made(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "hvd_lars.data"])
     asked, requests = itertools.tee(requests)
+    own = voice()
     loader = DataLoader(
         _Answers(source),
         batch_size=None,
         sampler=requests,
         num_workers=workers,
         prefetch_factor=2,
+        worker_init_fn=None if own is None else partial(_speak_as, own.rank),
         multiprocessing_context=context,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its seed for workers would come from dropout's generator

@@ -4,9 +4,11 @@ import os
 import shlex
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from commands import hvd_lars, records_of
+from reference.mpijob import validate
 
 from hvd_lars.cli.launch import KINDS, start_of
 from hvd_lars.errors import UserError
@@ -86,6 +88,7 @@ def test_kubernetes(ranks, workers, slots):
     assert code == 0, output
     assert output.startswith("kubectl apply -f - <<'EOF'\n")
     job = yaml.safe_load(output.partition("\n")[2].rpartition("EOF")[0])
+    validate(job)
     replicas = job["spec"]["mpiReplicaSpecs"]
     assert (replicas["Worker"]["replicas"], job["spec"]["slotsPerWorker"]) == (workers, slots)
     [launcher] = replicas["Launcher"]["template"]["spec"]["containers"]
@@ -93,6 +96,29 @@ def test_kubernetes(ranks, workers, slots):
     assert launcher["args"][-2].startswith("run.dir=/runs/digits-")
     assert launcher["args"][-1] == "--resume"
     assert launcher["env"] == [{"name": "NP", "value": str(workers * slots)}]
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        (["spec"], "slotPerWorker", 4),
+        (["spec"], "launcherCreationPolicy", "AfterWorkers"),
+        (["spec", "runPolicy"], "backoffLimit", "20"),
+        (["spec", "mpiReplicaSpecs", "Worker"], "restartPolicy", "Sometimes"),
+        (["spec", "mpiReplicaSpecs", "Launcher"], "replicas", 2),
+        (["spec", "mpiReplicaSpecs", "Worker", "template", "spec"], "volume", []),
+        (["spec", "mpiReplicaSpecs", "Launcher", "template", "spec"], "containers", {}),
+    ],
+)
+def test_a_wrong_mpijob_would_be_refused(place, key, value):
+    job = yaml.safe_load((LAUNCH / "mpijob.yaml").read_text())
+    validate(job)
+    part = job
+    for name in place:
+        part = part[name]
+    part[key] = value
+    with pytest.raises(jsonschema.ValidationError):
+        validate(job)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Standard error of a job's ranks: said once where all say it, else with the rank."""
+
+import io
+import subprocess
+import sys
+import warnings
+
+import pytest
+from commands import HANG_GUARD
+
+from hvd_lars.launchers import run_here
+from hvd_lars.rank_errors import RankErrors
+
+
+@pytest.fixture
+def show(monkeypatch):
+    """Warn through a rank's standard error."""
+
+    def warn(errors, message):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            monkeypatch.setattr(warnings, "showwarning", errors.warn)
+            warnings.warn(message, RuntimeWarning, stacklevel=1)
+
+    return warn
+
+
+def test_rank_0_speaks_as_ever(show):
+    stream = io.StringIO()
+    errors = RankErrors(stream, 0)
+    print("one\ntwo", file=errors)
+    show(errors, "odd")
+    assert stream.getvalue().startswith("one\ntwo\n")
+    assert "RuntimeWarning: odd" in stream.getvalue()
+    errors.settle(same=True)
+    assert stream.getvalue().count("odd\n") == 1
+
+
+def test_every_line_of_another_rank_carries_it_once():
+    stream = io.StringIO()
+    errors = RankErrors(stream, 3)
+    errors.write("half")
+    errors.write(" line\nnext\nrank 3: Traceback\n")
+    errors.writelines(["\n", "last"])
+    assert stream.getvalue() == (
+        "rank 3: half line\nrank 3: next\nrank 3: Traceback\nrank 3: \nrank 3: last"
+    )
+
+
+def test_warnings_wait_and_are_told_apart(show):
+    streams = [io.StringIO(), io.StringIO()]
+    ranks = [RankErrors(stream, rank) for rank, stream in enumerate(streams)]
+    for errors in ranks:
+        show(errors, "both")
+    assert ranks[0].digest() == ranks[1].digest() != 0
+    ranks[1].settle(same=True)
+    assert streams[1].getvalue() == ""
+    show(ranks[1], "alone")
+    ranks[0].settle(same=True)
+    assert ranks[0].digest() == 0 != ranks[1].digest()
+    ranks[1].settle(same=False)
+    assert "rank 1: " in streams[1].getvalue()
+    assert "alone" in streams[1].getvalue()
+    assert "both" not in streams[1].getvalue()
+
+
+def test_what_waits_comes_before_anything_else_that_is_said(show):
+    stream = io.StringIO()
+    errors = RankErrors(stream, 1)
+    show(errors, "first")
+    errors.write("then\n")
+    assert stream.getvalue().index("first") < stream.getvalue().index("rank 1: then")
+
+
+def test_what_waits_is_not_lost_at_the_end():
+    program = (
+        "import warnings; from hvd_lars.rank_errors import speak_as;"
+        "speak_as(2); warnings.warn('late')"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "rank 2: <string>:1: UserWarning: late" in found.stderr
+
+
+PROGRAM = """
+import sys, warnings
+from hvd_lars import trainer
+step = trainer.Trainer.train_step
+def warns(self, number, batches):
+    if number in (3, 11):
+        warnings.warn(f"met by all at {number}")
+    if number == 6 and self.comm.rank == 1:
+        warnings.warn("met alone")
+        print("said alone", file=sys.stderr)
+    if number == 13 and sys.argv[2] == "fail":
+        raise ArithmeticError("broken everywhere")
+    return step(self, number, batches)
+trainer.Trainer.train_step = warns
+from hvd_lars.cli import main
+main(["train", "digits", "run.dir=" + sys.argv[1], "train.log_every=5 steps",
+      "train.duration=15 steps", "schedule.warmup_duration=2 steps"])
+"""
+
+
+@pytest.mark.parametrize("end", ["train", "fail"])
+def test_two_ranks(tmp_path, end):
+    program = tmp_path / "warns.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(tmp_path / "run"), end]
+    found = run_here("mpirun", 2, command, HANG_GUARD)
+    lines = found.stdout.splitlines()
+    for message in ("met by all at 3", "met by all at 11", "ArithmeticError: broken"):
+        if "broken" not in message or end == "fail":
+            assert [line.startswith("rank 1: ") for line in lines if message in line] == [False]
+    for message in ("UserWarning: met alone", "said alone"):
+        assert [line.startswith("rank 1: ") for line in lines if message in line] == [True]
+    assert (found.returncode == 0) == (end == "train")
