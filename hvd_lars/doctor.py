@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -179,10 +180,11 @@ def _diagnose_launchers(
             continue
         program = this_python("-W", "ignore", "-m", "hvd_lars.doctor", backend, str(megabytes))
         result = run_here(launcher, 2, program, timeout=120)
-        lines = [line for line in result.stdout.splitlines() if "ALL-REDUCE" in line]
-        if result.returncode == 0 and lines:
+        # Not the line's end: Open MPI 4 puts the tag of the next line behind it.
+        found = re.search(r"ALL-REDUCE (.* GiB/s)", result.stdout)
+        if result.returncode == 0 and found:
             works.append(name)
-            _row(name, lines[0].partition("ALL-REDUCE ")[2])
+            _row(name, found.group(1))
         else:
             text = [line.strip() for line in result.stdout.splitlines() if line.strip()]
             said = next((line for line in text if "hvd-lars:" in line), text[-1] if text else "")

@@ -6,6 +6,7 @@ torch's profiler and Horovod's timeline, both for chrome://tracing or https://ui
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, final
 
@@ -56,7 +57,9 @@ class Profile:
         if torch.cuda.is_available():
             kinds.append(ProfilerActivity.CUDA)
         self._profiler = torch.profiler.profile(activities=kinds)
-        self._profiler.start()
+        with warnings.catch_warnings():  # that only one cycle is kept: there is no other
+            warnings.filterwarnings("ignore", ".*Profiler clears events.*")
+            self._profiler.start()
         if self._has_timeline():
             _horovod().start_timeline(str(self._folder / "horovod.json"))
 

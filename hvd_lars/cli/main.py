@@ -63,12 +63,12 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
     from hvd_lars.cli.elastic import is_elastic, train_elastic
     from hvd_lars.comm import connect, detect_launch
 
-    if options.command == "train" and is_elastic(os.environ):
-        return train_elastic(options, config, _guarded)
     if options.command == "train" and config.train.profile is not None:
         from hvd_lars.profiling import prepare_timeline
 
         prepare_timeline()
+    if options.command == "train" and is_elastic(os.environ):
+        return train_elastic(options, config, _guarded)
     launch = detect_launch(os.environ)
     speak_as(launch.rank)
     groups = config.model.bn_sync_ranks > 1

@@ -6,6 +6,7 @@ is computed the kernel's.  Imports groups, kernels, layers and placement.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -32,6 +33,13 @@ from hvd_lars.optim.placement import Placement
 LrPosition = Literal["momentum", "update"]
 Denominator = Literal["separate", "combined"]
 ZeroNorm = Literal["unit", "skip"]
+
+# Without torch's decorator, which at its first call imports torch._dynamo: 1.5 of the 4 seconds
+# that a process would take to start.
+_add_param_group = inspect.unwrap(Optimizer.add_param_group)
+_zero_grad = inspect.unwrap(Optimizer.zero_grad)
+_state_dict = inspect.unwrap(Optimizer.state_dict)
+_load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
 
 
 @dataclass
@@ -161,7 +169,7 @@ class LARS(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, after checking its hyper-parameters and tensors."""
-        super().add_param_group(param_group)
+        _add_param_group(self, param_group)
         count = sum(len(group["params"]) for group in self.param_groups)
         try:
             check_group(param_group, count)
@@ -175,7 +183,7 @@ class LARS(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; under a placement its flat buffers are kept and zeroed."""
         if self.placement is None:
-            super().zero_grad(set_to_none)
+            _zero_grad(self, set_to_none)
         else:
             self.placement.gradients.zero()
 
@@ -233,11 +241,12 @@ class LARS(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; momentum is v, whichever kernel wrote it."""
         self.unfold_momentum()
-        return super().state_dict()
+        state: dict[str, Any] = _state_dict(self)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but float32 state of half parameters stays float32."""
-        super().load_state_dict(state_dict)
+        _load_state_dict(self, state_dict)
         self._last = None
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
