@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mpi4py
 import pytest
 from commands import HANG_GUARD, records_of
 
@@ -36,6 +37,8 @@ def train(mpich, run, *options):
 
 
 def test_two_ranks_train(mpich, tmp_path):
+    if not list(Path(mpi4py.__file__).parent.glob("MPI.*mpich*")):
+        pytest.skip("this mpi4py was built for the site's MPI; PyPI's wheel speaks to MPICH too")
     run = tmp_path / "run"
     found = train(mpich, run, "comm.backend=mpi", "optimizer.placement=sharded")
     assert found.returncode == 0, found.stderr
