@@ -73,7 +73,7 @@ setup(
         "dev": [
             "hypothesis>=6",
             "jsonschema>=4",
-            "kubernetes-validate>=1.32",
+            "kubernetes-validate>=1.37",
             "mkdocs-material>=9.5",
             "mkdocstrings[python]>=0.26",
             "mypy",

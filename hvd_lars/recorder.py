@@ -96,11 +96,11 @@ class Recorder:
         sums[0] = self._loss.item()
         sums[1 + rank] = took["data"]
         sums[1 + size + rank] = took["forward"] + took["backward"] + took["optimizer"]
-        sums[1 + 2 * size + rank] = _warned()
+        sums[1 + 2 * size + rank] = _sample()
         self._comm.start_all_reduce_sum(sums, "window").wait()
         seconds = time.perf_counter() - self._started
         data, busy, warned = sums[1:].view(3, size).tolist()
-        _settle(warned, rank)
+        _settle(self._comm, warned)
         ranks = {"rank_data_seconds": data, "rank_busy_seconds": busy} if size > 1 else {}
         self.record(
             "train",
@@ -162,16 +162,21 @@ def hosts_of(comm: Communicator) -> list[str]:
 def settle_warnings(comm: Communicator) -> None:
     """Show what this rank warned of and rank 0 did not; collective."""
     warned = torch.zeros(comm.size, dtype=torch.float64)
-    warned[comm.rank] = _warned()
+    warned[comm.rank] = _sample()
     comm.start_all_reduce_sum(warned, "warnings").wait()
-    _settle(warned.tolist(), comm.rank)
+    _settle(comm, warned.tolist())
 
 
-def _warned() -> int:
+def _sample() -> int:
     own = voice()
-    return 0 if own is None else own.digest()
+    return 0 if own is None else own.sample()
 
 
-def _settle(digests: list[float], rank: int) -> None:
-    if (own := voice()) is not None:
-        own.settle(digests[rank] == digests[0])
+def _settle(comm: Communicator, digests: list[float]) -> None:
+    """``digests`` are of all ranks, so all know whether rank 0 has to say what it gave."""
+    own = voice()
+    given = [] if own is None else own.sampled()
+    if len(set(digests)) > 1:
+        given = comm.broadcast_object(given)
+    if own is not None:
+        own.settle(set(given))

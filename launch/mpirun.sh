@@ -24,7 +24,11 @@ command=(mpirun)
 
 case $version in
 *"Open MPI"* | *OpenRTE*)
-    [ -z "${HOSTS:-}" ] || command+=(-H "$HOSTS")
+    if [ -n "${HOSTS:-}" ]; then
+        command+=(-H "$HOSTS")
+    elif [ -n "${OMPI_MCA_orte_default_hostfile:-}" ]; then # of the MPI operator; Open MPI 5 has
+        command+=(--hostfile "$OMPI_MCA_orte_default_hostfile") # another name for it
+    fi
     command+=(--bind-to none --map-by slot)
     case $version in *") 4."*) command+=(-mca pml ob1 -mca btl ^openib) ;; esac
     [ -z "$nic" ] || command+=(-mca btl_tcp_if_include "$nic" -x "NCCL_SOCKET_IFNAME=$nic")

@@ -3,7 +3,8 @@
 # Open MPI 4 (installed here, as root) in place of the wheel's Open MPI 5, and runs what starts
 # ranks.  Arguments go to pytest.
 #
-#   docker run --rm -v "$PWD:/src" python:3.11-bookworm bash /src/tests/openmpi4.sh
+#   git clone . /tmp/om4
+#   docker run --rm -v /tmp/om4:/src python:3.11-bookworm bash /src/tests/openmpi4.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 apt-get update -qq

@@ -38,13 +38,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
         if options.command in ("train", "eval", "bench"):
+            from hvd_lars.comm import detect_launch
+
+            speak_as(detect_launch(os.environ).rank)
             sys.exit(_run_on_ranks(options))
         sys.exit(TOOLS[options.command](options))
     except UserError as error:
         _fail_together(str(error))
     except KeyboardInterrupt:
-        if (own := voice()) is None or own.rank == 0:
+        if _rank() == 0:
             print("hvd-lars: interrupted", file=sys.stderr, flush=True)
+        elif (own := voice()) is not None:
+            own.release()
         os._exit(130)
 
 
@@ -70,7 +75,6 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
     if options.command == "train" and is_elastic(os.environ):
         return train_elastic(options, config, _guarded)
     launch = detect_launch(os.environ)
-    speak_as(launch.rank)
     groups = config.model.bn_sync_ranks > 1
     parts = options.command != "eval" and config.optimizer.placement != "replicated"
     comm = connect(config.comm.backend, config.run.expect_world_size, groups, parts)
@@ -95,6 +99,7 @@ def _guarded(
     from hvd_lars.replicas import ReplicasDifferError
 
     speak_as(comm.rank)  # an elastic job's ranks change
+    why = None
     try:
         code = work()
         settle_warnings(comm)
@@ -103,14 +108,14 @@ def _guarded(
     except (UserError, KeyboardInterrupt):
         raise
     except ReplicasDifferError as error:
-        comm.abort(str(error))
-    except OSError as error:  # on rank 0 alone: its run folder has gone
-        comm.abort(f"{error.filename or 'file system'}: {error.strerror or error}")
+        why = str(error)
+    except OSError as error:  # mostly on rank 0 alone: its run folder has gone
+        why = f"{error.filename or 'file system'}: {error.strerror or error}"
     except BaseException:
-        # Any other rank may be waiting for this one: say why, then end them all.
-        found = traceback.format_exc()
+        why = traceback.format_exc()
+    if why is not None:  # any other rank may be waiting for this one: end them all
         _let_rank_0_speak(comm.rank, 1)
-        comm.abort(found)
+        comm.abort(why)
     comm.close()
     return code
 
@@ -152,18 +157,24 @@ def _fail_together(message: str) -> NoReturn:
     others, which take its signal for their turn to leave with the same code.  A rank that nobody
     ended by then is alone with its mistake, or has no launcher that ends it, and speaks too.
     """
-    from hvd_lars.comm.launcher import ALONE, detect_launch
-
-    try:
-        launch = detect_launch(os.environ)
-    except UserError:
-        launch = ALONE
-    speak_as(launch.rank)
-    _let_rank_0_speak(launch.rank, _USER_ERROR)
+    rank = _rank()
+    speak_as(rank)
+    _let_rank_0_speak(rank, _USER_ERROR)
     for line in message.splitlines():
         print(f"hvd-lars: {line}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(_USER_ERROR)  # an orderly exit would wait for the other ranks in MPI's finalize
+
+
+def _rank() -> int:
+    from hvd_lars.comm import detect_launch
+
+    if (own := voice()) is not None:
+        return own.rank
+    try:
+        return detect_launch(os.environ).rank
+    except UserError:  # that is the mistake
+        return 0
 
 
 def _let_rank_0_speak(rank: int, code: int) -> None:

@@ -7,9 +7,10 @@ the same collectives in the same order.  After a sum all ranks hold the same bit
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn, Protocol, TypeVar, final
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, final
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 

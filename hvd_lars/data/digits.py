@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,13 @@ def load_digits(copies: int, seed: int) -> WarpedImages:
 def _table() -> np.ndarray[Any, np.dtype[np.float64]]:
     """(1797, 65): the images, 0 to 16, and their digits.
 
-    Its file is read without scikit-learn, which takes a second to import.
+    Its file is read without importing scikit-learn, which takes a second.
     """
-    for file in metadata.files("scikit-learn") or []:
-        if file.name == "digits.csv.gz":
-            return np.loadtxt(str(file.locate()), delimiter=",")
+    found = find_spec("sklearn")
+    for folder in (found and found.submodule_search_locations) or []:
+        path = Path(folder, "datasets/data/digits.csv.gz")
+        if path.exists():
+            return np.loadtxt(path, delimiter=",")
     from sklearn import datasets
 
     data = datasets.load_digits()

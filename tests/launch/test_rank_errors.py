@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 
 import pytest
 from commands import HANG_GUARD
@@ -17,6 +18,7 @@ def show(monkeypatch):
     """Warn through a rank's standard error."""
 
     def warn(errors, message):
+        monkeypatch.setattr(sys, "stderr", errors)
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             monkeypatch.setattr(warnings, "showwarning", errors.warn)
@@ -32,7 +34,7 @@ def test_rank_0_speaks_as_ever(show):
     show(errors, "odd")
     assert stream.getvalue().startswith("one\ntwo\n")
     assert "RuntimeWarning: odd" in stream.getvalue()
-    errors.settle(same=True)
+    errors.settle([])
     assert stream.getvalue().count("odd\n") == 1
 
 
@@ -52,16 +54,49 @@ def test_warnings_wait_and_are_told_apart(show):
     ranks = [RankErrors(stream, rank) for rank, stream in enumerate(streams)]
     for errors in ranks:
         show(errors, "both")
-    assert ranks[0].digest() == ranks[1].digest() != 0
-    ranks[1].settle(same=True)
+    assert ranks[0].sample() == ranks[1].sample() != 0
+    ranks[1].settle(ranks[0].sampled())
     assert streams[1].getvalue() == ""
-    show(ranks[1], "alone")
-    ranks[0].settle(same=True)
-    assert ranks[0].digest() == 0 != ranks[1].digest()
-    ranks[1].settle(same=False)
+    assert ranks[1].sample() == 0
+    for message in ("alone", "both"):
+        show(ranks[1], message)
+    assert ranks[0].sample() != ranks[1].sample()
+    show(ranks[1], "later")
+    ranks[1].settle(ranks[0].sampled())
     assert "rank 1: " in streams[1].getvalue()
     assert "alone" in streams[1].getvalue()
     assert "both" not in streams[1].getvalue()
+    assert "later" not in streams[1].getvalue()  # it is for the next time
+    assert ranks[1].sample() != 0
+
+
+def test_a_rank_that_becomes_another_forgets_nothing(show):
+    stream = io.StringIO()
+    errors = RankErrors(stream, 1)
+    show(errors, "odd")
+    errors.sample()
+    errors.become(0)
+    assert "rank 1: " in stream.getvalue()
+    assert errors.sample() == 0
+    errors.write("plain\n")
+    assert stream.getvalue().endswith("\nplain\n")
+
+
+def test_a_progress_bar_keeps_its_rank():
+    stream = io.StringIO()
+    RankErrors(stream, 1).write("\r 10%\r 20%")
+    assert stream.getvalue() == "\rrank 1:  10%\rrank 1:  20%"
+
+
+def test_a_full_disk_is_no_reason_to_stop(show):
+    for rank in (0, 1):
+        with open("/dev/full", "w", buffering=1) as stream:
+            errors = RankErrors(stream, rank)
+            show(errors, "odd")
+            errors.sample()
+            errors.settle([])
+            with suppress(OSError):
+                stream.close()
 
 
 def test_what_waits_comes_before_anything_else_that_is_said(show):
@@ -86,20 +121,25 @@ def test_what_waits_is_not_lost_at_the_end():
 PROGRAM = """
 import sys, warnings
 from hvd_lars import trainer
+import hvd_lars.cli
+sys.modules["hvd_lars.cli.main"]._GRACE_SECONDS = 60.0
 step = trainer.Trainer.train_step
 def warns(self, number, batches):
-    if number in (3, 11):
+    rank = self.comm.rank
+    if number in (3, 8):
         warnings.warn(f"met by all at {number}")
-    if number == 6 and self.comm.rank == 1:
-        warnings.warn("met alone")
-        print("said alone", file=sys.stderr)
+    if number == 8 and rank == 0:
+        warnings.warn("met by rank 0")
+    if number == 8 and rank == 1:
+        warnings.warn("met by rank 1")
+    if number == 11 and rank == 1:
+        print("said by rank 1", file=sys.stderr)
     if number == 13 and sys.argv[2] == "fail":
         raise ArithmeticError("broken everywhere")
     return step(self, number, batches)
 trainer.Trainer.train_step = warns
-from hvd_lars.cli import main
-main(["train", "digits", "run.dir=" + sys.argv[1], "train.log_every=5 steps",
-      "train.duration=15 steps", "schedule.warmup_duration=2 steps"])
+hvd_lars.cli.main(["train", "digits", "run.dir=" + sys.argv[1], "train.log_every=5 steps",
+                   "train.duration=15 steps", "schedule.warmup_duration=2 steps"])
 """
 
 
@@ -110,9 +150,14 @@ def test_two_ranks(tmp_path, end):
     command = [sys.executable, str(program), str(tmp_path / "run"), end]
     found = run_here("mpirun", 2, command, HANG_GUARD)
     lines = found.stdout.splitlines()
-    for message in ("met by all at 3", "met by all at 11", "ArithmeticError: broken"):
-        if "broken" not in message or end == "fail":
-            assert [line.startswith("rank 1: ") for line in lines if message in line] == [False]
-    for message in ("UserWarning: met alone", "said alone"):
-        assert [line.startswith("rank 1: ") for line in lines if message in line] == [True]
-    assert (found.returncode == 0) == (end == "train")
+
+    def carries_rank_1(message):
+        return [line.startswith("rank 1: ") for line in lines if message in line]
+
+    for message in ("met by all at 3", "met by all at 8", "UserWarning: met by rank 0"):
+        assert carries_rank_1(message) == [False], found.stdout
+    for message in ("UserWarning: met by rank 1", "said by rank 1"):
+        assert carries_rank_1(message) == [True], found.stdout
+    failed = end == "fail"
+    assert carries_rank_1("ArithmeticError: broken") == [False] * failed, found.stdout
+    assert (found.returncode != 0) == failed

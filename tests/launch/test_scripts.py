@@ -15,7 +15,9 @@ from commands import HANG_GUARD, records_of, wait_for_step
 from hvd_lars.launchers import launcher_environment
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+SCRIPTS = sorted(
+    [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", LAUNCH.parent / "tests/openmpi4.sh"]
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -73,6 +75,15 @@ def test_mpirun_sh_tells_the_implementations_apart(tmp_path, kind):
     found = printed("mpirun.sh", "c.yaml", "run.name=two words", **environment)
     train = ["hvd-lars", "train", "c.yaml", "run.name=two words"]
     assert found == ["mpirun", *EXPECTED[kind], *train]
+
+
+@pytest.mark.parametrize("kind", ["open mpi 4", "open mpi 5"])
+def test_mpirun_sh_takes_the_hosts_of_the_mpi_operator(tmp_path, kind):
+    program(tmp_path, "mpirun", f"echo '{VERSIONS[kind]}'")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NP": "8"}
+    environment |= {"OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile"}
+    found = printed("mpirun.sh", "c.yaml", **environment)
+    assert found[:5] == ["mpirun", "-np", "8", "--hostfile", "/etc/mpi/hostfile"]
 
 
 def test_horovodrun_sh_prints_its_command():
