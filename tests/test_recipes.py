@@ -24,7 +24,7 @@ def tiny_overrides(name, folder):
     if config.schedule.milestones:
         overrides.append("schedule.milestones=['1 steps']")
     if config.data.name not in ("digits", "glyphs"):
-        side = {"alexnet": 227, "resnet5": 64, "resnet1": 32}[config.model.name[:7]]
+        side = {"alexnet": 227, "resnet5": 32, "resnet1": 32}[config.model.name[:7]]
         fields = f"image_size: {side}, num_train: 16, num_eval: 4, num_classes: 10"
         overrides.append(f"data={{name: synthetic, {fields}}}")
     return overrides

@@ -92,7 +92,8 @@ def _made(
             yield request, answer(source, request)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "hvd_lars.data"])
+    # What a worker would import anew whenever workers start, at every evaluation.
+    context.set_forkserver_preload(["hvd_lars.data", "torchvision.transforms.v2"])
     asked, requests = itertools.tee(requests)
     own = voice()
     loader = DataLoader(

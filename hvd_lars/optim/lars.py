@@ -34,8 +34,7 @@ LrPosition = Literal["momentum", "update"]
 Denominator = Literal["separate", "combined"]
 ZeroNorm = Literal["unit", "skip"]
 
-# Without torch's decorator, which at its first call imports torch._dynamo: 1.5 of the 4 seconds
-# that a process would take to start.
+# Without torch's decorator, which imports torch._dynamo: 1.5 s of every start.
 _add_param_group = inspect.unwrap(Optimizer.add_param_group)
 _zero_grad = inspect.unwrap(Optimizer.zero_grad)
 _state_dict = inspect.unwrap(Optimizer.state_dict)
