@@ -1,4 +1,4 @@
-"""Two ranks under MPICH, from PyPI's wheel: launch/mpirun.sh and the mpi backend."""
+"""Two ranks under MPICH and Intel MPI, from PyPI: launch/mpirun.sh and the mpi backend."""
 
 import os
 import subprocess
@@ -14,42 +14,44 @@ from hvd_lars.launchers import launcher_environment
 SCRIPT = Path(__file__).parents[2] / "launch/mpirun.sh"
 
 
-@pytest.fixture(scope="module")
-def mpich(tmp_path_factory):
-    """The environment in which mpirun is MPICH's and mpi4py finds its library."""
-    folder = tmp_path_factory.mktemp("mpich")
+@pytest.fixture(scope="module", params=["mpich", "impi-rt"])
+def hydra(tmp_path_factory, request):
+    """The environment in which mpirun is the package's and mpi4py finds its library."""
+    package = request.param
+    folder = tmp_path_factory.mktemp(package)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "-q", "mpich"]
+    pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "-q", package]
     found = subprocess.run(pip, capture_output=True, text=True, check=False)
     if found.returncode != 0:
-        pytest.skip(f"no MPICH from PyPI: {found.stderr[-200:]}")
+        pytest.skip(f"no {package} from PyPI: {found.stderr[-200:]}")
     environment = launcher_environment() | {"MPI4PY_MPIABI": "mpich", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{folder / 'bin'}{os.pathsep}{environment['PATH']}"
-    return environment | {"LD_LIBRARY_PATH": str(folder / "lib"), "NP": "2"}
+    environment |= {"LD_LIBRARY_PATH": str(folder / "lib"), "I_MPI_ROOT": str(folder)}
+    return environment | {"NP": "2"}
 
 
-def train(mpich, run, *options):
+def train(hydra, run, *options):
     steps = ["train.duration=40 steps", "schedule.warmup_duration=5 steps"]
     return subprocess.run(
         ["bash", SCRIPT, "digits", f"run.dir={run}", *steps, *options],
-        env=mpich, capture_output=True, text=True, timeout=HANG_GUARD, check=False,
+        env=hydra, capture_output=True, text=True, timeout=HANG_GUARD, check=False,
     )  # fmt: skip
 
 
-def test_two_ranks_train(mpich, tmp_path):
+def test_two_ranks_train(hydra, tmp_path):
     if not list(Path(mpi4py.__file__).parent.glob("MPI.*mpich*")):
         pytest.skip("this mpi4py was built for the site's MPI; PyPI's wheel speaks to MPICH too")
     run = tmp_path / "run"
-    found = train(mpich, run, "comm.backend=mpi", "optimizer.placement=sharded")
+    found = train(hydra, run, "comm.backend=mpi", "optimizer.placement=sharded")
     assert found.returncode == 0, found.stderr
     assert "2 ranks on mpi" in found.stdout
     assert records_of(run, "event")[0]["world_size"] == 2
     assert records_of(run, "eval")[-1]["step"] == 40
 
 
-def test_horovod_of_another_mpi_is_refused(mpich, tmp_path):
+def test_horovod_of_another_mpi_is_refused(hydra, tmp_path):
     """Horovod here is built for Open MPI: under MPICH every rank would train alone."""
-    found = train(mpich, tmp_path / "run", "comm.backend=horovod")
+    found = train(hydra, tmp_path / "run", "comm.backend=horovod")
     assert found.returncode != 0
     assert "Traceback" not in found.stderr
     assert "rank" in found.stderr
