@@ -1,6 +1,7 @@
 """The YAML as frozen models: what may stand in a config file, and nothing of what it does.
 
-Imports config_data, config_fields and durations.  Reading files and overrides is config_file's.
+Imports config_data, config_fields, config_optimizer and durations.  Reading files and overrides is
+config_file's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from hvd_lars.config_data import (
     ShardsData,
     SyntheticData,
 )
-from hvd_lars.config_fields import DurationField, PeriodField, Positive, Rate, Section
+from hvd_lars.config_fields import DurationField, PeriodField, Positive, Section
+from hvd_lars.config_optimizer import Optimizer, Schedule
 from hvd_lars.durations import Duration
 
 Data = (
@@ -38,9 +40,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 class Run(Section):
     """Where a run goes and what makes it repeatable."""
 
-    name: Name = "run"
+    name: Name = Field(default="run", description="stands in the run folder's name and the console")
     dir: str | None = Field(default=None, description="run folder; runs/<name>-<time> when absent")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="of weights, order, augmentation and dropout"
+    )
     expect_world_size: Positive | None = Field(
         default=None, description="refuse any other rank count"
     )
@@ -65,7 +69,10 @@ class Run(Section):
 class Comm(Section):
     """How ranks are joined."""
 
-    backend: Literal["auto", "horovod", "mpi", "local"] = "auto"
+    backend: Literal["auto", "horovod", "mpi", "local"] = Field(
+        default="auto",
+        description="auto: horovod, or mpi where it is missing, for ranks; local for one",
+    )
     bucket_mb: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = Field(
         default=25.0,
         description="gradients are summed in buckets of this many MiB; auto: what steps of the "
@@ -79,7 +86,10 @@ class Comm(Section):
 class Model(Section):
     """The network: one of ours, a classifier of torchvision by name, or ``timm/NAME``."""
 
-    name: str = "digits_alexnet"
+    name: str = Field(
+        default="digits_alexnet",
+        description="one of ours, a classifier of torchvision, or timm/NAME",
+    )
     init_from: str | None = Field(
         default=None, description="weights to start from: a run folder, .safetensors or .pth"
     )
@@ -103,82 +113,18 @@ class Model(Section):
     )
 
 
-class Optimizer(Section):
-    """LARS, or momentum SGD with the same options; see the docstring of hvd_lars.LARS."""
-
-    name: Literal["lars", "sgd"] = "lars"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Rate = 0.0
-    trust_coefficient: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.001
-    eps: Rate = 0.0
-    nesterov: bool = False
-    lr_position: Literal["momentum", "update"] = "momentum"
-    denominator: Literal["separate", "combined"] = "separate"
-    trust_clip: bool = False
-    zero_norm: Literal["unit", "skip"] = "unit"
-    adapt: Literal["weights", "layer", "all"] = "weights"
-    decay: Literal["weights", "all"] = "weights"
-    kernel: Literal["auto", "native", "fused", "eager"] = Field(
-        default="auto", description="how a step is computed; auto: the fastest that all ranks have"
-    )
-    placement: Literal["replicated", "sharded", "auto"] = Field(
-        default="replicated",
-        description="sharded: momentum and update divided over the ranks; auto: the faster one",
-    )
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Optimizer:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov is true with momentum 0; it needs momentum above 0")
-        return self
-
-
-class Schedule(Section):
-    """The learning rate γ over the run."""
-
-    base_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    scaling: Literal["none", "linear", "sqrt"] = "none"
-    reference_batch: Positive = Field(
-        default=256, description="base_lr is meant for this global batch"
-    )
-    policy: Literal["poly", "multistep", "cosine", "constant"] = "poly"
-    poly_power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
-    poly_span: Literal["post_warmup", "total"] = "post_warmup"
-    end_lr: Rate = 0.0
-    milestones: Annotated[tuple[DurationField, ...], Field(strict=False)] = ()
-    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    warmup: Literal["none", "gradual", "constant"] = "none"
-    warmup_duration: DurationField = Duration(0, "epochs")
-    warmup_start_lr: Rate = 0.0
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Schedule:
-        if self.policy == "multistep" and not self.milestones:
-            raise ValueError(
-                "policy multistep needs milestones, such as ['30 epochs', '60 epochs']"
-            )
-        if self.warmup != "none" and self.warmup_duration.value == 0:
-            raise ValueError(f"warmup {self.warmup} needs a warmup_duration above 0")
-        if self.warmup == "none" and self.warmup_duration.value > 0:
-            raise ValueError(
-                f"warmup_duration is {self.warmup_duration} but warmup is none; "
-                f"allowed: gradual, constant"
-            )
-        if self.warmup == "constant" and self.warmup_start_lr == 0:
-            raise ValueError("warmup constant needs warmup_start_lr above 0")
-        return self
-
-
 class Train(Section):
     """How long, in what pieces, and what is written down."""
 
-    duration: DurationField
-    global_batch: Positive
+    duration: DurationField = Field(description="of the whole run")
+    global_batch: Positive = Field(description="samples a step, over all ranks")
     micro_batch: Positive = Field(
         default=256, description="most samples a rank holds at once; accumulation follows from it"
     )
-    eval_batch: Positive = 512
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    eval_batch: Positive = Field(default=512, description="samples a rank evaluates at once")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the label that is spread over all classes"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="of forward and backward; weights and sums stay float32"
     )
@@ -192,8 +138,12 @@ class Train(Section):
         description="steps in a row that may be left out because a gradient is not finite",
     )
     compile: bool = Field(default=False, description="torch.compile the network")
-    eval_every: DurationField = Duration(1, "epochs")
-    log_every: DurationField = Duration(10, "steps")
+    eval_every: DurationField = Field(
+        default=Duration(1, "epochs"), description="between evaluations on the whole test set"
+    )
+    log_every: DurationField = Field(
+        default=Duration(10, "steps"), description="between log lines, which are means over it"
+    )
     log_layers_every: DurationField = Field(
         default=Duration(1, "epochs"), description="between records of all layers' norms and ratios"
     )
@@ -230,8 +180,10 @@ class Train(Section):
 class Checkpoint(Section):
     """When the state of training is kept."""
 
-    every: PeriodField = Duration(5, "epochs")
-    keep_last: Positive = 2
+    every: PeriodField = Field(
+        default=Duration(5, "epochs"), description="between checkpoints; minutes are allowed, too"
+    )
+    keep_last: Positive = Field(default=2, description="older checkpoints are removed")
     commit_every: Positive = Field(
         default=20, description="steps between copies in memory that an elastic job goes on from"
     )
@@ -240,8 +192,8 @@ class Checkpoint(Section):
 class Recipe(Section):
     """Where a bundled config comes from; nothing here changes the run."""
 
-    net: str
-    source: str
+    net: str = Field(description="the paper's name of the network")
+    source: str = Field(description="paper, table or file, and its address")
     top1: Annotated[float, Field(gt=0, le=100)] | None = Field(
         default=None, description="published top-1 accuracy in percent"
     )
@@ -261,7 +213,7 @@ class Config(Section):
         default=None,
         description="a file, beside this one or bundled, whose keys hold where this one has none",
     )
-    recipe: Recipe | None = None
+    recipe: Recipe | None = Field(default=None, description="where a bundled config comes from")
     run: Run = Run()
     comm: Comm = Comm()
     data: Annotated[Data, Discriminator("name")]

@@ -3,13 +3,13 @@
 
 Horovod's last release asks for C++14, which PyTorch has not accepted since 2.1
 (horovod/horovod #3996, #4014).  This program downloads the sdist from the package index,
-checks its SHA-256, makes the edits listed in ``EDITS``, compiles it with MPI, Gloo and (where
+checks its SHA-256, makes the edits of ``horovod_edits``, compiles it with MPI, Gloo and (where
 PyTorch is a CUDA build and nvcc is there) NCCL, and keeps the wheel under
 ``$XDG_CACHE_HOME/hvd_lars`` by a key of everything that it was built from.
 
 Run it with the Python that has torch:  ``python launch/build_horovod.py [--install]``.
 Exit codes: 0 done, 1 the compilation failed (its log is named), 2 something is missing.
-Imports toolchain and the standard library; torch is asked about in a subprocess.
+Imports horovod_edits, toolchain and the standard library; torch is asked about in a subprocess.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from horovod_edits import EDITS
 from toolchain import Mpi, Nccl, check_tools, fail, find_mpi, find_nccl
 
 VERSION = "0.28.1"
@@ -36,41 +37,6 @@ SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 
 # Inside the installed package: what it was built from, for `hvd-lars doctor`.
 RECORD = "hvd_lars_built_from.json"
-
-# file, text as released, text that we build, reason
-EDITS = [
-    ("CMakeLists.txt", "CMAKE_CXX_STANDARD 14)", "CMAKE_CXX_STANDARD 20)", "torch's headers"),
-    (
-        "horovod/torch/CMakeLists.txt",
-        "CMAKE_CXX_STANDARD 14)",
-        "CMAKE_CXX_STANDARD 20)",
-        "torch's headers",
-    ),
-    (
-        "horovod/common/ops/cuda/CMakeLists.txt",
-        "CMAKE_CUDA_STANDARD 11)",
-        "CMAKE_CUDA_STANDARD 17)",
-        "nvcc 13 no longer knows C++11",
-    ),
-    (
-        "horovod/common/gloo/gloo_controller.cc",
-        "global_ranks_.reserve(size_);",
-        "global_ranks_.resize(size_);",
-        "the vector stays empty, so the stall inspector never names a rank on Gloo",
-    ),
-    (
-        "horovod/runner/mpi_run.py",
-        "_NO_BINDING_ARGS = ['-bind-to none', '-map-by slot']",
-        "_NO_BINDING_ARGS = ['--bind-to none', '--map-by slot']",
-        "Open MPI 5 reads `-bind-to none` as the program `none`; 4 and MPICH take both forms",
-    ),
-    (
-        "setup.py",
-        "make_args.append('VERBOSE=1')",
-        "make_args.append('--verbose')",
-        "we build with Ninja, which pip installs: make may be missing",
-    ),
-]
 
 BUILD_ENVIRONMENT = {
     "HOROVOD_WITH_PYTORCH": "1",

@@ -144,7 +144,11 @@ def install_packages(
 def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
     """Changes whenever a step would do something else than last time."""
     files = [CONSTRAINTS, ROOT / "setup.py", Path(__file__), ROOT / "launch/toolchain.py"]
-    files += [Path(build_horovod.__file__), *(ROOT / "hvd_lars").rglob("*.cpp")]
+    files += [
+        ROOT / "launch/horovod_edits.py",
+        Path(build_horovod.__file__),
+        *(ROOT / "hvd_lars").rglob("*.cpp"),
+    ]
     facts = [path.read_text(encoding="utf-8") for path in files]
     installed = installed_versions(python)
     versions = [installed.get(name) for name in ("torch", "horovod", "mpi4py", "hvd-lars")]

@@ -1,7 +1,7 @@
 """``hvd-lars check``: plans, memory and warnings, for one config and for all."""
 
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -180,11 +180,9 @@ def test_one_bad_config_among_good_ones(tmp_path):
     assert "bad.yaml: extends: " in line
 
 
-def test_recipes_md_is_what_the_yamls_say():
-    root = Path(__file__).parent.parent
-    sys.path.insert(0, str(root / "docs"))
-    try:
-        import make_recipes
-    finally:
-        sys.path.pop(0)
-    assert (root / "docs/recipes.md").read_text() == make_recipes.page()
+@pytest.mark.parametrize("name", ["recipes", "configs"])
+def test_generated_pages_are_what_the_package_says(name, monkeypatch):
+    docs = Path(__file__).parent.parent / "docs"
+    monkeypatch.syspath_prepend(docs)
+    page = importlib.import_module(f"make_{name}").page()
+    assert (docs / f"{name}.md").read_text() == page

@@ -1,8 +1,12 @@
 """Image folders: what is listed, cropped and refused, and that workers change nothing."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -128,6 +132,33 @@ def test_workers_give_the_same_batches_in_the_same_order(folder):
         assert asked is asked_2
         assert torch.equal(images, images_2)
         assert torch.equal(labels, labels_2)
+
+
+OWNER = """
+import sys, time
+import numpy as np
+from hvd_lars.data import Request, stream
+from test_image_folder import source_of
+if __name__ == "__main__":
+    requests = iter([Request(0, np.array([1, 2]))] * 100)
+    for batch in stream(source_of(sys.argv[1]), requests, workers=2):
+        print("ready", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_workers_end_with_an_owner_that_is_killed(folder, tmp_path):
+    program = tmp_path / "owner.py"
+    program.write_text(OWNER)
+    command = [sys.executable, str(program), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert owner.stdout.readline() == "ready\n"
+    family = psutil.Process(owner.pid).children(recursive=True)
+    assert len(family) >= 3  # the fork server and two workers
+    owner.kill()
+    owner.communicate()
+    assert psutil.wait_procs(family, timeout=60)[1] == []
 
 
 def test_workers_leave_the_random_state_alone(folder):

@@ -6,12 +6,12 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import tarfile
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset
@@ -113,15 +113,17 @@ def test_an_interrupted_pack_goes_on(folder, packed, tmp_path, monkeypatch):
 
 
 def test_a_killed_pack_goes_on(tmp_path):
-    """SIGKILL of the command and its workers in the midst of writing."""
+    """SIGKILL of the command in the midst of writing; its workers end with it."""
     folder = make_folder(tmp_path / "images", train=400, val=2)
     target = tmp_path / "shards"
     command = this_python("-m", "hvd_lars", "pack", str(folder), str(target), "--shard-samples=20")
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(target.glob(".packing/train-*.json")):
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
+    assert family and psutil.wait_procs(family, timeout=60)[1] == []
     code, output = hvd_lars("pack", folder, target, "--shard-samples=20", "--verify")
     assert code == 0, output
     assert "61 shards have the SHA-256" in output

@@ -14,8 +14,9 @@ from hvd_lars.assemble.sources import shape_of
 from hvd_lars.assemble.training import make_trainer
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.launcher import Launch
-from hvd_lars.config import Config, Schedule
+from hvd_lars.config import Config
 from hvd_lars.config_data import Cifar10Data, Cifar100Data, Images, SyntheticData
+from hvd_lars.config_optimizer import Schedule
 from hvd_lars.durations import Duration
 from hvd_lars.optim import Sharded
 from hvd_lars.stopwatch import PARTS, Stopwatch

@@ -16,8 +16,9 @@ from hvd_lars.assemble.plan import Plan, make_plan
 from hvd_lars.assemble.sources import build_source, place_of
 from hvd_lars.assemble.training import optimizer_groups
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.config import Config, Data, Model, Optimizer
+from hvd_lars.config import Config, Data, Model
 from hvd_lars.config_data import Images
+from hvd_lars.config_optimizer import Optimizer
 from hvd_lars.memory import Footprint, footprint
 from hvd_lars.models import batch_norms
 

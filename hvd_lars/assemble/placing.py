@@ -6,7 +6,8 @@ from torch import nn
 
 from hvd_lars.comm.base import Communicator, Reducer
 from hvd_lars.comm.compressed import CompressedReducer
-from hvd_lars.config import Comm, Optimizer
+from hvd_lars.config import Comm
+from hvd_lars.config_optimizer import Optimizer
 from hvd_lars.errors import UserError
 from hvd_lars.optim import Placement, Replicated, Sharded
 

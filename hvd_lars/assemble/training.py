@@ -26,8 +26,9 @@ from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.launcher import ALONE, Launch
 from hvd_lars.commits import Commits
-from hvd_lars.config import Config, Optimizer
+from hvd_lars.config import Config
 from hvd_lars.config_file import dump_config
+from hvd_lars.config_optimizer import Optimizer
 from hvd_lars.data import GlobalBatches
 from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate

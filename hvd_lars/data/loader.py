@@ -1,6 +1,6 @@
 """Batches in a given order, made by worker processes ahead of time.
 
-Imports source, errors and rank_errors.
+Imports source, worker_processes, errors and rank_errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hvd_lars.data.source import Batch, Request, Source
+from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
 from hvd_lars.rank_errors import speak_as, voice
 
@@ -39,8 +40,11 @@ class _Answers(Dataset[tuple[Batch, list[str]] | UserError]):
         return batch, replaced
 
 
-def _speak_as(rank: int, worker: int) -> None:
-    speak_as(rank, hold=False)
+def _begin(rank: int | None, worker: int) -> None:
+    """In a new worker, whose number DataLoader gives."""
+    leave_with_owner()
+    if rank is not None:
+        speak_as(rank, hold=False)
 
 
 def answer(source: Source, request: Request) -> Batch:
@@ -102,7 +106,7 @@ def _made(
         sampler=requests,
         num_workers=workers,
         prefetch_factor=2,
-        worker_init_fn=None if own is None else partial(_speak_as, own.rank),
+        worker_init_fn=partial(_begin, None if own is None else own.rank),
         multiprocessing_context=context,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its seed for workers would come from dropout's generator

@@ -1,8 +1,8 @@
 """From an image folder to tar shards in WebDataset's layout.
 
-Imports listing, shard_index, files and errors.  A shard is written under another name, synced and
-renamed, then its facts are written beside it in ``.packing/``: what was finished before an
-interruption is not written again.  The same folder gives the same bytes.
+Imports listing, shard_index, worker_processes, files and errors.  A shard is written under another
+name, synced and renamed, then its facts are written beside it in ``.packing/``: what was finished
+before an interruption is not written again.  The same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 from hvd_lars.data.listing import Listing, Split, list_folder
 from hvd_lars.data.shard_index import DATASET, FORMAT, INDEX, read_manifest, scan_tar
 from hvd_lars.data.source import Indices
+from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
 from hvd_lars.files import HashingWriter, let_umask_decide, sha256_of, sync
 
@@ -181,7 +182,7 @@ def _index_is_sound(target: Path) -> bool:
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
-    return ProcessPoolExecutor(workers, context)
+    return ProcessPoolExecutor(workers, context, initializer=leave_with_owner)
 
 
 def _write_all(

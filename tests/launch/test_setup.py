@@ -174,12 +174,16 @@ def test_constraints_cover_what_setup_py_asks_for():
 
 
 def test_edits_are_made_once_and_refuse_a_changed_source(build_horovod, tmp_path, capsys):
-    for name, released, _, _ in build_horovod.EDITS:
+    released, wanted = {}, {}
+    for name, text, edited, _ in build_horovod.EDITS:
+        released[name] = released.get(name, "") + f"before {text} after"
+        wanted[name] = wanted.get(name, "") + f"before {edited} after"
+    for name, text in released.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"before {released} after")
+        (tmp_path / name).write_text(text)
     build_horovod.apply_edits(tmp_path)
-    for name, _, wanted, _ in build_horovod.EDITS:
-        assert (tmp_path / name).read_text() == f"before {wanted} after"
+    for name, text in wanted.items():
+        assert (tmp_path / name).read_text() == text
     with pytest.raises(SystemExit):
         build_horovod.apply_edits(tmp_path)
     assert "stands 0 times, expected once" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""What is changed in Horovod 0.28.1 before it is compiled; imports nothing."""
+
+_LOST = (
+    "what is submitted while Horovod's thread ends was never answered, and waited for without end"
+)
+
+# file, text as released, text that we build, reason
+EDITS = [
+    ("CMakeLists.txt", "CMAKE_CXX_STANDARD 14)", "CMAKE_CXX_STANDARD 20)", "torch's headers"),
+    (
+        "horovod/torch/CMakeLists.txt",
+        "CMAKE_CXX_STANDARD 14)",
+        "CMAKE_CXX_STANDARD 20)",
+        "torch's headers",
+    ),
+    (
+        "horovod/common/ops/cuda/CMakeLists.txt",
+        "CMAKE_CUDA_STANDARD 11)",
+        "CMAKE_CUDA_STANDARD 17)",
+        "nvcc 13 no longer knows C++11",
+    ),
+    (
+        "horovod/common/gloo/gloo_controller.cc",
+        "global_ranks_.reserve(size_);",
+        "global_ranks_.resize(size_);",
+        "the vector stays empty, so the stall inspector never names a rank on Gloo",
+    ),
+    *(
+        (f"horovod/common/{name}", released, wanted, _LOST)
+        for name, released, wanted in (
+            (
+                "tensor_queue.h",
+                "  void FinalizeTensorQueue(const Status& status);\n",
+                "  void FinalizeTensorQueue(const Status& status);\n  void Reopen();\n",
+            ),
+            (
+                "tensor_queue.h",
+                "  std::queue<Request> message_queue_;\n",
+                "  std::queue<Request> message_queue_;\n\n  bool closed_ = false;\n",
+            ),
+            (
+                "tensor_queue.cc",
+                "  if (tensor_table_.find(e.tensor_name) != tensor_table_.end()) {\n",
+                "  if (closed_) {\n    return SHUT_DOWN_ERROR;\n  }\n"
+                "  if (tensor_table_.find(e.tensor_name) != tensor_table_.end()) {\n",
+            ),
+            (
+                "tensor_queue.cc",
+                "  for (std::size_t i = 0; i < entries.size(); ++i) {\n",
+                "  if (closed_) {\n    return SHUT_DOWN_ERROR;\n  }\n"
+                "  for (std::size_t i = 0; i < entries.size(); ++i) {\n",
+            ),
+            (
+                "tensor_queue.cc",
+                "  for (auto& e : tensor_table_) {\n",
+                "  closed_ = true;\n  for (auto& e : tensor_table_) {\n",
+            ),
+            (
+                "tensor_queue.cc",
+                "// Execute callback for each tensor and clear tensor queue\n",
+                "void TensorQueue::Reopen() {\n"
+                "  std::lock_guard<std::mutex> guard(mutex_);\n  closed_ = false;\n}\n\n"
+                "// Execute callback for each tensor and clear tensor queue\n",
+            ),
+            (
+                "process_set.cc",
+                '  LOG(TRACE) << "Initializing new process set with MPI: "\n',
+                "  tensor_queue.Reopen();\n"
+                '  LOG(TRACE) << "Initializing new process set with MPI: "\n',
+            ),
+            (
+                "process_set.cc",
+                '  LOG(TRACE) << "Initializing new process set with Gloo: "\n',
+                "  tensor_queue.Reopen();\n"
+                '  LOG(TRACE) << "Initializing new process set with Gloo: "\n',
+            ),
+        )
+    ),
+    (
+        "horovod/runner/mpi_run.py",
+        "_NO_BINDING_ARGS = ['-bind-to none', '-map-by slot']",
+        "_NO_BINDING_ARGS = ['--bind-to none', '--map-by slot']",
+        "Open MPI 5 reads `-bind-to none` as the program `none`; 4 and MPICH take both forms",
+    ),
+    (
+        "setup.py",
+        "make_args.append('VERBOSE=1')",
+        "make_args.append('--verbose')",
+        "we build with Ninja, which pip installs: make may be missing",
+    ),
+]
