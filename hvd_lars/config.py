@@ -41,7 +41,7 @@ class Run(Section):
     """Where a run goes and what makes it repeatable."""
 
     name: Name = Field(default="run", description="stands in the run folder's name and the console")
-    dir: str | None = Field(default=None, description="run folder; runs/<name>-<time> when absent")
+    dir: str | None = Field(default=None, description="run folder; runs/NAME-TIME when absent")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="of weights, order, augmentation and dropout"
     )
