@@ -36,20 +36,21 @@ train: {duration: 20 epochs, global_batch: 1024}
 """
 
 
-def kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
+def kind(field: dict[str, Any]) -> str:
     """What a value may be, in few words."""
     if "anyOf" in field:
-        parts = [kind(option, schema) for option in field["anyOf"] if option.get("type") != "null"]
+        parts = [kind(option) for option in field["anyOf"] if option.get("type") != "null"]
         return " or ".join(parts)
     if "$ref" in field:
-        return f"[{titled(field['$ref'])}](#{anchor(field['$ref'])})"
+        name = titled(field["$ref"])
+        return f"[{name}](#{name.lower()})"
     if "enum" in field:
         return " ".join(f"`{value}`" for value in field["enum"])
     if "examples" in field:
         return f"duration: `{field['examples'][-1]}`"
     if field["type"] == "array":
         inner = field.get("items") or field["prefixItems"][0]
-        return f"list of {kind(inner, schema)}"
+        return f"list of {kind(inner)}"
     words = {"integer": "whole number", "number": "number", "boolean": "true or false"}
     word = words.get(field["type"], "text")
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -60,11 +61,6 @@ def kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
 def titled(reference: str) -> str:
     """The heading of a model."""
     return reference.rpartition("/")[2]
-
-
-def anchor(reference: str) -> str:
-    """The heading's address on its page."""
-    return titled(reference).lower()
 
 
 def default(field: dict[str, Any], required: bool) -> str:
@@ -79,7 +75,7 @@ def default(field: dict[str, Any], required: bool) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def table(model: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> list[str]:
+def table(model: dict[str, Any], prefix: str = "") -> list[str]:
     """The rows of one model."""
     lines = ["| key | default | allowed | |", "|---|---|---|---|"]
     for key, field in model["properties"].items():
@@ -87,7 +83,7 @@ def table(model: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> li
             continue
         told = field.get("description", "")
         needed = default(field, key in model.get("required", []))
-        lines.append(f"| `{prefix}{key}` | {needed} | {kind(field, schema)} | {told} |")
+        lines.append(f"| `{prefix}{key}` | {needed} | {kind(field)} | {told} |")
     return lines
 
 
@@ -104,14 +100,14 @@ def page() -> str:
             for name, reference in field["discriminator"]["mapping"].items():
                 model = models[titled(reference)]
                 lines += [f"### data.name: {name}\n", f"{model['description']}\n"]
-                lines += [*table(model, schema, f"{section}."), ""]
+                lines += [*table(model, f"{section}."), ""]
             continue
         model = models[titled(field["$ref"])]
-        lines += [f"{model['description']}\n", *table(model, schema, f"{section}."), ""]
+        lines += [f"{model['description']}\n", *table(model, f"{section}."), ""]
     lines.append("## Parts\n")
     for name in ("AugmentSettings", "CifarAugmentSettings", "Resize", "Expected"):
         lines += [f"### {name}\n", f"{models[name]['description']}\n"]
-        lines += [*table(models[name], schema), ""]
+        lines += [*table(models[name]), ""]
     return HEAD + "\n".join(lines).rstrip() + "\n"
 
 

@@ -40,8 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command in ("train", "eval", "bench"):
             from hvd_lars.comm import detect_launch
 
-            speak_as(detect_launch(os.environ).rank)
-            sys.exit(_run_on_ranks(options))
+            launch = detect_launch(os.environ)
+            speak_as(launch.rank)
+            sys.exit(_run_on_ranks(options, launch))
         sys.exit(TOOLS[options.command](options))
     except UserError as error:
         _fail_together(str(error))
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         os._exit(130)
 
 
-def _run_on_ranks(options: argparse.Namespace) -> int:
+def _run_on_ranks(options: argparse.Namespace, launch: Launch) -> int:
     """Join the ranks and train, evaluate or measure; returns the exit code."""
     # Read before torch is imported: most mistakes are in the config.
     if options.command != "eval":
@@ -66,7 +67,7 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
         path = str(options.run_folder / CONFIG)
         config = _config(path, [*anywhere, *options.overrides])
     from hvd_lars.cli.elastic import is_elastic, train_elastic
-    from hvd_lars.comm import connect, detect_launch
+    from hvd_lars.comm import connect
 
     if options.command == "train" and config.train.profile is not None:
         from hvd_lars.profiling import prepare_timeline
@@ -74,7 +75,6 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
         prepare_timeline()
     if options.command == "train" and is_elastic(os.environ):
         return train_elastic(options, config, _guarded)
-    launch = detect_launch(os.environ)
     groups = config.model.bn_sync_ranks > 1
     parts = options.command != "eval" and config.optimizer.placement != "replicated"
     comm = connect(config.comm.backend, config.run.expect_world_size, groups, parts)

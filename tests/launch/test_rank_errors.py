@@ -95,6 +95,7 @@ def test_a_full_disk_is_no_reason_to_stop(show):
             show(errors, "odd")
             errors.sample()
             errors.settle([])
+            assert errors.sample() == 0  # it was taken for shown
             with suppress(OSError):
                 stream.close()
 
