@@ -43,14 +43,18 @@ from hvd_lars.data.source import Request
 BATCH = 32
 
 
-def cases_of(root: Path, shards: Path, classes: int) -> dict[str, Callable[[], Iterator[object]]]:
+def cases_of(root: Path, shards: Path) -> dict[str, Callable[[], Iterator[object]]]:
     """Every contestant, making the batches of one epoch."""
     listing, packed = list_folder(str(root), None), load_shards(str(shards), "", "", None)
-    options = (classes, Augment(), 224, 256, 0)
+    options = (Augment(), 224, 256, 0)
     folder = Images(
-        FolderImages(listing.root, listing.train), FolderImages(listing.root, listing.val), *options
+        FolderImages(listing.root, listing.train),
+        FolderImages(listing.root, listing.val),
+        listing.identity(),
+        *options,
     )
-    sharded = Images(ShardImages(shards, packed.train), ShardImages(shards, packed.val), *options)
+    stores = ShardImages(shards, packed.train), ShardImages(shards, packed.val)
+    sharded = Images(*stores, packed.identity(), *options)
     order = np.random.default_rng(1).permutation(folder.num_train)
     requests = [Request(0, piece) for piece in np.split(order, len(order) // BATCH)]
     transform = transforms.Compose(
@@ -110,7 +114,7 @@ def main() -> None:
             work = Path(name)
             make_folder(work / "images", count // BATCH, 1, classes=BATCH, size=size)
             pack(str(work / "images"), work / "shards", 1, 512, lambda *_: None)
-            cases = cases_of(work / "images", work / "shards", BATCH)
+            cases = cases_of(work / "images", work / "shards")
             rates: dict[str, list[float]] = {name: [] for name in cases}
             for _ in range(arguments.rounds + 1):  # the first fills the page cache
                 for who, case in cases.items():

@@ -1,6 +1,6 @@
 """Saving and restoring the state of training over ranks.
 
-Imports checkpoint_files, progress, replicas, optim, comm and errors.
+Imports checkpoint_files, progress, replicas, optim, data, comm, terminal and errors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hvd_lars import checkpoint_files
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
+from hvd_lars.data.identity import DataIdentity
 from hvd_lars.errors import UserError
 from hvd_lars.optim import LARS
 from hvd_lars.progress import Progress
@@ -26,10 +27,19 @@ from hvd_lars.terminal import warn
 
 @final
 class Checkpointer:
-    """Checkpoints ``step-N`` under one folder; the newest ``keep_last`` and the best are kept."""
+    """Checkpoints ``step-N`` under one folder; the newest ``keep_last`` and the best are kept.
 
-    def __init__(self, folder: Path, comm: Communicator, keep_last: int = 2) -> None:
-        self._folder, self._comm, self._keep_last = folder, comm, keep_last
+    Each says that it is of ``data``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        comm: Communicator,
+        keep_last: int = 2,
+        data: DataIdentity | None = None,
+    ) -> None:
+        self._folder, self._comm, self._keep_last, self._data = folder, comm, keep_last, data
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
 
@@ -86,50 +96,20 @@ class Checkpointer:
             warn(f"{failure}; the run goes on")
         return failure
 
-    def find(self, source: Path | None = None) -> checkpoint_files.Found | None:
-        """The newest sound checkpoint, here or in ``source``; None where there is none.
-
-        Collective; reads all of it to compare checksums.  Damaged ones are named on standard error
-        and passed over.
-
-        Raises:
-            UserError: on every rank: all are damaged.
-        """
-        self.finish()
-        found = on_root(self._comm, lambda: checkpoint_files.find(source or self._folder))
-        if found is not None and self._comm.rank == 0:
-            for line in found.passed_over:
-                warn(f"{line}: taking {found.folder}")
-        return found
-
     def restore(
         self,
         model: nn.Module,
         optimizer: LARS | None = None,
         average: nn.Module | None = None,
-        found: checkpoint_files.Found | None = None,
     ) -> Progress:
-        """Load what :meth:`find` found, or finds now, on every rank; its progress.  Collective.
-
-        Only rank 0 reads.  Momentum is sent before parameters, and a checksum then proves that
-        all ranks hold the same bits.
-
-        Raises:
-            UserError: on every rank: there is none, all are damaged, or it is of another model.
-        """
-        found = found or self.find()
-        if found is None:
-            raise UserError(f"{self._folder}: no checkpoint (a folder step-N) in it")
-
-        def fill(live: dict[str, Tensor], names: list[str]) -> None:
-            on_root(self._comm, lambda: checkpoint_files.read(found, live, names))
-
-        load_state(found.names, fill, self._comm, model, optimizer, average)
-        return found.progress
+        """Load the newest sound checkpoint; as :func:`find_checkpoint` and :func:`restore`."""
+        self.finish()
+        found = find_checkpoint(self._folder, self._comm)
+        return restore(found, self._comm, model, optimizer, average)
 
     def _write(self, tensors: dict[str, Tensor], record: dict[str, object]) -> None:
         try:
-            checkpoint_files.write(self._folder, tensors, record, self._keep_last)
+            checkpoint_files.write(self._folder, tensors, record, self._keep_last, self._data)
         except UserError as error:
             self._failure = str(error)
         except OSError as error:
@@ -139,6 +119,53 @@ class Checkpointer:
 def _raise(failure: str | None) -> None:
     if failure is not None:
         raise UserError(failure)
+
+
+def find_checkpoint(folder: Path, comm: Communicator) -> checkpoint_files.Found:
+    """The newest sound checkpoint in ``folder``, or ``folder`` itself where it is one.
+
+    Collective; rank 0 reads all of it to compare checksums.  Damaged ones are named on standard
+    error and passed over.
+
+    Raises:
+        UserError: on every rank: there is none, or all are damaged.
+    """
+    found = look_for_checkpoint(folder, comm)
+    if found is None:
+        raise UserError(f"{folder}: no checkpoint (a folder step-N) in it")
+    return found
+
+
+def look_for_checkpoint(folder: Path, comm: Communicator) -> checkpoint_files.Found | None:
+    """As :func:`find_checkpoint`, but None where there is none."""
+    found = on_root(comm, lambda: checkpoint_files.find(folder))
+    if found is not None and comm.rank == 0:
+        for line in found.passed_over:
+            warn(f"{line}: taking {found.folder}")
+    return found
+
+
+def restore(
+    found: checkpoint_files.Found,
+    comm: Communicator,
+    model: nn.Module,
+    optimizer: LARS | None = None,
+    average: nn.Module | None = None,
+) -> Progress:
+    """Load a checkpoint on every rank; its progress.  Collective.
+
+    Only rank 0 reads.  Momentum is sent before parameters, and a checksum then proves that all
+    ranks hold the same bits.
+
+    Raises:
+        UserError: on every rank: it is of another model.
+    """
+
+    def fill(live: dict[str, Tensor], names: list[str]) -> None:
+        on_root(comm, lambda: checkpoint_files.read(found, live, names))
+
+    load_state(found.names, fill, comm, model, optimizer, average)
+    return found.progress
 
 
 def load_state(

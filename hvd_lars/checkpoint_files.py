@@ -1,7 +1,7 @@
-"""Checkpoints as folders on a file system, each whole or absent; imports files and errors.
+"""Checkpoints as folders on a file system, each whole or absent; imports data, files and errors.
 
-``step-N/`` holds every tensor by name in safetensors, the progress as JSON and, written last, a
-manifest with the sizes and SHA-256 of both.  Loading runs no code from a file.
+``step-N/`` holds every tensor by name in safetensors, the progress and which data it is of as JSON
+and, written last, a manifest with the sizes and SHA-256 of all.  Loading runs no code from a file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hvd_lars.data.identity import DataIdentity
 from hvd_lars.errors import UserError
 from hvd_lars.files import let_umask_decide, sha256_of, sync
 from hvd_lars.progress import Progress
 
-_TENSORS, _PROGRESS, _MANIFEST, _LATEST = (
+_TENSORS, _PROGRESS, _DATA, _MANIFEST, _LATEST = (
     "state.safetensors",
     "progress.json",
+    "data.json",
     "manifest.json",
     "latest",
 )
@@ -33,12 +35,16 @@ _TENSORS, _PROGRESS, _MANIFEST, _LATEST = (
 
 @dataclass(frozen=True)
 class Found:
-    """A sound checkpoint, and what was wrong with the newer ones that were passed over."""
+    """A sound checkpoint, and what was wrong with the newer ones that were passed over.
+
+    ``data`` is what it was trained on; None where it does not say.
+    """
 
     folder: Path
     progress: Progress
     names: tuple[str, ...]
     passed_over: tuple[str, ...]
+    data: DataIdentity | None = None
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -47,7 +53,11 @@ def folder_of(folder: Path, step: int) -> Path:
 
 
 def write(
-    folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], keep_last: int
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    progress: Mapping[str, Any],
+    keep_last: int,
+    data: DataIdentity | None = None,
 ) -> None:
     """Write ``step-N`` under another name, sync it, rename it, and forget old ones.
 
@@ -64,7 +74,10 @@ def write(
         save_file(dict(tensors), draft / _TENSORS)
         let_umask_decide(draft / _TENSORS)
         (draft / _PROGRESS).write_text(json.dumps(dict(progress), indent=2))
-        manifest = {name: _fingerprint(draft / name) for name in (_TENSORS, _PROGRESS)}
+        if data is not None:
+            (draft / _DATA).write_text(json.dumps(data.record()))
+        files = sorted(path.name for path in draft.iterdir())
+        manifest = {name: _fingerprint(draft / name) for name in files}
         (draft / _MANIFEST).write_text(json.dumps(manifest, indent=2))
         for path in (*draft.iterdir(), draft):
             sync(path)
@@ -87,9 +100,8 @@ def find(folder: Path) -> Found | None:
     Raises:
         UserError: there are checkpoints, and all are damaged; says what is wrong with the newest.
     """
-    itself = re.fullmatch(r"step-\d+", folder.name) is not None
     wrong: list[str] = []
-    for path in [folder] if itself else reversed(steps(folder)):
+    for path in [folder] if is_checkpoint(folder) else reversed(steps(folder)):
         try:
             return _open(path, tuple(wrong))
         except UserError as error:
@@ -121,9 +133,47 @@ def read(found: Found, live: Mapping[str, Tensor], names: list[str]) -> None:
             tensor.copy_(stored)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the name is a checkpoint's, and not a folder's of checkpoints."""
+    return re.fullmatch(r"step-\d+", folder.absolute().name) is not None
+
+
+def choose(folder: Path, which: str) -> Path:
+    """The checkpoint under ``folder`` that ``which`` means.
+
+    ``latest`` is ``folder`` itself, from which :func:`find` takes the newest sound one; ``best``
+    the one with the greatest top-1 of those whose step was evaluated; a number is a step; all else
+    is the path of a checkpoint.
+
+    Raises:
+        UserError: there is none such.
+    """
+    there = steps(folder)
+    if which == "latest":
+        return folder
+    if which == "best":
+        best = max(there, key=_top1, default=None)
+        if best is None or _top1(best) < 0.0:
+            raise UserError(f"--checkpoint best: no checkpoint in {folder} was evaluated")
+        return best
+    if re.fullmatch(r"[0-9]+", which):
+        path = folder_of(folder, int(which))
+        if path not in there:
+            kept = ", ".join(str(int(each.name.removeprefix("step-"))) for each in there)
+            raise UserError(f"--checkpoint {which}: {folder} has those of steps {kept or 'none'}")
+        return path
+    path = Path(which)
+    if not is_checkpoint(path) or not path.is_dir():
+        raise UserError(
+            f"--checkpoint {which}: no checkpoint there (a folder step-N); allowed: latest, best, "
+            f"a step, or a path"
+        )
+    return path
+
+
 def steps(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [path for path in folder.glob("step-*") if is_checkpoint(path)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -131,15 +181,18 @@ def _open(folder: Path, passed_over: tuple[str, ...]) -> Found:
     """Read the progress and names of a checkpoint after checking its files."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        for name in (_TENSORS, _PROGRESS):
+        for name in (_TENSORS, _PROGRESS, *({_DATA} & set(manifest))):
             if manifest[name] != _fingerprint(folder / name):
                 raise UserError(f"{folder / name}: damaged: not what {_MANIFEST} says")
         progress = Progress.from_json((folder / _PROGRESS).read_text())
         with safe_open(folder / _TENSORS, framework="pt") as tensors:
             names = tuple(tensors.keys())
+        data = None
+        if _DATA in manifest:
+            data = DataIdentity.from_json((folder / _DATA).read_bytes())
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise UserError(f"{folder}: damaged checkpoint: {error}") from None
-    return Found(folder, progress, names, passed_over)
+    return Found(folder, progress, names, passed_over, data)
 
 
 def _forget(folder: Path, keep_last: int) -> None:

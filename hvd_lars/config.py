@@ -48,6 +48,10 @@ class Run(Section):
     expect_world_size: Positive | None = Field(
         default=None, description="refuse any other rank count"
     )
+    allow_other_data: bool = Field(
+        default=False,
+        description="go on with, or evaluate, other data than the run has seen; holds once",
+    )
     max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None, description="stop with a checkpoint and exit code 75 after so many hours"
     )

@@ -1,4 +1,4 @@
-"""Exact evaluation over all ranks; imports replicas and comm.base."""
+"""Exact evaluation over all ranks; imports replicas, comm.base and errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from torch.nn import functional
 
 from hvd_lars.comm.base import Communicator
 from hvd_lars.data import Request, Source, stream
+from hvd_lars.errors import UserError
 from hvd_lars.replicas import average_buffers
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy in nats, fractions that are right, and over how many samples."""
+    """Mean cross-entropy in nats, fractions that are right, and over how many samples.
+
+    ``num_samples`` are those that could be read.
+    """
 
     loss: float
     top1: float
@@ -44,9 +48,13 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate on every sample exactly once: rank r takes samples r, r + size and so on.
 
-    Nothing is padded, and counts are summed over ranks, so the result does not depend on their
-    number.  Top-5 is top-C where there are C < 5 classes.  Collective; ``stopped`` is too, is asked
-    equally often on all ranks, and ends it early with None.
+    Nothing is padded, nothing takes the place of what cannot be read, and counts are summed over
+    ranks, so the result does not depend on their number.  Top-5 is top-C where there are C < 5
+    classes.  Collective; ``stopped`` is too, and is asked equally often on all ranks: before every
+    batch, where it ends the evaluation with None, and after the last, where it does not.
+
+    Raises:
+        UserError: on every rank: no sample can be read.
     """
     average_buffers(model, comm)
     was_training = model.training
@@ -63,6 +71,8 @@ def evaluate(
         if made is None:
             continue
         request, (images, labels) = made
+        if len(labels) == 0:
+            continue
         images, labels = source.on_device(images, labels, request)
         logits = model(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
@@ -70,7 +80,10 @@ def evaluate(
         sums[1] += best[:, 0].sum()
         sums[2] += best.sum()
         sums[3] += len(labels)
+    stopped()
     model.train(was_training)
     comm.start_all_reduce_sum(sums, "evaluation").wait()
     loss, top1, top5, count = sums.tolist()
+    if count == 0:
+        raise UserError(f"none of the {source.num_eval:,} test images can be read")
     return Evaluation(loss / count, top1 / count, top5 / count, int(count))

@@ -1,4 +1,4 @@
-"""Files that must survive a crash or be what they were; imports nothing of hvd_lars."""
+"""Files that must survive a crash or be what they were; imports errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import hashlib
 import os
 from pathlib import Path
 from typing import IO, final
+
+from hvd_lars.errors import UserError
+
+
+def expand_user(path: str | Path, key: str) -> Path:
+    """The path with ``~`` as the user's home; UserError names the key where there is no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no HOME, and a user whom the system does not know
+        raise UserError(
+            f"{key}: {path}: this user has no home folder; set HOME, or write the path without ~"
+        ) from None
 
 
 def sha256_of(path: Path) -> str:

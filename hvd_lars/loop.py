@@ -24,7 +24,6 @@ from hvd_lars.profiling import Profile
 from hvd_lars.progress import Progress
 from hvd_lars.recorder import Recorder
 from hvd_lars.replicas import broadcast_and_verify, named_state, verify_agreement
-from hvd_lars.terminal import warn
 from hvd_lars.trainer import Trainer
 from hvd_lars.votes import Outcome, Votes
 
@@ -161,12 +160,11 @@ class Loop:
         return Summary(evaluation, rate, seconds, stopped, kept)
 
     def _agree(self, counted: Tensor | None = None) -> Outcome:
-        """What the ranks agreed on, after telling of images that were replaced."""
+        """What the ranks agreed on, after noting images that cannot be read."""
         outcome = self.votes.count(counted)
-        for line in outcome.replaced:
-            if self._comm.rank == 0:
-                warn(f"{line}: another takes its place")
-            self.recorder.record("event", self.trainer.progress.step, event="replaced", image=line)
+        for line, evaluation in outcome.unreadable:
+            event = "not_evaluated" if evaluation else "replaced"
+            self.recorder.record("event", self.trainer.progress.step, event=event, image=line)
         return outcome
 
     def _train_and_log(self, batches: Iterator[tuple[Request, Batch]]) -> None:
@@ -177,12 +175,14 @@ class Loop:
         self.trainer.placement.gradients.votes = self.votes.cast()
         loss = self.trainer.train_step(progress.step, batches)
         progress.step += 1
+        progress.samples += self.trainer.batches.global_batch
         progress.top1 = None
         if self.trainer.optimizer.skipped:
             self.recorder.record(
                 "event", progress.step, event="skipped", in_row=progress.skipped_in_row
             )
-            if progress.skipped_in_row > self.max_skipped_steps:
+            none = progress.step == progress.skipped_steps == self.intervals.total
+            if none or progress.skipped_in_row > self.max_skipped_steps:
                 raise UserError(self._diverged(self._keep(beside=False)))
         self.recorder.step_taken(None if self.trainer.optimizer.skipped else loss)
         if self.verify_every and progress.step % self.verify_every == 0:
@@ -195,14 +195,17 @@ class Loop:
         bad = self.trainer.optimizer.first_not_finite()
         names = [name for name, param in self.trainer.model.named_parameters() if param is bad]
         progress = self.trainer.progress
+        count = f"{progress.skipped_in_row} steps in a row, up to step {progress.step},"
+        if progress.skipped_steps == progress.step:
+            count = f"all {progress.step} steps"
         return (
-            f"train.max_skipped_steps: {progress.skipped_in_row} steps in a row, up to step "
-            f"{progress.step}, had gradients that are not finite, first in {', '.join(names)}; "
-            f"allowed: {self.max_skipped_steps}; the weights from before them are in {kept}"
+            f"train.max_skipped_steps: {count} had gradients that are not finite, first in "
+            f"{', '.join(names)}; allowed: {self.max_skipped_steps} in a row; the weights from "
+            f"before them are in {kept}"
         )
 
     def _evaluate(self) -> tuple[Evaluation | None, str | None]:
-        """Evaluate the model, and its average where there is one; why that was not finished."""
+        """Evaluate the model, and its average where there is one; who asked to stop meanwhile."""
         self.trainer.placement.complete_parameters()
         stopped: list[str] = []
 
@@ -218,13 +221,13 @@ class Loop:
         if result is not None and trainer.average is not None:
             average = evaluate(trainer.average.module, *options, stopped=asked)
         self._doing = ""
-        if stopped or result is None:
+        if result is None or (trainer.average is not None and average is None):
             return None, stopped[0]
         self.trainer.progress.evaluation_due = False
         fields = result.record() | ({} if average is None else average.record("ema_"))
         self.trainer.progress.top1 = result.top1
         self.recorder.record("eval", self.trainer.progress.step, **fields)
-        return result, None
+        return result, stopped[0] if stopped else None
 
     def _keep(self, beside: bool) -> Path | None:
         """Save everything; collective."""

@@ -26,19 +26,27 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 class LossScale:
     """The factor of the loss that keeps float16 gradients above zero and below infinity.
 
-    Halved when a step overflows, doubled after ``growth_steps`` steps without one.
+    Halved when a step overflows, but not below 1, where it would no longer help; doubled after
+    ``growth_steps`` steps without one.
 
     Source:
         Micikevicius et al. 2018, arXiv 1710.03740, §3.2; the values are those of torch.amp.
     """
 
+    FLOOR = 1.0
+
     def __init__(self, value: float = 2.0**16, growth_steps: int = 2000) -> None:
         self.value, self._growth_steps, self.good_steps = value, growth_steps, 0
+
+    @property
+    def at_floor(self) -> bool:
+        """Whether a step that is not finite now is so for another reason than the scale."""
+        return self.value <= self.FLOOR
 
     def update(self, skipped: bool) -> None:
         """Take note of a step; all ranks must say the same."""
         if skipped:
-            self.value, self.good_steps = self.value / 2.0, 0
+            self.value, self.good_steps = max(self.value / 2.0, self.FLOOR), 0
             return
         self.good_steps += 1
         if self.good_steps == self._growth_steps:

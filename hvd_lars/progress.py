@@ -14,17 +14,20 @@ class Progress:
 
     Attributes:
         step: optimizer steps that are done.
+        samples: that they took; not the product with the global batch where that was changed.
         evaluation_due: the evaluation after them was interrupted.
         window_steps: steps since the last log line.
         window_losses: by rank, its share of their losses.
         skipped_steps: steps that were left out since the start, as a norm was not finite.
-        skipped_in_row: those since the last good one.
+        skipped_in_row: those since the last good one; without those of float16 that a smaller
+            scale of the loss may mend.
         loss_scale: factor of the loss (float16), and
         good_steps: how many steps it has stood; zeros elsewhere.
         top1: of the evaluation after ``step``, where there was one.
     """
 
     step: int = 0
+    samples: int = 0
     evaluation_due: bool = False
     window_steps: int = 0
     window_losses: list[float] = field(default_factory=list)

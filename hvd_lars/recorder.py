@@ -105,7 +105,7 @@ class Recorder:
         self.record(
             "train",
             progress.step,
-            samples=progress.step * trainer.batches.global_batch,
+            samples=progress.samples,
             loss=sums[0].item() / steps if steps else float("nan"),
             lr=trainer.schedule(progress.step - 1),
             images_per_second=steps * trainer.batches.global_batch / seconds,

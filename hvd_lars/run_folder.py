@@ -1,10 +1,11 @@
-"""The folder of one run: config.yaml, environment.json, metrics.jsonl, layers.jsonl, checkpoints/.
+"""The folder of one run: its config, environment and data, its records and checkpoints.
 
 Imports errors and files.  Its functions run on rank 0.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -17,37 +18,70 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lars.errors import UserError
-from hvd_lars.files import sync
+from hvd_lars.files import expand_user, sync
 
-CONFIG, ENVIRONMENT, METRICS, LAYERS, CHECKPOINTS, STOP = (
+CONFIG, ENVIRONMENT, METRICS, LAYERS, CHECKPOINTS, STOP, DATA = (
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
     "layers.jsonl",
     "checkpoints",
     "STOP",
+    "data.json",
 )
 
 
+def refuse_other_run(wanted: str) -> Path:
+    """The folder that ``run.dir`` names; UserError where it holds a run already."""
+    folder = expand_user(wanted, "run.dir")
+    if (folder / METRICS).exists() or (folder / CONFIG).exists():
+        raise UserError(
+            f"run.dir: {folder} holds a run already; name another folder, or --resume it"
+        )
+    return folder
+
+
 def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Path:
-    """Make and return the run's folder: ``wanted``, or ``runs/<name>-<time>``.
+    """Make and return the run's folder: ``wanted``, or one of its own, ``runs/<name>-<time>``.
+
+    It is this run's alone: of two that start at once, one makes the folder or the file that
+    claims it.
 
     Raises:
         UserError: it cannot be written, or holds a run already and is not to be used ``again``.
     """
     unnamed = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(wanted).expanduser() if wanted else unnamed
-    if not again and ((folder / METRICS).exists() or (folder / CONFIG).exists()):
-        raise UserError(
-            f"run.dir: {folder} holds a run already; name another folder, or --resume it"
-        )
+    folder = expand_user(wanted, "run.dir") if wanted else unnamed
     try:
+        if wanted is None:
+            folder = _make_new(unnamed)
+        elif not again:
+            refuse_other_run(wanted)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).touch(exist_ok=False)
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
+    except FileExistsError as error:
+        if Path(error.filename or "").name == CONFIG:  # another run was quicker
+            refuse_other_run(str(wanted))
+        raise UserError(f"run.dir: {folder} cannot be written: {error.strerror}") from None
     except OSError as error:
         raise UserError(f"run.dir: {folder} cannot be written: {error.strerror}") from None
     return folder
+
+
+def _make_new(folder: Path) -> Path:
+    """Make ``folder``, or with a number behind its name where another run has taken that."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        found = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            found.mkdir()
+        except FileExistsError:
+            continue
+        return found
+    raise AssertionError("there is always a next number")
 
 
 def require_run(folder: Path) -> None:
@@ -58,12 +92,25 @@ def require_run(folder: Path) -> None:
 
 
 def describe_run(
-    folder: Path, config_yaml: str, ranks: dict[str, Any], device: str, threads: int
+    folder: Path,
+    config_yaml: str,
+    data: dict[str, Any],
+    ranks: dict[str, Any],
+    device: str,
+    threads: int,
 ) -> None:
-    """Write the resolved config and what it runs on."""
-    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+    """Write the resolved config, which data it trains on, and what it runs on."""
+    _replace(folder / CONFIG, config_yaml)
+    _replace(folder / DATA, json.dumps(data) + "\n")
     facts = environment_facts() | {"device": device, "threads": threads} | ranks
-    (folder / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _replace(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """The whole text in place of what was there, or what was there."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def forget_after(folder: Path, step: int) -> None:

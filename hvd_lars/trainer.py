@@ -105,7 +105,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step)
         self.optimizer.zero_grad()
-        if self.loss_scale is None and self._buffers:
+        if self._buffers:
             torch._foreach_copy_(self._held, self._buffers)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         share = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -128,30 +128,41 @@ class Trainer:
             ):
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
             share += loss.detach()
-        self._step()
+        self._step(share)
         if self.average is not None and not self.optimizer.skipped:
             self.placement.complete_parameters()
             self.average.update_parameters(self.model)
         return share
 
-    def _step(self) -> None:
-        """Let the optimizer step; where a norm is not finite, all ranks leave the step out."""
+    def _step(self, share: Tensor) -> None:
+        """Let the optimizer step; where a norm is not finite, all ranks leave the step out.
+
+        ``share`` is this rank's part of the loss.  In float16 a step that overflowed because the
+        loss was scaled too far is none of those in a row that may end the run.
+        """
         scale, progress = self.loss_scale, self.progress
         self.optimizer.loss_scale = 1.0 if scale is None else scale.value
         with self.watch.part("optimizer"):
             self.optimizer.step()
-        skipped = self.optimizer.skipped
-        if scale is not None:
-            scale.update(skipped)
-        if not skipped:
+        if not self.optimizer.skipped:
             progress.skipped_in_row = 0
+            if scale is not None:
+                scale.update(skipped=False)
             return
         progress.skipped_steps += 1
-        if scale is None:
+        if scale is None or scale.at_floor or self._lost(share):
             progress.skipped_in_row += 1
-            # What the bad batch did to running statistics is undone as well.
-            for buffer, held in zip(self._buffers, self._held, strict=True):
-                buffer.copy_(held)
+        if scale is not None:
+            scale.update(skipped=True)
+        # What the bad batch did to running statistics is undone as well.
+        for buffer, held in zip(self._buffers, self._held, strict=True):
+            buffer.copy_(held)
+
+    def _lost(self, share: Tensor) -> bool:
+        """Whether any rank's loss, which no scale was applied to, is not finite; collective."""
+        lost = (~share.isfinite()).double().cpu()
+        self.comm.start_all_reduce_sum(lost, "lost").wait()
+        return bool(lost)
 
     def _next(self, batches: Iterator[tuple[Request, Batch]]) -> Batch:
         """The next micro-batch on the device, ready for the model."""
@@ -163,6 +174,8 @@ class Trainer:
     def resume(self, progress: Progress) -> None:
         """Go on from a checkpoint, whose tensors are restored already."""
         self.progress = progress
+        if not progress.samples:  # of a checkpoint that did not count them
+            progress.samples = progress.step * self.batches.global_batch
         if self.loss_scale is not None and progress.loss_scale:
-            self.loss_scale.value = progress.loss_scale
+            self.loss_scale.value = max(progress.loss_scale, LossScale.FLOOR)
             self.loss_scale.good_steps = progress.good_steps

@@ -38,8 +38,7 @@ def folder(tmp_path):
 def source_of(folder, seed=0, augment=None, **options):
     listing = list_folder(str(folder), None)
     train, val = (FolderImages(listing.root, split) for split in (listing.train, listing.val))
-    classes = len(listing.classes)
-    return Images(train, val, classes, augment or Augment(), 16, 20, seed, **options)
+    return Images(train, val, listing.identity(), augment or Augment(), 16, 20, seed, **options)
 
 
 def test_a_folder_is_listed_by_class(folder):
@@ -57,7 +56,7 @@ def test_the_list_is_remembered_until_a_class_folder_changes(folder, tmp_path, m
     cache = tmp_path / "cache"
     first = list_folder(str(folder), cache)
     with monkeypatch.context() as patch:
-        patch.setattr(listing, "_scan", lambda *_: pytest.fail("scanned again"))
+        patch.setattr(listing, "_list", lambda *_: pytest.fail("scanned again"))
         again = list_folder(str(folder), cache)
     assert again.train.paths.tolist() == first.train.paths.tolist()
     assert again.classes == first.classes
@@ -176,31 +175,106 @@ def test_a_name_that_is_not_utf8_is_read(folder):
 
 def test_a_picture_of_absurd_size_is_named(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match="not a readable image: Image size"):
-        source_of(folder).eval_batch(np.arange(1))
+    source = source_of(folder)
+    assert len(source.eval_batch(np.arange(1))[1]) == 0
+    assert "val/ant/0.JPEG: not a readable image: Image size" in source.unreadable[0].line
+
+
+DAMAGED = ("ant/0.JPEG", "ant/1.png", "cat/1.png")  # the first two, and the last
+
+
+def damage(folder, split):
+    """Three images that cannot be read, each for another reason."""
+    (folder / split / DAMAGED[0]).write_bytes(b"no image")
+    (folder / split / DAMAGED[1]).unlink()
+    last = folder / split / DAMAGED[2]
+    last.write_bytes(last.read_bytes()[:60])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(folder, workers):
-    images, labels = source_of(folder).eval_batch(np.arange(6))
-    source, everything = source_of(folder), Request(None, np.arange(6))
-    (folder / "val/ant/0.JPEG").write_bytes(b"no image")  # the first two, and the last
-    (folder / "val/ant/1.png").unlink()
-    (folder / "val/cat/1.png").write_bytes((folder / "val/cat/1.png").read_bytes()[:60])
+def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(tmp_path, workers):
+    folder = make_folder(tmp_path / "images", train=2)
+    everything = Request(0, np.arange(6))
+    _, labels = source_of(folder).train_batch(*everything)
+    source = source_of(folder)
+    damage(folder, "train")
     for made in list(stream(source, [everything, everything], workers)):
         assert made[1][1].tolist() == labels[[2, 2, 2, 3, 4, 2]].tolist()
-        assert torch.equal(made[1][0], images[[2, 2, 2, 3, 4, 2]])
-    assert {line.partition(": ")[0] for line in source.replaced} == {
-        f"{folder}/val/{name}" for name in ("ant/0.JPEG", "ant/1.png", "cat/1.png")
+    assert {(line.partition(": ")[0], evaluation) for line, evaluation in source.unreadable} == {
+        (f"{folder}/train/{name}", False) for name in DAMAGED
     }
     if workers == 0:
-        assert len(source.replaced) == 3  # once each
-    for path in folder.glob("val/*/*"):
+        assert len(source.unreadable) == 3  # once each
+    for path in folder.glob("train/*/*"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="not a readable image") as caught:
+    with pytest.raises(UserError, match="5 images in a row cannot be read; .*not a readable") as e:
         list(stream(source_of(folder), [everything], workers))
-    assert folder.name in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
+    assert folder.name in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_test_image_that_cannot_be_read_is_not_evaluated(folder, workers):
+    images, labels = source_of(folder).eval_batch(np.arange(6))
+    source = source_of(folder)
+    damage(folder, "val")
+    requests = [Request(None, np.arange(6)), Request(None, np.array([0, 1]))]
+    (_, some), (_, none) = stream(source, requests, workers)
+    assert torch.equal(some[0], images[[2, 3, 4]])
+    assert some[1].tolist() == labels[[2, 3, 4]].tolist()
+    assert (none[0].shape, none[1].shape) == ((0, 3, 16, 16), (0,))
+    assert {(line.partition(": ")[0], evaluation) for line, evaluation in source.unreadable} == {
+        (f"{folder}/val/{name}", True) for name in DAMAGED
+    }
+
+
+LITTER = (".ipynb_checkpoints/0-checkpoint.png", ".git/x.png", "__MACOSX/._0.png", "@eaDir/0.png")
+
+
+def test_what_systems_leave_behind_is_no_class_and_no_image(folder):
+    """Hidden folders once became class 0 and shifted every label."""
+    wanted = list_folder(str(folder), None)
+    picture = (folder / "val/ant/1.png").read_bytes()
+    for place in ("train", "val", "train/ant", "val/bee"):
+        for name in (*LITTER, "._0.JPEG", ".DS_Store", "Thumbs.db"):
+            (folder / place / name).parent.mkdir(exist_ok=True)
+            (folder / place / name).write_bytes(picture)
+    (folder / "train/astray.png").write_bytes(picture)
+    found = list_folder(str(folder), None)
+    assert found.classes == wanted.classes
+    assert found.identity() == wanted.identity()
+    assert found.left_out == (
+        "6 hidden, 6 hidden beside the class folders, 1 .png beside the class folders"
+    )
+
+
+def test_whatever_pillow_reads_is_an_image_in_sub_folders_too(tmp_path):
+    """The order is torchvision's."""
+    from torchvision.datasets import ImageFolder
+
+    root = make_folder(tmp_path / "images", train=1, val=1)
+    picture = Image.fromarray(np.full((30, 40, 3), 200, np.uint8))
+    for ending in ("tif", "TIFF", "gif", "jfif", "pgm", "jp2", "tga"):
+        (root / "train/bee/deep/er").mkdir(parents=True, exist_ok=True)
+        picture.save(root / f"train/bee/deep/er/x.{ending}")
+    (root / "train/bee/deep-1").mkdir()
+    picture.save(root / "train/bee/deep-1/y.png")
+    for name in ("notes.txt", "boxes.txt", "sound.mpg", "table.h5", "program.eps", "README"):
+        (root / "train/bee" / name).write_text("no image")
+    (root / "train/bee/deep/up").symlink_to(root / "train/bee")  # a circle
+    cache = tmp_path / "cache"
+    listing = list_folder(str(root), cache)
+    assert listing.train.labels.tolist() == [0, *[1] * 9, 2]
+    assert listing.left_out == "2 .txt, 1 .eps, 1 .h5, 1 .mpg, 1 without an ending"
+    (root / "train/bee/deep/up").unlink()
+    theirs = ImageFolder(str(root / "train"), is_valid_file=lambda path: "." in path[-5:])
+    odd = (".txt", ".mpg", ".h5", ".eps")
+    wanted = [path for path, _ in theirs.samples if not path.endswith(odd)]
+    assert [f"{root}/{path.decode()}" for path in listing.train.paths.tolist()] == wanted
+    images, _ = source_of(root, augment=Augment(flip=False)).train_batch(0, np.arange(1, 10))
+    assert (images[1:].float() - 200).abs().max() <= 2
+    picture.save(root / "train/bee/deep/er/late.png")  # far below the class's own folder
+    assert len(list_folder(str(root), cache).train.paths) == 12
 
 
 def break_by(folder, how):
@@ -214,6 +288,7 @@ def break_by(folder, how):
     elif how == "no images":
         for path in (folder / "val/bee").iterdir():
             path.unlink()
+        (folder / "val/bee/notes.txt").touch()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +297,7 @@ def break_by(folder, how):
         ("no train", "train: No such file or directory; a folder with one folder of images a"),
         ("no classes", "val: no class folders in it"),
         ("classes differ", r"class cat is in train but not in val \(2 in one split only\)"),
-        ("no images", "val/bee: no images in it"),
+        ("no images", "val/bee: no images in it, only 1 .txt"),
     ],
 )
 def test_bad_layouts_get_one_line(folder, how, message):

@@ -1,13 +1,17 @@
 """Steps that are left out, checkpoints beside training, and agreement to stop."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import assert_same_parameters, one_device, tiny_loop, tiny_trainer
 
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.data.source import Unreadable
 from hvd_lars.errors import UserError
+from hvd_lars.evaluation import evaluate
 from hvd_lars.optim import Replicated, Sharded
+from hvd_lars.precision import LossScale
 from hvd_lars.progress import Progress
 from hvd_lars.replicas import ReplicasDifferError, named_state, verify_agreement
 from hvd_lars.stopping import StopRequests
@@ -38,32 +42,96 @@ def with_bad_images(trainer, comm, steps):
     trainer.source.train_batch = train_batch
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(comm, tmp_path, norm):
+@pytest.mark.parametrize("placed", [Replicated, Sharded])
+@pytest.mark.parametrize(
+    ("norm", "precision"), [(False, "fp32"), (True, "fp32"), (True, "fp16"), (True, "bf16")]
+)
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(
+    comm, tmp_path, norm, precision, placed
+):
+    """Whatever it touched is as before: weights, running statistics, the average, momentum."""
     folder = comm.broadcast_object(tmp_path)
-    trainer = tiny_trainer(comm, torch.float64, 16, norm=norm)
+    dtype = torch.float64 if precision == "fp32" else torch.float32
+    options = {"norm": norm, "precision": precision, "placed": placed, "ema": 0.5}
+    trainer = tiny_trainer(comm, dtype, 16, **options)
     with_bad_images(trainer, comm, {1, 2})
     records = Records()
     states = []
     take = trainer.train_step
 
     def remembering(step, batches):
-        states.append({n: t.clone() for n, t in named_state(trainer.model).items()})
+        trainer.placement.complete_parameters()
+        state = named_state(trainer.model, trainer.optimizer, trainer.average)
+        states.append({n: t.clone() for n, t in state.items()})
         return take(step, batches)
 
     trainer.train_step = remembering
     tiny_loop(trainer, folder, sinks=[records]).run()
     for name in states[1]:
         assert torch.equal(states[1][name], states[3][name]), name
+    assert len(states[1]) == 3 * len(list(trainer.model.parameters())) + 1 + 2 * len(
+        list(trainer.model.buffers())
+    )
     assert any(not torch.equal(states[3][name], states[4][name]) for name in states[3])
     assert trainer.progress.skipped_steps == 2
     skipped = [r["step"] for r in records if r.get("event") == "skipped"]
     assert skipped == [2, 3]
     losses = [r["loss"] for r in records if r["kind"] in ("train", "eval")]
     assert torch.tensor(losses).isfinite().all()
-    state = named_state(trainer.model, trainer.optimizer)
+    state = named_state(trainer.model, trainer.optimizer, trainer.average)
     assert all(tensor.isfinite().all() for tensor in state.values())
     verify_agreement(state, comm)
+    if precision == "fp16":
+        assert trainer.loss_scale.value == 2.0**14
+
+
+def test_a_diverged_run_in_float16_ends_as_one_in_float32_does(comm, tmp_path):
+    """Its loss is not finite, which no scale of the loss mends."""
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float32, 16, norm=True, precision="fp16")
+    with_bad_images(trainer, comm, set(range(2, 8)))
+    with pytest.raises(UserError, match=r"3 steps in a row, up to step 5, .* first in 0.weight;"):
+        tiny_loop(trainer, folder, max_skipped_steps=2).run()
+
+
+def overflowing(trainer, largest):
+    """Let gradients overflow as long as the loss is scaled by more than ``largest``."""
+    step = trainer.optimizer.step
+
+    def overflow():
+        if trainer.loss_scale.value > largest:
+            trainer.placement.gradients.buckets[0].flat.fill_(torch.inf)
+        step()
+
+    trainer.optimizer.step = overflow
+
+
+def test_a_scale_that_is_too_large_at_first_ends_no_run(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float32, 16, precision="fp16")
+    overflowing(trainer, 2.0**10)
+    tiny_loop(trainer, folder, max_skipped_steps=0).run()
+    assert trainer.progress.skipped_steps == 6
+    assert trainer.loss_scale.value == 2.0**10
+
+
+def test_gradients_that_overflow_at_any_scale_end_the_run(comm, tmp_path):
+    """The scale has a floor, where steps that are left out count."""
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float32, 16, precision="fp16")
+    trainer.loss_scale.value = 4.0
+    overflowing(trainer, 0.0)
+    with pytest.raises(UserError, match="all 5 steps had gradients that are not finite"):
+        tiny_loop(trainer, folder, max_skipped_steps=2).run()
+    assert trainer.loss_scale.value == LossScale.FLOOR == 1.0
+
+
+def test_a_run_of_which_no_step_could_be_taken_is_not_done(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float32, 16)
+    with_bad_images(trainer, comm, set(range(8)))
+    with pytest.raises(UserError, match="all 8 steps had gradients that are not finite"):
+        tiny_loop(trainer, folder, max_skipped_steps=10).run()
 
 
 def test_too_many_in_a_row_end_the_run_and_name_the_layer(comm, tmp_path):
@@ -136,19 +204,52 @@ def test_rank_0s_clock_says_when_a_checkpoint_is_due(comm, tmp_path):
     assert not Votes(comm, keep_every=3600.0).count().keep
 
 
-def test_a_bad_image_is_told_once_whichever_ranks_meet_it(comm):
-    mine = ["a.png: empty", f"{comm.rank}.png: empty"]
-    votes = Votes(comm, None, mine, num_images=100, max_bad_fraction=0.05)
-    assert votes.count().replaced == ("0.png: empty", "a.png: empty", *(
-        f"{rank}.png: empty" for rank in range(1, comm.size)
-    ))  # fmt: skip
-    assert votes.count().replaced == ()
-    mine.append("a.png: empty")
-    assert votes.count().replaced == ()
+def test_a_bad_image_is_told_once_whichever_ranks_meet_it(comm, capfd):
+    bad = [Unreadable("a.png: empty", True), Unreadable(f"{comm.rank}.png: empty", False)]
+    mine = list(bad)
+    votes = Votes(comm, None, mine, num_train=100, num_eval=20, max_bad_fraction=0.05)
+    assert votes.count().unreadable == (
+        *(Unreadable("0.png: empty", False), bad[0]),
+        *(Unreadable(f"{rank}.png: empty", False) for rank in range(1, comm.size)),
+    )
+    said = capfd.readouterr().err
+    if comm.rank == 0:
+        assert said.count("a.png: empty: not evaluated") == 1
+        assert said.count("0.png: empty: another takes its place") == 1
+    assert votes.count().unreadable == ()
+    mine.append(bad[0])
+    assert votes.count().unreadable == ()
     if comm.rank == comm.size - 1:
-        mine.extend(f"more-{i}.png: empty" for i in range(5))
-    with pytest.raises(UserError, match=r"max_bad_fraction: \d of 100 images cannot .*more-0.png"):
+        mine.append(Unreadable("more.png: empty", True))  # two of 20, though not of 120
+    with pytest.raises(UserError, match="max_bad_fraction: 2 of 20 test images .* as more.png"):
         votes.count()
+
+
+@pytest.mark.parametrize("bad", [1, 20, 37])
+def test_only_images_that_were_read_are_measured(comm, bad):
+    """Whichever ranks meet those that cannot be read, and however they are cut into batches."""
+    trainer = tiny_trainer(comm, torch.float64, 16)
+    source, model = trainer.source, trainer.model
+    take = source.eval_batch
+
+    def eval_batch(indices):
+        return take(indices[indices >= bad])
+
+    source.eval_batch = eval_batch
+    asked = []
+    options = model, source, comm, 4, trainer.device
+    if bad == source.num_eval:
+        with pytest.raises(UserError, match="none of the 37 test images can be read"):
+            evaluate(*options)
+        return
+    found = evaluate(*options, stopped=lambda: bool(asked.append(1)))
+    images, labels = take(np.arange(bad, 37))
+    with torch.no_grad():
+        logits = model(images)
+    assert found.num_samples == 37 - bad
+    assert found.top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    assert len(asked) == -(-37 // (4 * comm.size)) + 1  # after the last batch, too
 
 
 def test_a_stop_in_the_middle_of_an_evaluation_leaves_it_for_later(comm, tmp_path):

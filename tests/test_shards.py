@@ -35,7 +35,7 @@ def load(root, **options):
 
 def images_of(shards, root):
     stores = (ShardImages(root, split) for split in (shards.train, shards.val))
-    return Images(*stores, shards.num_classes, Augment(), 16, 20, seed=0)
+    return Images(*stores, shards.identity(), Augment(), 16, 20, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_packed_folder_holds_the_same_files(folder, packed):
         f"train-{i:06d}.tar" for i in range(3)
     ] + ["val-000000.tar"]
     shards = load(packed)
-    assert shards.num_classes == 3
+    assert shards.classes == ("ant", "bee", "cat")
     found = sorted(
         (int(label), (packed / shards.train.names[s]).read_bytes()[o : o + n])
         for s, o, n, label in zip(
@@ -236,7 +236,7 @@ def foreign(folder, tmp_path):
 def test_we_read_webdatasets_shards(folder, foreign, tmp_path):
     cache = tmp_path / "cache"
     shards = load(foreign, cache=cache)
-    assert shards.num_classes == 3
+    assert shards.classes == ("0", "1", "2")
     assert len(shards.train.labels) == 27
     found, labels = images_of(shards, foreign).eval_batch(np.arange(9))
     wanted, wanted_labels = source_of(folder).eval_batch(np.arange(9))
@@ -297,7 +297,8 @@ def test_a_stray_label_is_named(foreign):
     with pytest.raises(UserError, match="has label 9000000; allowed with 1000 classes: 0 to 999"):
         load_shards(str(foreign), "*train*.tar", "*val*.tar", None, num_classes=1000)
     (foreign / "imagenet-train-9999.tar").unlink()
-    assert load_shards(str(foreign), "*train*.tar", "*val*.tar", None, 1000).num_classes == 1000
+    found = load_shards(str(foreign), "*train*.tar", "*val*.tar", None, 1000)
+    assert len(found.classes) == 1000
 
 
 def test_a_truncated_or_compressed_foreign_shard_is_named(foreign, tmp_path):
@@ -360,8 +361,9 @@ def test_a_truncated_shard_is_named_at_the_start_and_when_read(packed):
         load(packed)
     source = images_of(shards, packed)
     assert len(source.train_batch(0, np.arange(27))[0]) == 27
-    assert source.replaced  # others take their place
-    for line in source.replaced:
+    assert source.unreadable  # others take their place
+    for line, evaluation in source.unreadable:
+        assert not evaluation
         assert line.startswith(f"{path}: truncated: the image at byte")
 
 

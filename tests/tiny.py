@@ -7,6 +7,7 @@ from torch import nn
 from hvd_lars.assemble.training import make_average
 from hvd_lars.batch_norm import span_ranks
 from hvd_lars.checkpoint import Checkpointer
+from hvd_lars.data.identity import made_identity
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.durations import Intervals
 from hvd_lars.loop import Loop
@@ -24,7 +25,8 @@ class TinySource:
     mixes_pairs = False
 
     def __init__(self, dtype):
-        self.replaced = []
+        self.unreadable = []
+        self.identity = made_identity("tiny", self.num_train, self.num_eval, self.num_classes)
         generator = torch.Generator().manual_seed(1)
         self.images = torch.randn(200, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
         self.labels = torch.randint(5, (200,), generator=generator)

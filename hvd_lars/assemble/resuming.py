@@ -1,4 +1,7 @@
-"""Whether a run may go on under a config, and from where; imports config and run_folder."""
+"""Whether a run may go on under a config, with its data, and from where.
+
+Imports config, checkpoint, data and run_folder.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from hvd_lars import run_folder
 from hvd_lars.assemble.recording import leaves
 from hvd_lars.config import Config
 from hvd_lars.config_file import load_config
+from hvd_lars.data.identity import DataIdentity, differences
 from hvd_lars.errors import UserError
+from hvd_lars.files import expand_user
+from hvd_lars.terminal import warn
 
 # What may differ between two parts of one run: where it runs, what it keeps, and how it rounds.
 _FREE = (
@@ -83,7 +89,7 @@ def config_to_resume(config: Config, resume: Resume) -> Config:
     """
     if resume.source is None and config.run.dir is None:
         raise UserError("--resume: which run? name its folder with run.dir=…")
-    path = resume.source or Path(str(config.run.dir)).expanduser()
+    path = resume.source or expand_user(str(config.run.dir), "run.dir")
     if resume.source is not None and not path.exists():
         raise UserError(f"--resume-from: {path}: no such run folder or checkpoint")
     stored = stored_config(path)
@@ -104,6 +110,50 @@ def checkpoints_in(path: Path) -> Path:
     """Where to look for checkpoints: a run folder's own, else the path itself."""
     inside = path / run_folder.CHECKPOINTS
     return inside if inside.is_dir() else path
+
+
+def stored_data(folder: Path) -> DataIdentity | None:
+    """Which data the run in a folder is of; None where it does not say.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    path = folder / run_folder.DATA
+    try:
+        return DataIdentity.from_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+
+
+def check_same_data(
+    then: DataIdentity | None, now: DataIdentity, allowed: bool, where: Path, rank: int
+) -> None:
+    """Compare the data with that of the run or checkpoint ``where``; rank 0 says what is new.
+
+    Raises:
+        UserError: it is other data, and that is not ``allowed``.
+    """
+    found = [] if then is None else differences(then, now)
+    _refuse_or_say(found, allowed, where, rank)
+
+
+def check_same_classes(
+    then: DataIdentity | None, now: DataIdentity, allowed: bool, where: Path, rank: int
+) -> None:
+    """As :func:`check_same_data`, of the classes and the evaluation set alone."""
+    found = [] if then is None else differences(then, now, only_eval=True)
+    _refuse_or_say(found, allowed, where, rank)
+
+
+def _refuse_or_say(found: list[str], allowed: bool, where: Path, rank: int) -> None:
+    if found and not allowed:
+        raise UserError(
+            f"data: not what {where} has seen: {'; '.join(found)}; "
+            f"run.allow_other_data=true on the command line takes it all the same"
+        )
+    if found and rank == 0:
+        warn(f"data: not what {where} has seen, and taken: {'; '.join(found)}")
 
 
 def _covers(key: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from hvd_lars.comm.agree import on_each_node, on_root
@@ -38,8 +39,11 @@ from hvd_lars.data import (
     load_digits,
     load_shards,
 )
+from hvd_lars.data.identity import DataIdentity, made_identity
 from hvd_lars.data.images import IMAGENET_COLOURS, ImageStore
 from hvd_lars.errors import UserError
+from hvd_lars.files import expand_user
+from hvd_lars.terminal import warn
 
 
 def build_source(config: Config, comm: Communicator, gpu: bool = False) -> Source:
@@ -60,8 +64,10 @@ def build_source(config: Config, comm: Communicator, gpu: bool = False) -> Sourc
         return draw_glyphs(data.copies, seed)
     if isinstance(data, SyntheticData):
         return Synthetic(**data.model_dump(exclude={"name"}), seed=seed)
-    train, val, num_classes = _stores(data, comm)
-    found = {"train": len(train.labels), "eval": len(val.labels), "classes": num_classes}
+    train, val, identity, left_out = _stores(data, comm)
+    if left_out and comm.rank == 0:
+        warn(f"data.root: {data.root}: left out, as they are no images of a class: {left_out}")
+    found = {"train": len(train.labels), "eval": len(val.labels), "classes": len(identity.classes)}
     if data.expect is not None and found != data.expect.model_dump():
         raise UserError(
             f"data.expect: {data.root} has {_counts(found)}; {_counts(data.expect.model_dump())} "
@@ -71,7 +77,7 @@ def build_source(config: Config, comm: Communicator, gpu: bool = False) -> Sourc
     return Images(
         train,
         val,
-        num_classes,
+        identity,
         augment_of(data.augment),
         data.image_size,
         data.eval_resize,
@@ -90,9 +96,9 @@ def augment_of(settings: AugmentSettings) -> Augment:
 def place_of(data: Data) -> Path | None:
     """What must be on this machine for the data to be read; None where nothing must."""
     if isinstance(data, ImageFolderData | ShardsData):
-        return Path(data.root).expanduser()
+        return expand_user(data.root, "data.root")
     if isinstance(data, Cifar10Data | Cifar100Data):
-        return Path(data.root).expanduser() / CIFAR_FOLDERS[data.name]
+        return expand_user(data.root, "data.root") / CIFAR_FOLDERS[data.name]
     return None
 
 
@@ -108,12 +114,12 @@ def _counts(sizes: dict[str, int]) -> str:
 
 def _stores(
     data: ImageFolderData | ShardsData | Cifar10Data | Cifar100Data, comm: Communicator
-) -> tuple[ImageStore, ImageStore, int]:
-    """Training and evaluation images, and the number of classes; collective."""
+) -> tuple[ImageStore, ImageStore, DataIdentity, str]:
+    """Training and evaluation images, which they are, and what was left out; collective."""
     if isinstance(data, ImageFolderData):
         listing = on_root(comm, lambda: list_folder(data.root, _listing_cache()))
         train, val = (FolderImages(listing.root, split) for split in (listing.train, listing.val))
-        return train, val, len(listing.classes)
+        return train, val, listing.identity(), listing.left_out
     if isinstance(data, ShardsData):
         shards = on_root(
             comm,
@@ -129,13 +135,16 @@ def _stores(
         if cache_dir is not None:
             on_each_node(comm, lambda: copy_shards(shards, cache_dir))
             root = cached_root(shards, cache_dir)
-        return ShardImages(root, shards.train), ShardImages(root, shards.val), shards.num_classes
+        stores = ShardImages(root, shards.train), ShardImages(root, shards.val)
+        return *stores, shards.identity(), shards.left_out
     if data.download:
         # Rank 0 first: the folder is often shared.  Then nodes that have one of their own.
         on_root(comm, lambda: len(load_cifar(data.name, data.root, download=True)))
     on_each_node(comm, lambda: load_cifar(data.name, data.root, data.download))
-    images = load_cifar(data.name, data.root, download=False)
-    return *images, 10 if data.name == "cifar10" else 100
+    small = load_cifar(data.name, data.root, download=False)
+    counts = len(small[0].labels), len(small[1].labels)
+    identity = made_identity(data.name, *counts, len(small[2]))
+    return small[0], small[1], replace(identity, classes=small[2]), ""
 
 
 def _listing_cache() -> Path | None:

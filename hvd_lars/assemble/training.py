@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,18 @@ from hvd_lars.assemble.network import build_network, shapes_of
 from hvd_lars.assemble.placing import place
 from hvd_lars.assemble.plan import make_plan
 from hvd_lars.assemble.recording import make_sinks
-from hvd_lars.assemble.resuming import Resume, checkpoints_in, config_to_resume
+from hvd_lars.assemble.resuming import (
+    Resume,
+    check_same_classes,
+    check_same_data,
+    checkpoints_in,
+    config_to_resume,
+    stored_data,
+)
 from hvd_lars.assemble.sources import build_source, mixes_pairs, workers_of
 from hvd_lars.batch_norm import span_ranks
-from hvd_lars.checkpoint import Checkpointer
+from hvd_lars.checkpoint import Checkpointer, find_checkpoint, look_for_checkpoint, restore
+from hvd_lars.checkpoint_files import Found, choose
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.launcher import ALONE, Launch
@@ -29,12 +38,13 @@ from hvd_lars.commits import Commits
 from hvd_lars.config import Config
 from hvd_lars.config_file import dump_config
 from hvd_lars.config_optimizer import Optimizer
-from hvd_lars.data import GlobalBatches
+from hvd_lars.data import GlobalBatches, Source
 from hvd_lars.errors import UserError
 from hvd_lars.evaluation import Evaluation, evaluate
+from hvd_lars.files import expand_user
 from hvd_lars.loop import Loop
 from hvd_lars.metrics import check_loggers
-from hvd_lars.models import load_weights
+from hvd_lars.models import check_model_name, load_weights
 from hvd_lars.optim import LARS, Placement, Sharded, parameter_groups
 from hvd_lars.profiling import Profile
 from hvd_lars.stopping import StopRequests
@@ -91,28 +101,55 @@ def build_run(
 ) -> tuple[Loop, Path]:
     """Everything for one rank's part of the run, and the run folder; collective.
 
-    ``commits`` of an elastic job is where it goes on from, if there is one, and what it keeps;
-    ``after_commit`` is called every time then.
+    Nothing is written before all of it is checked and built.  ``commits`` of an elastic job is
+    where it goes on from, if there is one, and what it keeps; ``after_commit`` is called every time
+    then.
 
     Raises:
         UserError: on every rank alike, for anything in the config that cannot be done, or a run
             that cannot be resumed.
     """
     check_loggers(config.run.loggers)
+    check_model_name(config.model.name)
     committed = None if commits is None else commits.agree(comm)
-    wanted = config.run.dir
+    wanted, allowed = config.run.dir, config.run.allow_other_data
     if committed is not None:
         config, wanted = committed.settings
     elif resume is not None:
         config = on_root(comm, lambda: config_to_resume(config, resume))
-    trainer, config = make_trainer(config, comm, launch)
     again = committed is not None or (resume is not None and resume.source is None)
+    if wanted is not None and not again:
+        folder_wanted = wanted
+        on_root(comm, lambda: str(run_folder.refuse_other_run(folder_wanted)))
+    in_memory = committed is not None and committed.tensors
+    found = None
+    if resume is not None and not in_memory:
+        found = _checkpoint_of(resume, Path(str(wanted)), comm)
+    # It holds for this command; the run keeps the new data.
+    config = config.with_values("run", allow_other_data=False)
+    trainer, config = make_trainer(config, comm, launch)
+    identity = trainer.source.identity
+    where, then = (None, None) if found is None else (found.folder, found.data)
+    if then is None and again:
+        where = expand_user(str(wanted), "run.dir")
+        folder_before = where
+        then = on_root(comm, lambda: stored_data(folder_before))
+    if where is not None:
+        check_same_data(then, identity, allowed, where, comm.rank)
+    progress = None
+    state = trainer.model, trainer.optimizer, trainer.average
+    if commits is not None and committed is not None and in_memory:
+        progress = commits.restore(committed, *state, comm)
+    elif found is not None:
+        progress = restore(found, comm, *state)
 
     def make_folder() -> str:
         folder = run_folder.create_run_folder(wanted, config.run.name, again)
         ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
         threads, device = torch.get_num_threads(), str(trainer.device)
-        run_folder.describe_run(folder, dump_config(config), ranks, device, threads)
+        run_folder.describe_run(
+            folder, dump_config(config), identity.record(), ranks, device, threads
+        )
         if committed is None:
             (folder / run_folder.STOP).unlink(missing_ok=True)
         return str(folder)
@@ -121,31 +158,9 @@ def build_run(
     stops = _stop_requests(config, folder if comm.rank == 0 else None, commits)
     if commits is not None:
         commits.announce((config, str(folder)))
-    checkpointer = Checkpointer(folder / run_folder.CHECKPOINTS, comm, config.checkpoint.keep_last)
-    source = trainer.source
-    intervals = make_plan(config, source.num_train, comm.size).intervals
-    loop = Loop(
-        trainer,
-        intervals,
-        config.train.eval_batch,
-        checkpointer,
-        max_skipped_steps=config.train.max_skipped_steps,
-        verify_every=config.train.verify_every or 0,
-        commit_every=config.checkpoint.commit_every,
-        layers_every=intervals.layers,
-        votes=Votes(
-            comm,
-            stops,
-            source.replaced,
-            source.num_train + source.num_eval,
-            getattr(config.data, "max_bad_fraction", 0.0),
-            intervals.checkpoint_seconds,
-        ),
-    )
+    loop = _make_loop(trainer, config, folder, comm, stops)
     if config.train.profiled_steps is not None:
         loop.profile = Profile(*config.train.profiled_steps, folder / "profile", comm)
-    step = 0
-    state = trainer.model, trainer.optimizer, trainer.average
     if commits is not None:
 
         def commit() -> None:
@@ -153,21 +168,53 @@ def build_run(
             after_commit()
 
         loop.commit = commit
-    if commits is not None and committed is not None and committed.tensors:
-        loop.resume(commits.restore(committed, *state, comm))
-        step = trainer.progress.step
-    elif resume is not None:
-        origin = None if resume.source is None else checkpoints_in(resume.source)
-        found = checkpointer.find(origin)
-        if found is None and origin is not None:
-            raise UserError(f"{origin}: no checkpoint (a folder step-N) in it")
-        if found is not None:
-            loop.resume(checkpointer.restore(*state, found))
-            step = found.progress.step
+    if progress is not None:
+        loop.resume(progress)
     if comm.rank == 0:
-        run_folder.forget_after(folder, step)
-        loop.recorder.sinks = make_sinks(config, folder, intervals.total, launch is ALONE)
+        run_folder.forget_after(folder, 0 if progress is None else progress.step)
+        total = loop.intervals.total
+        loop.recorder.sinks = make_sinks(config, folder, total, launch is ALONE)
     return loop, folder
+
+
+def _checkpoint_of(resume: Resume, own: Path, comm: Communicator) -> Found | None:
+    """The checkpoint to go on from; None where the run in ``own`` has none yet."""
+    if resume.source is not None:
+        return find_checkpoint(checkpoints_in(resume.source), comm)
+    return look_for_checkpoint(expand_user(own, "run.dir") / run_folder.CHECKPOINTS, comm)
+
+
+def _make_loop(
+    trainer: Trainer, config: Config, folder: Path, comm: Communicator, stops: StopRequests
+) -> Loop:
+    """The loop around the trainer, which keeps its checkpoints in the run folder."""
+    source = trainer.source
+    intervals = make_plan(config, source.num_train, comm.size).intervals
+    return Loop(
+        trainer,
+        intervals,
+        config.train.eval_batch,
+        Checkpointer(
+            folder / run_folder.CHECKPOINTS, comm, config.checkpoint.keep_last, source.identity
+        ),
+        max_skipped_steps=config.train.max_skipped_steps,
+        verify_every=config.train.verify_every or 0,
+        commit_every=config.checkpoint.commit_every,
+        layers_every=intervals.layers,
+        votes=_make_votes(config, source, comm, stops, intervals.checkpoint_seconds),
+    )
+
+
+def _make_votes(
+    config: Config,
+    source: Source,
+    comm: Communicator,
+    stops: StopRequests | None = None,
+    keep_every: float = math.inf,
+) -> Votes:
+    bad = getattr(config.data, "max_bad_fraction", 0.0)
+    counts = source.num_train, source.num_eval
+    return Votes(comm, stops, source.unreadable, *counts, bad, keep_every)
 
 
 def _stop_requests(config: Config, folder: Path | None, commits: Commits | None) -> StopRequests:
@@ -252,23 +299,34 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def evaluate_run(
-    folder: Path, config: Config, comm: Communicator, launch: Launch
+    folder: Path, config: Config, comm: Communicator, launch: Launch, which: str = "latest"
 ) -> tuple[Evaluation, Evaluation | None]:
-    """Evaluate the newest checkpoint of a run folder, and its averaged weights; collective.
+    """Evaluate a checkpoint of a run folder, and its averaged weights; collective.
+
+    ``which``: as of :func:`checkpoint_files.choose`.
 
     Raises:
-        UserError: on every rank alike, when there is no sound checkpoint.
+        UserError: on every rank alike: there is no sound checkpoint, the data is not what the run
+            has seen, or more of it cannot be read than ``data.max_bad_fraction``.
     """
     set_threads(config.train.threads, launch)
     device = choose_device(comm)
+    chosen = on_root(comm, lambda: choose(folder / run_folder.CHECKPOINTS, which))
+    found = find_checkpoint(chosen, comm)
     source = build_source(config, comm, gpu=device.type == "cuda")
+    allowed = config.run.allow_other_data
+    check_same_classes(found.data, source.identity, allowed, found.folder, comm.rank)
     model = build_network(config.model, config.data, source.num_classes, device)
     decay = config.model.ema_decay
     average = None if decay is None else make_average(model, decay)
-    Checkpointer(folder / run_folder.CHECKPOINTS, comm).restore(model, average=average)
-    batch, workers = config.train.eval_batch, workers_of(config)
-    result = evaluate(model, source, comm, batch, device, workers)
+    restore(found, comm, model, average=average)
+    votes = _make_votes(config, source, comm)
+
+    def agree() -> bool:
+        votes.count()
+        return False
+
+    options = source, comm, config.train.eval_batch, device, workers_of(config), agree
+    result = evaluate(model, *options)
     assert result is not None  # nothing stops it
-    if average is None:
-        return result, None
-    return result, evaluate(average.module, source, comm, batch, device, workers)
+    return result, None if average is None else evaluate(average.module, *options)

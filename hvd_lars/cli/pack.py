@@ -10,13 +10,15 @@ from pathlib import Path
 
 from hvd_lars.data import shard_writer
 from hvd_lars.data.shard_cache import verify as verify_shards
+from hvd_lars.data.shard_source import compare
 from hvd_lars.errors import UserError
+from hvd_lars.terminal import warn
 
 Progress = Callable[[int, int], None]
 
 
 def pack(source: str, target: Path, workers: int, shard_samples: int, verify: bool) -> int:
-    """Write the shards, or with ``verify`` also read them again; returns the exit code.
+    """Write the shards, and with ``verify`` read them again beside their sources; the exit code.
 
     Raises:
         UserError: an option or a folder is not what it should be.
@@ -31,6 +33,8 @@ def pack(source: str, target: Path, workers: int, shard_samples: int, verify: bo
     except UserError as error:  # the layout's checks speak of the config's key
         raise UserError(str(error).replace("data.root: ", "SRC: ")) from None
     seconds = time.perf_counter() - begun
+    if packed.left_out:
+        warn(f"{source}: left out, as they are no images of a class: {packed.left_out}")
     rest = packed.samples - packed.written
     parts = [f"{packed.samples:,} images in {packed.shards:,} shards, {packed.bytes / 1e9:.3f} GB"]
     parts += [f"{rest:,} were there already"] if rest else []
@@ -42,6 +46,9 @@ def pack(source: str, target: Path, workers: int, shard_samples: int, verify: bo
         with _progress("verifying", "shards") as progress:
             count = verify_shards(target, workers, progress)
         print(f"{target}: {count:,} shards have the SHA-256 that dataset.json says")
+        with _progress("comparing", "shards") as progress:
+            compare(packed.root, target, packed.sources, progress, workers)
+        print(f"{target}: they hold what the files of {source} hold")
     return 0
 
 

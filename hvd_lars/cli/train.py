@@ -51,12 +51,13 @@ def train(
                 f"{summary.checkpoint}; --resume goes on"
             )
         return 0 if summary.stopped == STOP_FILE else _REQUEUE
-    result = summary.evaluation
+    result, skipped = summary.evaluation, loop.trainer.progress.skipped_steps
     if comm.rank == 0 and result is None:
         tell(f"nothing is left to do: all {loop.intervals.total} steps are done")
     elif comm.rank == 0 and result is not None:
         tell(
             f"done in {summary.seconds:.1f} s: top-1 {result.top1:.4f} on {result.num_samples} "
             f"images, {summary.images_per_second:,.0f} images/s, run folder {folder}"
+            + (f"; {skipped:,} of {loop.intervals.total:,} steps left out" if skipped else "")
         )
     return 0

@@ -26,8 +26,12 @@ class ArrayImages:
         return Picture(self._pixels[index], f"image {index}")
 
 
-def load_cifar(name: str, root: str, download: bool) -> tuple[ArrayImages, ArrayImages]:
-    """Training and test images of ``cifar10`` or ``cifar100``; torchvision checks every MD5.
+def load_cifar(
+    name: str, root: str, download: bool
+) -> tuple[ArrayImages, ArrayImages, tuple[str, ...]]:
+    """Training and test images of ``cifar10`` or ``cifar100``, and names of the classes.
+
+    torchvision checks every MD5.
 
     Args:
         name: which of the two.
@@ -54,4 +58,5 @@ def load_cifar(name: str, root: str, download: bool) -> tuple[ArrayImages, Array
             f"data.root: {root}: no {name} in it, or damaged ({CIFAR_FOLDERS[name]} is expected); "
             f"data.download=true fetches it"
         ) from None
-    return ArrayImages(train.data, train.targets), ArrayImages(test.data, test.targets)
+    images = ArrayImages(train.data, train.targets), ArrayImages(test.data, test.targets)
+    return *images, tuple(train.classes)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import BytesIO
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hvd_lars.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+Pixels = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
 
 _SHRINKS = (8, 4, 2)  # what JPEG decoders do with fewer frequencies and no resizing
 
@@ -20,7 +27,8 @@ class Picture:
 
     Args:
         data: the bytes of an image file of any format that Pillow reads, or pixels
-            (height, width, 3) uint8.
+            (height, width, 3) uint8.  Grey images of more than 8 bits are scaled to 8; the
+            orientation that EXIF gives is not applied, as in torchvision.
         name: what an error calls it.
 
     Attributes:
@@ -30,9 +38,7 @@ class Picture:
         UserError: it is not an image, or of an absurd size.
     """
 
-    def __init__(
-        self, data: bytes | np.ndarray[tuple[int, int, int], np.dtype[np.uint8]], name: str
-    ):
+    def __init__(self, data: bytes | Pixels, name: str):
         self._name, self._jpeg = name, b""
         if isinstance(data, bytes):
             size = _jpeg_size(data)
@@ -99,14 +105,51 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return height, width
 
 
-def _any_format(data: bytes, name: str) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+def _any_format(data: bytes, name: str) -> Pixels:
     from PIL import Image as pil
     from PIL import UnidentifiedImageError
 
     try:
         with pil.open(BytesIO(data)) as file:
+            if file.mode[0] in "IF":  # Pillow's own conversion would clip at 255
+                return np.repeat(to_bytes(np.asarray(file), *_range_of(file))[..., None], 3, axis=2)
             return np.array(file.convert("RGB"))
     except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         # Pillow names a buffer in memory, where the line names the file already.
         problem = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{name}: not a readable image: {problem}") from None
+
+
+def _range_of(file: PillowImage) -> tuple[float, bool]:
+    """The value that is white, and whether 0 is white in place of black."""
+    if file.mode.startswith("F"):
+        return 1.0, False
+    tags: Mapping[int, Any] = getattr(file, "tag_v2", {})
+    if not tags:  # PNG, PGM and the others have 16 bits, which Pillow fills
+        return 65535.0, False
+    bits = int(tags.get(_BITS, (16,))[0])
+    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+    return float(2 ** (bits - signed) - 1), tags.get(_PHOTOMETRIC) == 0
+
+
+def to_bytes(
+    grey: np.ndarray[Any, Any], white: float, inverted: bool = False
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Grey values from 0 to ``white`` as 0 to 255, rounded.
+
+    Raises:
+        ValueError: values lie outside; or are so small that 8 bits would show nothing of them, as
+            where 16-bit values stand in 32 bits: what white is, is not known then.
+    """
+    if white > 2**31:
+        grey = grey.astype(np.int32, copy=False).view(np.uint32)  # Pillow has no unsigned mode
+    low, high = float(grey.min()), float(grey.max())
+    if not (low >= 0.0 and high <= white):  # nor NaN
+        raise ValueError(f"grey values from {low:g} to {high:g}; allowed: 0 to {white:g}")
+    if 0.0 < high < white / 255.0 and white > 1.0:
+        raise ValueError(
+            f"grey values up to {high:g}, where white is {white:g}: what they mean is not known; "
+            f"store them as 8 or 16 bits"
+        )
+    scaled = np.rint(grey * (255.0 / white)).astype(np.uint8)
+    return 255 - scaled if inverted else scaled

@@ -27,7 +27,7 @@ def load_digits(copies: int, seed: int) -> WarpedImages:
     labels = table[order, 64].long()
     train, test = slice(None, NUM_TRAIN), slice(NUM_TRAIN, None)
     return WarpedImages(
-        (images[train], labels[train]), (images[test], labels[test]), 10, copies, seed
+        (images[train], labels[train]), (images[test], labels[test]), 10, copies, seed, "digits"
     )
 
 

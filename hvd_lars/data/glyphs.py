@@ -25,7 +25,8 @@ def draw_glyphs(copies: int, seed: int) -> WarpedImages:
     """
     generator = np.random.default_rng(_SEED)
     signs = generator.uniform(-0.75, 0.75, size=(NUM_CLASSES, _STROKES, 3, 2))
-    return WarpedImages(_draw(signs, generator), _draw(signs, generator), NUM_CLASSES, copies, seed)
+    train, test = _draw(signs, generator), _draw(signs, generator)
+    return WarpedImages(train, test, NUM_CLASSES, copies, seed, "glyphs")
 
 
 def _draw(

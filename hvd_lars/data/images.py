@@ -1,6 +1,6 @@
 """Photographs, wherever they lie: decoded, cropped, augmented, normalised.
 
-Imports augment, crops, decoding, mixing, randomness, source and errors.
+Imports augment, crops, decoding, identity, mixing, randomness, source and errors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch.utils.data import default_collate
 from hvd_lars.data.augment import Augment, colours
 from hvd_lars.data.crops import NUM_DRAWS, centre_crop, training_crop
 from hvd_lars.data.decoding import Picture
+from hvd_lars.data.identity import DataIdentity
 from hvd_lars.data.mixing import mix_pairs
 from hvd_lars.data.randomness import seed_of, uniforms
-from hvd_lars.data.source import Batch, Indices, Request
+from hvd_lars.data.source import Batch, Indices, Request, Unreadable
 from hvd_lars.errors import UserError
 
 # Mean and deviation of ImageNet's channels in [0, 1], as every published recipe uses them.
@@ -57,7 +58,7 @@ class Images:
 
     Args:
         train, val: the stores.
-        num_classes: labels are below it.
+        identity: of both; labels are below the number of its classes.
         augment: what happens to training images.
         image_size: side of the crop, in pixels.
         eval_resize: the shorter side before the centre crop, in pixels.
@@ -72,7 +73,7 @@ class Images:
         self,
         train: ImageStore,
         val: ImageStore,
-        num_classes: int,
+        identity: DataIdentity,
         augment: Augment,
         image_size: int,
         eval_resize: int,
@@ -83,14 +84,15 @@ class Images:
     ) -> None:
         self._train, self._val, self._augment, self._seed = train, val, augment, seed
         self.num_train, self.num_eval = len(train.labels), len(val.labels)
-        self.num_classes, self.mixes_pairs = num_classes, augment.mixes_pairs
+        self.identity, self.num_classes = identity, len(identity.classes)
+        self.mixes_pairs = augment.mixes_pairs
         self._statistics, self._gpu = colour_statistics, gpu
         self._sizes = [(0, image_size), *sizes]
         self._crops = {size: training_crop(augment, size, eval_resize) for _, size in self._sizes}
         self._colours = colours(augment)
         self._centre = centre_crop(image_size, eval_resize)
-        self.replaced: list[str] = []
-        self._unreadable: set[tuple[bool, int]] = set()  # (whether of training, index)
+        self.unreadable: list[Unreadable] = []
+        self._known: set[tuple[bool, int]] = set()  # unreadable: whether of evaluation, index
 
     def image_size(self, epoch: int) -> int:
         """Side of the training images of an epoch, in pixels."""
@@ -101,7 +103,7 @@ class Images:
         crop = self._crops[self.image_size(epoch)]
         draws = uniforms(self._seed, epoch, indices, NUM_DRAWS).tolist()
         made = [
-            self._make(self._train, i, lambda picture, row=row: crop(picture, row))  # type: ignore[misc]
+            self._next_readable(i, lambda picture, row=row: crop(picture, row))  # type: ignore[misc]
             for i, row in zip(indices.tolist(), draws, strict=True)
         ]
         images = [image for image, _ in made]
@@ -110,9 +112,14 @@ class Images:
         return default_collate(images), torch.tensor([label for _, label in made])
 
     def eval_batch(self, indices: Indices) -> Batch:
-        """Centre crops (n, 3, image_size, image_size) uint8 and labels (n,)."""
-        made = [self._make(self._val, i, self._centre) for i in indices.tolist()]
-        return default_collate([image for image, _ in made]), torch.tensor([n for _, n in made])
+        """Centre crops (n, 3, image_size, image_size) uint8 and labels (n,) of what can be read."""
+        found = [(i, self._read(self._val, i, self._centre)) for i in indices.tolist()]
+        images = [image for _, image in found if image is not None]
+        labels = [int(self._val.labels[i]) for i, image in found if image is not None]
+        if not images:
+            side = self._sizes[0][1]
+            return torch.empty(0, 3, side, side, dtype=torch.uint8), torch.empty(0).long()
+        return default_collate(images), torch.tensor(labels)
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
         """Normalised float32 images; shares of the classes in place of labels where mixed."""
@@ -140,22 +147,29 @@ class Images:
             pixels, labels, request, self.num_classes, seed, augment.mixup, augment.cutmix
         )
 
-    def _make(
+    def _next_readable(self, index: int, make: Callable[[Picture], Tensor]) -> tuple[Tensor, int]:
+        """A training image and its label, or those of the next one that can be read."""
+        count = len(self._train.labels)
+        for i in range(index, index + min(_TRIES, count)):
+            image = self._read(self._train, i % count, make)
+            if image is not None:
+                return image, int(self._train.labels[i % count])
+        last = f"; the last: {self.unreadable[-1].line}" if self.unreadable else ""
+        raise UserError(f"{min(_TRIES, count)} images in a row cannot be read{last}")
+
+    def _read(
         self, store: ImageStore, index: int, make: Callable[[Picture], Tensor]
-    ) -> tuple[Tensor, int]:
-        """An image and its label, or those of the next one in the store that can be read."""
-        problem: UserError | None = None
-        for i in range(index, index + min(_TRIES, len(store.labels))):
-            i %= len(store.labels)
-            if (store is self._train, i) in self._unreadable:
-                continue
-            try:
-                return make(store.open(i)), int(store.labels[i])
-            except UserError as error:
-                problem = error
-                self._unreadable.add((store is self._train, i))
-                self.replaced.append(str(error))
-        raise problem or UserError(f"{_TRIES} images in a row cannot be read")
+    ) -> Tensor | None:
+        """An image; None where it cannot be read, which is noted the first time."""
+        evaluation = store is self._val
+        if (evaluation, index) in self._known:
+            return None
+        try:
+            return make(store.open(index))
+        except UserError as error:
+            self._known.add((evaluation, index))
+            self.unreadable.append(Unreadable(str(error), evaluation))
+            return None
 
     def _recoloured(self, images: Sequence[Tensor], epoch: int, indices: Indices) -> list[Tensor]:
         """The operations of one image at a time."""

@@ -1,4 +1,4 @@
-"""Which images an ImageNet-like folder holds; imports errors.
+"""Which images an ImageNet-like folder holds; imports identity, naming and errors.
 
 Scanned by one rank and remembered: a million files are not listed by every rank at every start.
 """
@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,21 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from hvd_lars.data.identity import DataIdentity, SplitIdentity
+from hvd_lars.data.naming import (
+    count_left_out,
+    describe_left_out,
+    ending_of,
+    image_endings,
+    is_litter,
+)
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
+from hvd_lars.files import expand_user
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
 Paths = np.ndarray[tuple[int], np.dtype[np.bytes_]]
+_SPLITS = ("train", "val")
+_FORMAT = "folder list 2"
 
 
 @dataclass(frozen=True)
@@ -31,26 +43,63 @@ class Split:
     paths: Paths
     labels: Indices
 
+    def identity(self) -> SplitIdentity:
+        """Of names and labels, in their order; the files' bytes are not read."""
+        digest = hashlib.sha256(b"\0".join(self.paths.tolist()))
+        digest.update(self.labels.tobytes())
+        return SplitIdentity(len(self.labels), digest.hexdigest())
+
 
 @dataclass(frozen=True)
 class Listing:
-    """An ImageNet-like folder: ``root/train/CLASS/image`` and ``root/val/CLASS/image``."""
+    """An ImageNet-like folder: ``root/train/CLASS/…/image`` and ``root/val/CLASS/…/image``.
+
+    ``left_out`` counts the files that are no images, in a line; empty where there are none.
+    """
 
     root: str
     classes: tuple[str, ...]
     train: Split
     val: Split
+    left_out: str = ""
+
+    def identity(self) -> DataIdentity:
+        """What a run remembers of the data that it saw."""
+        return DataIdentity(self.classes, self.train.identity(), self.val.identity())
 
 
 def list_folder(root: str, cache: Path | None) -> Listing:
-    """List both splits, or read the list from ``cache`` if no class folder has changed since.
+    """List both splits, or read the list from ``cache`` if no folder has changed since.
+
+    Classes are the folders of a split, in the order of their names.  Their images are all files
+    whose ending Pillow reads, in sub-folders too, as torchvision's ImageFolder finds them.  Hidden
+    files and folders, and those that systems leave behind (``__MACOSX``), are passed over.
 
     Raises:
         UserError: a split or its class folders are missing, a class has no images, or the
             classes of the splits differ.
     """
-    folder = Path(root).expanduser()
-    classes = {split: _class_folders(folder, split) for split in ("train", "val")}
+    folder = expand_user(root, "data.root")
+    # Another Pillow may read more endings.
+    key = json.dumps([_FORMAT, str(folder.resolve()), sorted(image_endings())])
+    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" if cache else None
+    names = ["folders", "times", "classes", "left_out"]
+    names += [f"{key}_{field}" for key in _SPLITS for field in ("paths", "labels")]
+    arrays = read_arrays(file, names) if file is not None else None
+    if arrays is None or not _is_as_it_was(folder, arrays):
+        arrays = _list(folder)
+        if file is not None:
+            write_arrays(file, arrays)
+    train, val = (Split(arrays[f"{key}_paths"], arrays[f"{key}_labels"]) for key in _SPLITS)
+    classes = tuple(os.fsdecode(name) for name in arrays["classes"].tolist())
+    return Listing(str(folder), classes, train, val, str(arrays["left_out"]))
+
+
+def _list(folder: Path) -> dict[str, Any]:
+    """Everything found, as arrays; ``times`` of ``folders`` say when that is out of date."""
+    times: dict[bytes, int] = {}
+    left_out: Counter[str] = Counter()
+    classes = {split: _class_folders(folder, split, times, left_out) for split in _SPLITS}
     odd = sorted(set(classes["train"]) ^ set(classes["val"]))
     if odd:
         where, other = ("train", "val") if odd[0] in classes["train"] else ("val", "train")
@@ -58,60 +107,93 @@ def list_folder(root: str, cache: Path | None) -> Listing:
             f"data.root: {folder}: class {odd[0]} is in {where} but not in {other} "
             f"({len(odd)} in one split only)"
         )
-    names = [f"{key}_{field}" for key in ("train", "val") for field in ("paths", "labels")]
-    file = cache / f"{_key(folder, classes)}.npz" if cache is not None else None
-    arrays = read_arrays(file, names) if file is not None else None
-    if arrays is None:
-        train, val = (_scan(folder, key, classes[key]) for key in ("train", "val"))
-        arrays = dict(zip(names, (train.paths, train.labels, val.paths, val.labels), strict=True))
-        if file is not None:
-            write_arrays(file, arrays)
-    train, val = (
-        Split(arrays[f"{key}_paths"], arrays[f"{key}_labels"]) for key in ("train", "val")
-    )
-    return Listing(str(folder), tuple(classes["train"]), train, val)
+    arrays: dict[str, Any] = {"classes": np.array([os.fsencode(n) for n in classes["train"]])}
+    for split in _SPLITS:
+        paths: list[bytes] = []
+        counts: list[int] = []
+        for name in classes[split]:
+            found = _images(folder, f"{split}/{name}", times, left_out)
+            paths += found
+            counts.append(len(found))
+        arrays[f"{split}_paths"] = np.array(paths)
+        arrays[f"{split}_labels"] = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    arrays |= {"folders": np.array(list(times)), "times": np.array(list(times.values()))}
+    return arrays | {"left_out": np.array(describe_left_out(left_out))}
 
 
-def _class_folders(folder: Path, split: str) -> list[str]:
+def _is_as_it_was(folder: Path, arrays: dict[str, Any]) -> bool:
+    """Whether no file was added to a folder or removed from one since it was listed."""
+    root = os.fsencode(folder)
+    try:
+        return all(
+            os.stat(os.path.join(root, name)).st_mtime_ns == time
+            for name, time in zip(arrays["folders"].tolist(), arrays["times"].tolist(), strict=True)
+        )
+    except OSError:
+        return False
+
+
+def _class_folders(
+    folder: Path, split: str, times: dict[bytes, int], left_out: Counter[str]
+) -> list[str]:
     """Sorted names of the class folders of a split."""
     try:
+        times[os.fsencode(split)] = (folder / split).stat().st_mtime_ns
         with os.scandir(folder / split) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir())
+            found = {entry.name: entry.is_dir() for entry in entries}
     except OSError as error:
         raise UserError(
             f"data.root: {folder / split}: {error.strerror}; a folder with one folder of images "
             f"a class is expected"
         ) from None
+    for name in (name for name, is_folder in found.items() if not is_folder):
+        count_left_out(left_out, name, "beside the class folders")
+    names = sorted(name for name, is_folder in found.items() if is_folder and not is_litter(name))
     if not names:
         raise UserError(f"data.root: {folder / split}: no class folders in it")
     return names
 
 
-def _key(folder: Path, classes: dict[str, list[str]]) -> str:
-    """Changes when a file is added to or removed from any class folder."""
-    facts = [
-        [split, name, (folder / split / name).stat().st_mtime_ns]
-        for split, names in classes.items()
-        for name in names
-    ]
-    text = json.dumps([str(folder.resolve()), facts])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _scan(folder: Path, split: str, classes: list[str]) -> Split:
+def _images(folder: Path, top: str, times: dict[bytes, int], left_out: Counter[str]) -> list[bytes]:
+    """Paths of a class's images below ``folder``, by folder and name."""
+    endings = image_endings()
     paths: list[bytes] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
+    others: Counter[str] = Counter()
+    for path, names in sorted(_walk(folder, top, times)):
+        for name in sorted(names):
+            if not is_litter(name) and ending_of(name) in endings:
+                paths.append(os.fsencode(f"{path}/{name}"))
+            else:
+                count_left_out(others, name)
+    if not paths:
+        found = f", only {describe_left_out(others)}" if others else ""
+        raise UserError(f"data.root: {folder / top}: no images in it{found}")
+    left_out.update(others)
+    return paths
+
+
+def _walk(folder: Path, top: str, times: dict[bytes, int]) -> Iterator[tuple[str, list[str]]]:
+    """Folders from ``folder / top`` down, links followed once each, with their files' names."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [top]
+    while waiting:
+        path = waiting.pop()
+        names = []
         try:
-            with os.scandir(folder / split / name) as entries:
-                images = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
+            here = os.stat(folder / path)
+            if (here.st_dev, here.st_ino) in seen:  # a link to a folder above
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            times[os.fsencode(path)] = here.st_mtime_ns
+            with os.scandir(folder / path) as entries:
+                for entry in entries:
+                    if not entry.is_dir():
+                        names.append(entry.name)
+                    elif not is_litter(entry.name):
+                        waiting.append(f"{path}/{entry.name}")
         except OSError as error:
-            raise UserError(f"data.root: {folder / split / name}: {error.strerror}") from None
-        if not images:
-            raise UserError(f"data.root: {folder / split / name}: no images in it")
-        paths += [os.fsencode(f"{split}/{name}/{image}") for image in images]
-        labels += [label] * len(images)
-    return Split(np.array(paths), np.array(labels, dtype=np.int64))
+            raise UserError(f"data.root: {folder / path}: {error.strerror}") from None
+        yield path, names
 
 
 def read_arrays(file: Path, names: list[str]) -> dict[str, Any] | None:

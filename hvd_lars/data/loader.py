@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import re
+import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, final
@@ -14,14 +16,16 @@ from typing import Any, final
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hvd_lars.data.source import Batch, Request, Source
+from hvd_lars.data.source import Batch, Request, Source, Unreadable
 from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
 from hvd_lars.rank_errors import speak_as, voice
 
+_Made = tuple[Batch, list[Unreadable]] | UserError
+
 
 @final
-class _Answers(Dataset[tuple[Batch, list[str]] | UserError]):
+class _Answers(Dataset[_Made]):
     """A source as a map from requests to batches, which is what a DataLoader's workers run.
 
     A DataLoader would wrap a worker's exception in two tracebacks: it is passed on as a value.
@@ -30,14 +34,14 @@ class _Answers(Dataset[tuple[Batch, list[str]] | UserError]):
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def __getitem__(self, request: Any) -> tuple[Batch, list[str]] | UserError:
+    def __getitem__(self, request: Any) -> _Made:
         try:
             batch = answer(self._source, request)
         except UserError as error:
             return error
-        replaced = list(self._source.replaced)
-        self._source.replaced.clear()
-        return batch, replaced
+        unreadable = list(self._source.unreadable)
+        self._source.unreadable.clear()
+        return batch, unreadable
 
 
 def _begin(rank: int | None, worker: int) -> None:
@@ -70,7 +74,8 @@ def stream(
         device: where the batches are wanted, such as ``"cuda"`` for the current GPU.
 
     Raises:
-        UserError: from a worker too, an image cannot be read, nor those that could replace it.
+        UserError: a training image and all that could replace it are unreadable, here or in a
+            worker; a worker was killed, or has no room in shared memory.
     """
     batches = _made(source, requests, workers, device == "cuda")
     yield from _copied_aside(batches) if device == "cuda" else batches
@@ -111,9 +116,42 @@ def _made(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its seed for workers would come from dropout's generator
     )
-    for request, made in zip(asked, loader, strict=True):
+    for request, made in zip(asked, _guarded(iter(loader), workers), strict=True):
         if isinstance(made, UserError):
             raise made
-        batch, replaced = made
-        source.replaced += replaced
+        batch, unreadable = made
+        source.unreadable += unreadable
         yield request, batch
+
+
+def _guarded(made: Iterator[_Made], workers: int) -> Iterator[_Made]:
+    """The same; what a worker dies of is one line, where DataLoader shows 70."""
+    while True:
+        try:
+            yield next(made)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            if "shared memory" not in text and "DataLoader worker" not in text:
+                raise
+            how = re.search(r"killed by signal: ([A-Za-z ]+)|exited unexpectedly", text)
+            bus = how is not None and how.group(1) is not None and "Bus" in how.group(1)
+            if how is None or bus:
+                what = "a process that loads images has no room in shared memory"
+            else:
+                what = f"a process that loads images was ended ({how.group(1) or how.group(0)})"
+            raise UserError(
+                f"data.workers: {what}: {_shared_memory()}; found {workers} workers a rank; use "
+                f"fewer or a smaller train.micro_batch, or give the container more (docker run "
+                f"--shm-size=8g, or --ipc=host)"
+            ) from None
+
+
+def _shared_memory() -> str:
+    """How much of it is left, which is where batches travel, and of memory at all."""
+    try:
+        room = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return "/dev/shm is not there"
+    return f"/dev/shm has {room.free / 1e6:,.0f} MB free of {room.total / 1e6:,.0f} MB"

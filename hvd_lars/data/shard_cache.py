@@ -15,14 +15,14 @@ from pathlib import Path
 
 from hvd_lars.data.shard_index import DATASET, ShardSet, read_manifest
 from hvd_lars.errors import UserError
-from hvd_lars.files import sha256_of
+from hvd_lars.files import expand_user, sha256_of
 
 
 def cached_root(shards: ShardSet, cache_dir: str) -> Path:
     """Where the copy of this data set lies; another set or version has another place."""
-    facts = [str(Path(shards.root).resolve()), shards.identity]
+    facts = [str(Path(shards.root).resolve()), shards.version]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Path(cache_dir).expanduser() / f"shards-{key}"
+    return expand_user(cache_dir, "data.cache_dir") / f"shards-{key}"
 
 
 def copy_shards(shards: ShardSet, cache_dir: str, threads: int = 4) -> None:

@@ -1,4 +1,4 @@
-"""Which bytes of which tar shard are which image; imports listing, files and errors.
+"""Which bytes of which tar shard are which image; imports identity, listing, naming, files, errors.
 
 ``hvd-lars pack`` writes ``dataset.json`` (classes, and size and SHA-256 of every shard) and
 ``index.safetensors`` (where every image lies).  Shards of other origin in WebDataset's layout have
@@ -12,7 +12,8 @@ import json
 import os
 import re
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,21 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hvd_lars.data.listing import EXTENSIONS, read_arrays, write_arrays
+from hvd_lars.data.identity import DataIdentity, SplitIdentity
+from hvd_lars.data.listing import read_arrays, write_arrays
+from hvd_lars.data.naming import (
+    count_left_out,
+    describe_left_out,
+    image_endings,
+    is_litter,
+)
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
-from hvd_lars.files import sha256_of
+from hvd_lars.files import expand_user, sha256_of
 
 DATASET, INDEX = "dataset.json", "index.safetensors"
 FORMAT = "hvd_lars shards 1"
+_INDEX_FORMAT = "index 2"
 _ARRAYS = ("shard", "offset", "size", "labels")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 
@@ -49,16 +58,29 @@ class ShardSplit:
 class ShardSet:
     """A sharded data set: ``bytes`` of every shard, ``sha256`` where it is known.
 
-    ``identity`` changes when the set does.
+    ``version`` changes when the files do, or when they lie elsewhere; ``left_out`` counts what is
+    in them beside samples, in a line.
     """
 
     root: str
-    identity: str
-    num_classes: int
+    version: str
+    classes: tuple[str, ...]
     train: ShardSplit
     val: ShardSplit
     bytes: dict[str, int]
     sha256: dict[str, str]
+    left_out: str = ""
+
+    def identity(self) -> DataIdentity:
+        """What a run remembers of the data that it saw; the same wherever the shards lie."""
+        return DataIdentity(self.classes, self._of(self.train), self._of(self.val))
+
+    def _of(self, split: ShardSplit) -> SplitIdentity:
+        facts = [[name, self.bytes[name], self.sha256.get(name)] for name in split.names]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for array in _ARRAYS:
+            digest.update(np.ascontiguousarray(getattr(split, array)).tobytes())
+        return SplitIdentity(len(split.labels), digest.hexdigest())
 
 
 def load_shards(
@@ -74,10 +96,10 @@ def load_shards(
         num_classes: of such a folder; as many as there are labels in training if None.
 
     Raises:
-        UserError: a shard is missing, truncated or not a tar file, a sample has no image or no
-            label, or a label is out of range.
+        UserError: a shard is missing, truncated or not a tar file, a sample has not one image
+            and one label, or a label is out of range.
     """
-    folder = Path(root).expanduser()
+    folder = expand_user(root, "data.root")
     if (folder / DATASET).is_file():
         found = _load_packed(folder)
     else:
@@ -145,7 +167,7 @@ def _load_packed(folder: Path) -> ShardSet:
     return ShardSet(
         str(folder),
         manifest["index"],
-        len(manifest["classes"]),
+        tuple(manifest["classes"]),
         train,
         val,
         {entry["name"]: entry["bytes"] for entry in entries},
@@ -171,10 +193,11 @@ def _check_split(folder: Path, key: str, split: ShardSplit, found: ShardSet) -> 
             f"data.root: {folder / split.names[split.shard[bad.argmax()]]}: an image lies beyond "
             f"its end"
         )
-    out = (split.labels < 0) | (split.labels >= found.num_classes)
+    classes = len(found.classes)
+    out = (split.labels < 0) | (split.labels >= classes)
     if out.any():
         i = int(out.argmax())
-        path, classes = folder / split.names[split.shard[i]], found.num_classes
+        path = folder / split.names[split.shard[i]]
         raise UserError(
             f"data.root: {path}: the image at byte {split.offset[i]} has label {split.labels[i]}; "
             f"allowed with {classes} classes: 0 to {classes - 1}"
@@ -199,35 +222,43 @@ def _load_foreign(
     names = {key: tuple(str(p.relative_to(folder)) for p in paths[key]) for key in paths}
     sizes = {str(p.relative_to(folder)): p.stat().st_size for key in paths for p in paths[key]}
     times = [p.stat().st_mtime_ns for key in paths for p in paths[key]]
-    text = json.dumps([str(folder.resolve()), names, sizes, times])
+    endings = sorted(image_endings())  # another Pillow may read more
+    text = json.dumps([_INDEX_FORMAT, str(folder.resolve()), names, sizes, times, endings])
     file = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz" if cache else None
-    wanted = [f"{key}_{array}" for key in paths for array in _ARRAYS]
+    wanted = [f"{key}_{array}" for key in paths for array in _ARRAYS] + ["left_out"]
     arrays = read_arrays(file, wanted) if file is not None else None
     if arrays is None:
-        arrays = {}
+        arrays, left_out = {}, Counter[str]()
         for key in paths:
             rows = [
-                (number, *row) for number, path in enumerate(paths[key]) for row in scan_tar(path)
+                (number, *row)
+                for number, path in enumerate(paths[key])
+                for row in scan_tar(path, left_out)
             ]
             table = np.array(rows, dtype=np.int64).reshape(-1, 4)
             arrays |= {f"{key}_{array}": table[:, i] for i, array in enumerate(_ARRAYS)}
+        arrays["left_out"] = np.array(describe_left_out(left_out))
         if file is not None:
             write_arrays(file, arrays)
     train, val = (ShardSplit(names[k], *(arrays[f"{k}_{a}"] for a in _ARRAYS)) for k in paths)
-    classes = num_classes or len(np.unique(train.labels))
-    return ShardSet(str(folder), text, classes, train, val, sizes, {})
+    count = num_classes or len(np.unique(train.labels))
+    classes = tuple(map(str, range(count)))
+    left = str(arrays["left_out"])
+    return ShardSet(str(folder), text, classes, train, val, sizes, {}, left)
 
 
-def scan_tar(path: Path) -> list[tuple[int, int, int]]:
+def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int, int, int]]:
     """Offset and size in bytes, and label, of every sample of a shard in WebDataset's layout.
 
     A sample is the files whose names agree up to the first dot of the last part: an image, and
-    ``.cls``, which holds the label as text.
+    ``.cls``, which holds the label as text.  Hidden files and what has neither are passed over and
+    counted in ``left_out``.
 
     Raises:
-        UserError: not an uncompressed tar file, truncated, or a sample lacks image or label.
+        UserError: not an uncompressed tar file, truncated, or a sample has not one image and one
+            label.
     """
-    samples: dict[str, dict[str, int]] = {}
+    samples: dict[str, _Sample] = {}
     end = path.stat().st_size
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -236,30 +267,81 @@ def scan_tar(path: Path) -> list[tuple[int, int, int]]:
                     continue
                 if member.offset_data + member.size > end:
                     raise UserError(f"{path}: truncated: it ends inside {member.name}")
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not dot:  # a README: WebDataset passes over it too
-                    continue
-                sample = samples.setdefault(f"{folder}/{stem}", {})
-                if extension.lower() == "cls":
-                    text = os.pread(file.fileno(), min(member.size, 99), member.offset_data)
-                    try:
-                        sample["label"] = int(text)
-                        if abs(sample["label"]) >= 2**31:
-                            raise ValueError
-                    except ValueError:
-                        raise UserError(
-                            f"{path}: {member.name}: found {text[:40]!r}; a label is a number"
-                        ) from None
-                elif f".{extension.lower()}" in EXTENSIONS:
-                    sample |= {"offset": member.offset_data, "size": member.size}
+                _take(path, file.fileno(), member, samples, left_out)
             # tarfile takes a damaged header for the end: the real end is a block of zeros.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
                 raise UserError(f"{path}: truncated or damaged at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: truncated, or not an uncompressed tar file: {error}") from None
+    rows = []
     for key, sample in samples.items():
-        if len(sample) < 3:
-            lacks = "a .cls label" if "offset" in sample else "an image"
-            raise UserError(f"{path}: sample {key.removeprefix('/')} has not {lacks}")
-    return [(s["offset"], s["size"], s["label"]) for s in samples.values()]
+        if sample.image is not None and sample.label is not None:
+            rows.append((sample.image.offset_data, sample.image.size, sample.label))
+        elif sample.image is not None or sample.label is not None:
+            lacks = "a .cls label" if sample.image is not None else "an image that is read"
+            others = f" (beside {', '.join(sample.others)})" if sample.others else ""
+            raise UserError(f"{path}: sample {_shown(key)} has not {lacks}{others}")
+        elif left_out is not None:
+            for name in sample.others:
+                count_left_out(left_out, name)
+    return rows
+
+
+@dataclass
+class _Sample:
+    """What a shard holds under one key; ``others`` are names of files that nobody reads."""
+
+    image: tarfile.TarInfo | None = None
+    label: int | None = None
+    others: list[str] = field(default_factory=list)
+
+
+def _take(
+    path: Path,
+    file: int,
+    member: tarfile.TarInfo,
+    samples: dict[str, _Sample],
+    left_out: Counter[str] | None,
+) -> None:
+    """Put a member into its sample."""
+    parts = [part for part in member.name.split("/") if part not in ("", ".")]
+    hidden = next((part for part in parts if is_litter(part)), None)
+    base = hidden or (parts[-1] if parts else "")
+    stem, dot, extension = base.partition(".")
+    if hidden is not None or not dot:  # without a dot: a README, which WebDataset passes over too
+        if left_out is not None:
+            count_left_out(left_out, base)
+        return
+    key = "/".join([*parts[:-1], stem])
+    sample = samples.setdefault(key, _Sample())
+    if extension.lower() == "cls":
+        if sample.label is not None:
+            raise UserError(f"{path}: sample {_shown(key)} has two labels (.cls); it must have one")
+        sample.label = _label(path, file, member)
+    elif f".{extension.lower()}" in image_endings():
+        if sample.image is not None:
+            raise UserError(
+                f"{path}: sample {_shown(key)} has two images, {_shown(sample.image.name)} and "
+                f"{_shown(member.name)}; it must have one image and one label"
+            )
+        sample.image = member
+    else:
+        sample.others.append(base)
+
+
+def _shown(name: str) -> str:
+    """On one line, whatever it is made of."""
+    return name if name.isprintable() else repr(name)
+
+
+def _label(path: Path, file: int, member: tarfile.TarInfo) -> int:
+    text = os.pread(file, min(member.size, 99), member.offset_data)
+    try:
+        label = int(text)
+        if abs(label) >= 2**31:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"{path}: {member.name}: found {text[:40]!r}; a label is a number"
+        ) from None
+    return label

@@ -1,8 +1,8 @@
 """From an image folder to tar shards in WebDataset's layout.
 
-Imports listing, shard_index, worker_processes, files and errors.  A shard is written under another
-name, synced and renamed, then its facts are written beside it in ``.packing/``: what was finished
-before an interruption is not written again.  The same folder gives the same bytes.
+Imports listing, shard_index, shard_source, worker_processes, files and errors.  A shard is written
+under another name, synced and renamed, then its facts are written beside it in ``.packing/``: what
+was finished before an interruption is not written again.  The same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from safetensors.numpy import save_file
 
 from hvd_lars.data.listing import Listing, Split, list_folder
 from hvd_lars.data.shard_index import DATASET, FORMAT, INDEX, read_manifest, scan_tar
+from hvd_lars.data.shard_source import Samples, compare, stamps
 from hvd_lars.data.source import Indices
 from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
 from hvd_lars.files import HashingWriter, let_umask_decide, sha256_of, sync
 
 _PACKING, _STAMP = ".packing", "identity"
+_ENTRY = ("name", "bytes", "sha256", "source")  # of a shard in dataset.json
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class _Job:
 class Packed:
     """What a pack came to; ``written`` counts the samples of this call, ``mended`` names shards.
 
-    A mended shard had been written before, and was missing or of another size.
+    A mended shard had been written before, and was missing or of another size.  ``left_out`` counts
+    the files that are no images; ``root`` and ``sources`` are what :func:`compare` takes.
     """
 
     samples: int
@@ -57,6 +60,9 @@ class Packed:
     shards: int
     bytes: int
     mended: tuple[str, ...]
+    left_out: str
+    root: str
+    sources: dict[str, Samples]
 
 
 def pack(
@@ -68,7 +74,8 @@ def pack(
 ) -> Packed:
     """Write the shards of ``source``, an ImageNet-like folder, that ``target`` does not have yet.
 
-    Training images are shuffled once, so that a reader that streams shards sees them mixed.
+    Training images are shuffled once, so that a reader that streams shards sees them mixed.  Where
+    the size or time of a source file is not what it was, the shard is compared with its sources.
 
     Args:
         source: root/train/CLASS/image and root/val/CLASS/image.
@@ -79,33 +86,42 @@ def pack(
 
     Raises:
         UserError: the folder is not laid out as it should be, ``target`` holds another folder's
-            shards or cannot be written.
+            shards, or other bytes than its sources have now, or cannot be written.
     """
     listing = list_folder(source, None)
     jobs = {key: list(_jobs(listing, key, shard_samples)) for key in ("train", "val")}
     identity = _identity(listing, jobs)
     total = len(listing.train.labels) + len(listing.val.labels)
+    everything = [job for key in jobs for job in jobs[key]]
+    sources: dict[str, Samples] = {job.name: job.samples for job in everything}
+    now = stamps(listing.root, sources)
     try:
-        known = _known(target, identity, [job for key in jobs for job in jobs[key]])
-        _begin(target, identity)
+        known = _known(target, identity, everything, now)
         done = {name: facts for name, facts in known.items() if _is_there(target, facts)}
-        left = [job for key in jobs for job in jobs[key] if job.name not in done]
+        touched = {name: sources[name] for name in done if done[name].get("source") != now[name]}
+        compare(listing.root, target, touched, lambda *_: None)
+        _begin(target, identity)
+        left = [job for job in everything if job.name not in done]
         count = total - sum(len(job.samples) for job in left)
         progress(count, total)
         sums = {name: facts["sha256"] for name, facts in known.items()}
-        for facts, samples in _write_all(listing.root, target, left, sums, workers):
+        for facts, samples in _write_all(listing.root, target, left, sums, workers, now):
             done[facts["name"]] = facts
             count += samples
             progress(count, total)
         if not _index_is_sound(target):
             _finish(target, identity, listing.classes, jobs, done)
+        if touched:
+            _restamp(target, now)
         shutil.rmtree(target / _PACKING)
     except OSError as error:
         where = error.filename or target
         raise UserError(f"{where}: cannot be written: {error.strerror or error}") from None
     size = sum(facts["bytes"] for facts in done.values())
     mended = tuple(job.name for job in left if job.name in known)
-    return Packed(total, sum(len(job.samples) for job in left), len(done), size, mended)
+    written = sum(len(job.samples) for job in left)
+    left_out = listing.left_out
+    return Packed(total, written, len(done), size, mended, left_out, listing.root, sources)
 
 
 def _jobs(listing: Listing, key: str, shard_samples: int) -> Iterator[_Job]:
@@ -128,8 +144,13 @@ def _identity(listing: Listing, jobs: dict[str, list[_Job]]) -> str:
     return digest.hexdigest()
 
 
-def _known(target: Path, identity: str, jobs: list[_Job]) -> dict[str, dict[str, Any]]:
-    """Facts of the shards that were written before, by name."""
+def _known(
+    target: Path, identity: str, jobs: list[_Job], now: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Facts of the shards that were written before, by name.
+
+    Of a set that is not finished, shards whose sources have changed are written again.
+    """
     stamp = target / _PACKING / _STAMP
     if (target / DATASET).exists():
         manifest = read_manifest(target)
@@ -148,7 +169,9 @@ def _known(target: Path, identity: str, jobs: list[_Job]) -> dict[str, dict[str,
     for job in jobs:
         # A note that is torn is as good as none: its shard is written again.
         with contextlib.suppress(OSError, ValueError):
-            known[job.name] = json.loads((target / _PACKING / f"{job.name}.json").read_bytes())
+            facts = json.loads((target / _PACKING / f"{job.name}.json").read_bytes())
+            if facts.get("source") == now[job.name]:
+                known[job.name] = facts
     return known
 
 
@@ -186,15 +209,24 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _write_all(
-    root: str, target: Path, jobs: list[_Job], sums: dict[str, str], workers: int
+    root: str,
+    target: Path,
+    jobs: list[_Job],
+    sums: dict[str, str],
+    workers: int,
+    now: dict[str, str],
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Write shards in parallel; yields each one's facts and number of samples when it is done."""
     if min(workers, len(jobs)) <= 1:
         for job in jobs:
-            yield _write(root, target, job, sums.get(job.name)), len(job.samples)
+            facts = _write(root, target, job, sums.get(job.name), now[job.name])
+            yield facts, len(job.samples)
         return
     with _pool(min(workers, len(jobs))) as pool:
-        running = {pool.submit(_write, root, target, job, sums.get(job.name)): job for job in jobs}
+        running = {
+            pool.submit(_write, root, target, job, sums.get(job.name), now[job.name]): job
+            for job in jobs
+        }
         try:
             for future in as_completed(running):
                 yield future.result(), len(running[future].samples)
@@ -207,11 +239,11 @@ def _write_all(
             raise
 
 
-def _write(root: str, target: Path, job: _Job, wanted: str | None) -> dict[str, Any]:
+def _write(root: str, target: Path, job: _Job, wanted: str | None, stamp: str) -> dict[str, Any]:
     """One shard; its name is its own only when it is whole, and what it was before."""
     draft = target / _PACKING / f"{job.name}.{os.getpid()}.tmp"
     try:
-        facts = _fill(root, draft, job)
+        facts = _fill(root, draft, job) | {"source": stamp}
         if wanted is not None and facts["sha256"] != wanted:
             raise UserError(f"{target / job.name}: not what it was: files of {root} have changed")
         draft.rename(target / job.name)
@@ -273,7 +305,7 @@ def _finish(
     arrays, entries = {}, {}
     for key in jobs:
         facts = [done[job.name] for job in jobs[key]]
-        entries[key] = [{field: f[field] for field in ("name", "bytes", "sha256")} for f in facts]
+        entries[key] = [{field: f[field] for field in _ENTRY if field in f} for f in facts]
         tables = [
             list(zip(f["offset"], f["size"], f["labels"], strict=True))
             if "offset" in f
@@ -293,3 +325,11 @@ def _finish(
     manifest = {"format": FORMAT, "identity": identity, "classes": classes, "index": index}
     _write_synced(target / DATASET, json.dumps(manifest | entries, indent=1) + "\n")
     sync(target)
+
+
+def _restamp(target: Path, now: dict[str, str]) -> None:
+    """Note the times of sources that were written anew with the same bytes."""
+    manifest = read_manifest(target)
+    for entry in manifest["train"] + manifest["val"]:
+        entry["source"] = now[entry["name"]]
+    _write_synced(target / DATASET, json.dumps(manifest, indent=1) + "\n")

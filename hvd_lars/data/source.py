@@ -1,4 +1,4 @@
-"""What the trainer asks of a data set; imports nothing of hvd_lars."""
+"""What the trainer asks of a data set; imports identity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
+
+from hvd_lars.data.identity import DataIdentity
 
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 Batch = tuple[Tensor, Tensor]
@@ -17,6 +19,13 @@ class Request(NamedTuple):
 
     epoch: int | None
     indices: Indices
+
+
+class Unreadable(NamedTuple):
+    """An image that cannot be read: why, and whether it is of the evaluation set."""
+
+    line: str
+    evaluation: bool
 
 
 class Source(Protocol):
@@ -31,16 +40,22 @@ class Source(Protocol):
     num_eval: int
     num_classes: int
     mixes_pairs: bool
-    replaced: list[str]
-    """Lines about images that could not be read, with others in their place; whoever reads the
-    lines removes them."""
+    identity: DataIdentity
+    unreadable: list[Unreadable]
+    """Images that could not be read since somebody last took them from this list."""
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
-        """The training samples ``indices``, each below num_train, as drawn in ``epoch``."""
+        """The training samples ``indices``, each below num_train, as drawn in ``epoch``.
+
+        Another sample takes the place of one that cannot be read.
+        """
         ...
 
     def eval_batch(self, indices: Indices) -> Batch:
-        """The evaluation samples ``indices``, each below num_eval, unaugmented."""
+        """The evaluation samples ``indices``, each below num_eval, unaugmented.
+
+        Those that cannot be read are left out: what was not read is not measured.
+        """
         ...
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:

@@ -1,4 +1,4 @@
-"""Random images that need no files; imports source, randomness."""
+"""Random images that need no files; imports identity, source, randomness."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from hvd_lars.data.identity import made_identity
 from hvd_lars.data.randomness import uniforms
-from hvd_lars.data.source import Batch, Indices, Request
+from hvd_lars.data.source import Batch, Indices, Request, Unreadable
 
 
 @final
@@ -26,10 +27,11 @@ class Synthetic:
         channels: int,
         seed: int,
     ) -> None:
-        self.replaced: list[str] = []
+        self.unreadable: list[Unreadable] = []
         self.num_train, self.num_eval, self.num_classes = num_train, num_eval, num_classes
         self._shape = (channels, image_size, image_size)
         self._seed = seed
+        self.identity = made_identity("synthetic", num_train, num_eval, num_classes)
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
         """Images (n, channels, image_size, image_size) and labels (n,)."""

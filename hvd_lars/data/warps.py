@@ -1,4 +1,4 @@
-"""Small grey images, enlarged by random warps; imports source and randomness."""
+"""Small grey images, enlarged by random warps; imports identity, source, randomness."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hvd_lars.data.identity import made_identity
 from hvd_lars.data.randomness import Matrix, uniforms
-from hvd_lars.data.source import Batch, Indices, Request
+from hvd_lars.data.source import Batch, Indices, Request, Unreadable
 
 # Largest change to either side, each drawn uniformly.
 _ROTATION = math.radians(15.0)
@@ -30,21 +31,23 @@ class WarpedImages:
         num_classes: labels are below it.
         copies: warped copies of a training image in an epoch.
         seed: of the warps, with epoch and sample.
+        name: of the data set.
     """
 
     mixes_pairs = False
 
     def __init__(
-        self, train: Batch, evaluation: Batch, num_classes: int, copies: int, seed: int
+        self, train: Batch, evaluation: Batch, num_classes: int, copies: int, seed: int, name: str
     ) -> None:
         mean, std = train[0].mean(), train[0].std()
-        self.replaced: list[str] = []
+        self.unreadable: list[Unreadable] = []
         self._background = float(-mean / std)
         self._train = (train[0] - mean) / std, train[1]
         self._eval = (evaluation[0] - mean) / std, evaluation[1]
         self._seed, self._distinct = seed, len(train[1])
         self.num_train, self.num_eval = self._distinct * copies, len(evaluation[1])
         self.num_classes = num_classes
+        self.identity = made_identity(name, self.num_train, self.num_eval, num_classes)
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
         """Warped images (n, 1, side, side), normalised, and labels (n,)."""

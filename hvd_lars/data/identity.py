@@ -1,0 +1,78 @@
+"""What a run remembers of the data that it saw; imports nothing of hvd_lars."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+_SHOWN = 3  # names of classes in a line
+
+
+@dataclass(frozen=True)
+class SplitIdentity:
+    """How many images there are, and a SHA-256 of which they are, in their order."""
+
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """A data set: names of the classes by label, and its splits.
+
+    Two that are equal give the same samples in the same order with the same labels.  The bytes of
+    the images are not part of it, but for shards, whose checksums are.
+    """
+
+    classes: tuple[str, ...]
+    train: SplitIdentity
+    val: SplitIdentity
+
+    def record(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> DataIdentity:
+        """What :meth:`record` gave, as JSON; ValueError where it is something else."""
+        return TypeAdapter(cls).validate_json(text)
+
+
+def made_identity(description: str, train: int, val: int, classes: int) -> DataIdentity:
+    """Of images that a program makes, or that come whole: ``description`` says which they are."""
+    digest = hashlib.sha256(description.encode()).hexdigest()
+    return DataIdentity(
+        tuple(map(str, range(classes))), SplitIdentity(train, digest), SplitIdentity(val, digest)
+    )
+
+
+def differences(then: DataIdentity, now: DataIdentity, only_eval: bool = False) -> list[str]:
+    """What is not as it was, a phrase each; of the training images too unless ``only_eval``."""
+    found = _class_differences(then.classes, now.classes)
+    for name in ("val",) if only_eval else ("train", "val"):
+        before: SplitIdentity = getattr(then, name)
+        after: SplitIdentity = getattr(now, name)
+        if before.images != after.images:
+            found.append(f"{before.images:,} images in {name} then, {after.images:,} now")
+        elif before != after and not found:
+            found.append(f"other images in {name}, or in another order")
+    return found
+
+
+def _class_differences(then: Sequence[str], now: Sequence[str]) -> list[str]:
+    if tuple(then) == tuple(now):
+        return []
+    gone, new = (sorted(set(a) - set(b)) for a, b in ((then, now), (now, then)))
+    parts = [f"{len(then):,} classes then, {len(now):,} now"] if len(then) != len(now) else []
+    for names, what in ((gone, "gone"), (new, "new")):
+        if names:
+            rest = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+            parts.append(f"{what}: class {', '.join(names[:_SHOWN])}{rest}")
+    label = next((i for i, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), None)
+    if label is not None:
+        parts.append(f"label {label} was {then[label]} and is {now[label]}")
+    return parts
