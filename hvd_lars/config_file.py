@@ -1,6 +1,6 @@
 """From a YAML file and command-line overrides to a Config, or every mistake in it at once.
 
-Imports config and errors.
+Imports config, files and errors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from hvd_lars.config import Config
 from hvd_lars.errors import UserError
+from hvd_lars.files import expand_user
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHORT = reprlib.Repr()
@@ -71,7 +72,7 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: there is neither; the nearest bundled names are given.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name, "CONFIG")
     bundled = bundled_configs()
     try:
         if path.is_file():

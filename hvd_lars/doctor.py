@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -59,12 +60,20 @@ class Problem:
     fatal: bool = False
 
 
-def diagnose(megabytes: int) -> int:
-    """Print the state of the installation; 0 if training works here, else 1."""
+def diagnose(megabytes: int, config: str, ranks: int, shared_bytes: int) -> int:
+    """Print the state of the installation; 0 if training works here, else 1.
+
+    Args:
+        megabytes: of the test all-reduce.
+        config: name of what is to run.
+        ranks: how many of it on this machine.
+        shared_bytes: what their batches need of /dev/shm.
+    """
     problems: list[Problem] = []
     facts = environment_facts()
     _row("machine", f"{facts['cores']} cores, {facts['processor']}")
     _row("python", f"{facts['python']} ({sys.executable})")
+    _diagnose_shared_memory(problems, config, ranks, shared_bytes)
     torch_version, has_gpu = _diagnose_torch(problems)
     has_horovod = _diagnose_horovod(problems, torch_version, has_gpu)
     has_mpi4py = _diagnose_mpi(problems)
@@ -101,6 +110,23 @@ def _ask(program: str) -> tuple[str | None, str]:
         return result.stdout.strip().splitlines()[-1], ""
     lines = result.stderr.strip().splitlines()
     return None, lines[-1] if lines else f"ended with code {result.returncode}"
+
+
+def _diagnose_shared_memory(problems: list[Problem], config: str, ranks: int, needed: int) -> None:
+    """Compare /dev/shm, where batches come from the workers, with what a config needs."""
+    who = f"{config} on {ranks} rank{'s' if ranks > 1 else ''}"
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        free = 0
+    _row("shared memory", f"{free / 1e6:,.0f} MB free in /dev/shm; {who}: {needed / 1e6:,.0f} MB")
+    if free < needed:
+        what = f"{who} needs {needed / 1e6:,.0f} MB of /dev/shm, {free / 1e6:,.0f} are free"
+        mend = (
+            f"docker run --shm-size={-(-needed // 10**9)}g (or --ipc=host), a memory-backed "
+            f"emptyDir at /dev/shm in Kubernetes, or fewer data.workers"
+        )
+        problems.append(Problem(what, mend))
 
 
 def _diagnose_torch(problems: list[Problem]) -> tuple[str, bool]:

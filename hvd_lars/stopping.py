@@ -23,8 +23,13 @@ from torch import Tensor
 STOP_FILE = "STOP file"
 REQUEUE_FILE = "STOP file that says requeue"
 # Where several were asked for, the last of them is what is told.
-REASONS = (STOP_FILE, REQUEUE_FILE, "run.max_hours", "SIGUSR1", "SIGINT", "SIGTERM")
-_SIGNALS = {signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
+REASONS = (STOP_FILE, REQUEUE_FILE, "run.max_hours", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM")
+_SIGNALS = {
+    signal.SIGUSR1: "SIGUSR1",
+    signal.SIGHUP: "SIGHUP",
+    signal.SIGINT: "SIGINT",
+    signal.SIGTERM: "SIGTERM",
+}
 _LOOK_EVERY = 1.0  # seconds between looks at the file system
 
 
@@ -53,8 +58,14 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM, SIGUSR1 and Ctrl-C as requests inside; a second Ctrl-C interrupts."""
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        """Take SIGTERM, SIGUSR1, Ctrl-C and the end of a terminal (SIGHUP) as requests inside.
+
+        A second Ctrl-C interrupts.  SIGHUP stays ignored where it is, as under nohup.
+        """
+        numbers = set(_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:

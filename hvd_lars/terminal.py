@@ -1,9 +1,11 @@
-"""Lines for people; imports nothing of hvd_lars."""
+"""Lines for people; imports errors."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
+
+from hvd_lars.errors import UserError
 
 
 def tell(line: str) -> None:
@@ -13,6 +15,21 @@ def tell(line: str) -> None:
     """
     with suppress(OSError):
         print(line, flush=True)
+
+
+def answer(text: str) -> None:
+    """What a command is for, on standard output.
+
+    Raises:
+        UserError: it cannot be written.
+        BrokenPipeError: its reader has gone.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output cannot be written: {error.strerror or error}") from None
 
 
 def warn(line: str) -> None:

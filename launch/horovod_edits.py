@@ -83,6 +83,12 @@ EDITS = [
         "Open MPI 5 reads `-bind-to none` as the program `none`; 4 and MPICH take both forms",
     ),
     (
+        "horovod/runner/mpi_run.py",
+        "os.execve('/bin/sh', ['/bin/sh', '-c', mpirun_command], env)",
+        "os.execve('/bin/sh', ['/bin/sh', '-c', 'exec ' + mpirun_command], env)",
+        "a signal to horovodrun ended the shell and left mpirun and the ranks running",
+    ),
+    (
         "setup.py",
         "make_args.append('VERBOSE=1')",
         "make_args.append('--verbose')",

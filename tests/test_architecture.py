@@ -14,6 +14,7 @@ LAYERS = [
     [
         "allocator",
         "errors",
+        "process",
         "terminal",
         "rank_errors",
         "files",
@@ -43,7 +44,7 @@ LAYERS = [
     ["cli", "__main__"],
 ]
 HEIGHT = {name: (i, j) for i, row in enumerate(LAYERS) for j, name in enumerate(row)}
-MAY_IMPORT_NOTHING = {*LAYERS[0], *LAYERS[1]} - {"files", "run_folder"}
+MAY_IMPORT_NOTHING = {*LAYERS[0], *LAYERS[1]} - {"files", "run_folder", "terminal"}
 
 
 def part_of(path):

@@ -5,10 +5,12 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import tarfile
 import time
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -16,12 +18,22 @@ import pytest
 import torch
 import webdataset
 from launch.test_training import hvd_lars
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_image_folder import make_folder, source_of
 
-from hvd_lars.data import Augment, Images, ShardImages, cached_root, copy_shards, load_shards
+from hvd_lars.data import (
+    Augment,
+    Images,
+    ShardImages,
+    cached_root,
+    copy_shards,
+    load_shards,
+    shard_source,
+)
 from hvd_lars.data.shard_cache import verify
 from hvd_lars.data.shard_index import scan_tar
+from hvd_lars.data.shard_source import compare
 from hvd_lars.data.shard_writer import pack
 from hvd_lars.errors import UserError
 from hvd_lars.launchers import this_python
@@ -41,6 +53,14 @@ def images_of(shards, root):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images") / "data", train=9, val=3)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder that a test may change, and its shards."""
+    folder = make_folder(tmp_path / "own/data", train=9, val=3)
+    pack(str(folder), tmp_path / "own/shards", 2, 10, QUIET)
+    return folder, tmp_path / "own/shards"
 
 
 @pytest.fixture
@@ -156,6 +176,74 @@ def test_a_changed_source_is_not_passed_off_as_what_it_was(folder, packed, tmp_p
             pack(str(copy), packed, 1, 10, QUIET)
 
 
+def same_size(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_source_that_got_other_bytes_is_named(own):
+    """By its size and time at once, by its bytes alone with --verify."""
+    folder, packed = own
+    wanted = contents(packed)
+    victim = folder / "train/bee/2.JPEG"
+    before, times = victim.read_bytes(), (victim.stat().st_atime_ns, victim.stat().st_mtime_ns)
+    same_size(victim)
+    message = f"{packed}: {victim}: not what was packed: it has other bytes now"
+    with pytest.raises(UserError, match=re.escape(message)):
+        pack(str(folder), packed, 1, 10, QUIET)
+    assert contents(packed) == wanted
+    os.utime(victim, ns=times)
+    again = pack(str(folder), packed, 1, 10, QUIET)
+    assert again.written == 0
+    with pytest.raises(UserError, match=re.escape(message)):
+        compare(again.root, packed, again.sources, QUIET)
+    code, output = hvd_lars("pack", folder, packed, "--shard-samples=10", "--verify")
+    assert code == 2, output
+    assert output.splitlines()[-1].startswith(f"hvd-lars: {message}")
+    victim.write_bytes(before)  # the same again, but later
+    assert pack(str(folder), packed, 1, 10, QUIET).written == 0
+    shards = [name for name in wanted if name != "dataset.json"]
+    assert {name: contents(packed)[name] for name in shards} == {n: wanted[n] for n in shards}
+    with mock.patch.object(shard_source, "_changed", side_effect=AssertionError("compared anew")):
+        assert pack(str(folder), packed, 1, 10, QUIET).written == 0
+    code, output = hvd_lars("pack", folder, packed, "--shard-samples=10", "--verify")
+    assert code == 0, output
+    assert f"they hold what the files of {folder} hold" in output
+
+
+def test_a_source_that_changes_before_a_pack_is_whole_is_packed_as_it_is(own, tmp_path):
+    folder, packed = own
+    manifest = json.loads((packed / "dataset.json").read_text())
+    (packed / ".packing").mkdir()
+    (packed / ".packing/identity").write_text(manifest["identity"])
+    for entry in manifest["train"] + manifest["val"]:
+        (packed / f".packing/{entry['name']}.json").write_text(json.dumps(entry))
+    (packed / "dataset.json").unlink()
+    same_size(folder / "val/bee/1.png")
+    result = pack(str(folder), packed, 1, 10, QUIET)
+    assert (result.written, result.mended) == (9, ())
+    pack(str(folder), tmp_path / "whole", 1, 10, QUIET)
+    assert contents(packed) == contents(tmp_path / "whole")
+
+
+def test_pack_takes_what_training_takes(own, tmp_path):
+    folder, _ = own
+    picture = Image.fromarray(np.full((8, 8), 40000, np.uint16))
+    (folder / "train/bee/deep").mkdir()
+    picture.save(folder / "train/bee/deep/x.tif")
+    (folder / "train/bee/._0.JPEG").write_bytes(b"AppleDouble")
+    (folder / "train/.ipynb_checkpoints").mkdir()
+    (folder / "train/bee/notes.txt").touch()
+    code, output = hvd_lars("pack", folder, tmp_path / "shards", "--shard-samples=10")
+    assert code == 0, output
+    assert "left out, as they are no images of a class: 1 .txt, 1 hidden" in output
+    shards = load(tmp_path / "shards")
+    assert (shards.classes, len(shards.train.labels)) == (("ant", "bee", "cat"), 28)
+    images, _ = images_of(shards, tmp_path / "shards").train_batch(0, np.arange(28))
+    assert (images == round(40000 / 257)).all((1, 2, 3)).sum() == 1
+
+
 def test_a_lost_or_damaged_index_is_made_again(folder, packed):
     wanted = contents(packed)
     for damage in (b"torn", None):
@@ -263,11 +351,54 @@ def tar_of(path, files):
         ({"a.cls": b"1"}, "sample a has not an image"),
         ({"a.jpg": b"x", "a.cls": b"one"}, "a.cls: found b'one'; a label is a number"),
         ({"a.jpg": b"x", "a.cls": b"9" * 30}, "a.cls: found b'999"),
+        (
+            {"a.heic": b"x", "a.cls": b"1"},
+            r"sample a has not an image that is read \(beside a.heic",
+        ),
+        ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "a has two images, a.jpg and a.png; it"),
+        ({"a.jpg": b"x", "./a.cls": b"1", "./a.jpg": b"y"}, "a has two images, a.jpg and ./a.jpg"),
+        ({"b/a.cls": b"1", "./b//a.cls": b"2"}, r"sample b/a has two labels \(.cls\)"),
     ],
 )
 def test_a_sample_that_is_not_whole_is_named(tmp_path, files, message):
     with pytest.raises(UserError, match=message):
         scan_tar(tar_of(tmp_path / "s.tar", files))
+
+
+def test_a_key_twice_is_named(tmp_path):
+    """Half of the data would be lost: tar files that were appended to."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("x/1.jpg", "x/1.cls", "x/1.jpg", "x/1.cls"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(UserError, match=r"s.tar: sample x/1 has two (images|labels)") as caught:
+        scan_tar(tmp_path / "s.tar")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_is_no_sample_in_a_foreign_shard_is_passed_over_and_counted(foreign):
+    """Archives from a Mac carry a file ``._x`` beside each; masks and captions are nobody's."""
+    wanted = load(foreign)
+    for path in sorted(foreign.glob("*.tar")):
+        with tarfile.open(path, "a") as tar:
+            names = [
+                "./._0.jpg",
+                ".DS_Store",
+                "__MACOSX/x.jpg",
+                ".git/y.jpg",
+                "README.md",
+                "LICENSE",
+            ]
+            names += [f"{wanted.train.names.index(path.name)}.txt"] if "train" in path.name else []
+            for name in names:
+                tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    found = load(foreign)
+    for split in ("train", "val"):
+        for array in ("shard", "offset", "size", "labels"):
+            first, second = (getattr(getattr(set_, split), array) for set_ in (wanted, found))
+            assert first.tolist() == second.tolist()
+    shards = len(list(foreign.glob("*.tar")))
+    counts = f"{4 * shards} hidden, {shards} .md, {shards} without an ending, "
+    assert found.left_out == counts + f"{len(found.train.names)} .txt"
 
 
 @pytest.mark.parametrize("damage", ["at a member", "in a header", "a header's byte"])

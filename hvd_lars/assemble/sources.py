@@ -41,6 +41,7 @@ from hvd_lars.data import (
 )
 from hvd_lars.data.identity import DataIdentity, made_identity
 from hvd_lars.data.images import IMAGENET_COLOURS, ImageStore
+from hvd_lars.data.loader import shared_bytes
 from hvd_lars.errors import UserError
 from hvd_lars.files import expand_user
 from hvd_lars.terminal import warn
@@ -156,6 +157,16 @@ def _listing_cache() -> Path | None:
 def workers_of(config: Config) -> int:
     """Processes a rank that make batches; images made from memory need none."""
     return config.data.workers if isinstance(config.data, ImagesSection) else 0
+
+
+def shared_bytes_of(config: Config) -> int:
+    """Bytes of shared memory (/dev/shm) that a rank needs for its batches."""
+    data, train = config.data, config.train
+    if not isinstance(data, ImagesSection):
+        return 0
+    sides = [data.image_size, *(entry.image_size for entry in data.progressive)]
+    batches = (train.micro_batch * max(sides) ** 2, train.eval_batch * data.image_size**2)
+    return shared_bytes(3 * max(batches), data.workers)
 
 
 def shape_of(data: Data) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ Imports everything, late: a mistyped config is answered before torch is loaded.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -19,14 +20,17 @@ from typing import TYPE_CHECKING, NoReturn
 from hvd_lars.cli.parser import parse
 from hvd_lars.cli.tools import TOOLS
 from hvd_lars.errors import UserError
+from hvd_lars.process import flush_output, prepare
 from hvd_lars.rank_errors import speak_as, voice
 from hvd_lars.run_folder import CONFIG, require_run
+from hvd_lars.terminal import answer
 
 if TYPE_CHECKING:
     from hvd_lars.comm import Communicator, Launch
     from hvd_lars.config import Config
 
 _USER_ERROR = 2
+_READER_GONE = 141  # as a shell reports SIGPIPE
 _GRACE_SECONDS = 3.0
 
 
@@ -35,23 +39,51 @@ def main(arguments: list[str] | None = None) -> None:
 
     75 is EX_TEMPFAIL of sysexits.h: the run was told to stop and can go on; requeue it.
     """
-    options = parse(arguments)
+    prepare()
+    try:
+        options = parse(arguments)
+        code = _run(options)
+    except SystemExit:  # argparse has answered
+        flush_output()
+        raise
+    except BrokenPipeError:
+        flush_output()
+        sys.exit(_READER_GONE)
+    problem = flush_output()
+    if problem is not None and options.command != "train":  # of that, what is kept is elsewhere
+        _fail_together(f"standard output cannot be written: {problem}")
+    sys.exit(code)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The exit code of a command, but for mistakes and Ctrl-C, which end the process here."""
     try:
         if options.command in ("train", "eval", "bench"):
             from hvd_lars.comm import detect_launch
 
             launch = detect_launch(os.environ)
             speak_as(launch.rank)
-            sys.exit(_run_on_ranks(options, launch))
-        sys.exit(TOOLS[options.command](options))
+            return _run_on_ranks(options, launch)
+        return TOOLS[options.command](options)
     except UserError as error:
-        _fail_together(str(error))
+        message = str(error)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = error.filename or "standard output cannot be written"
+        message = f"{where}: {error.strerror or error}"
     except KeyboardInterrupt:
-        if _rank() == 0:
-            print("hvd-lars: interrupted", file=sys.stderr, flush=True)
-        elif (own := voice()) is not None:
-            own.release()
-        os._exit(130)
+        _interrupted()
+    # Here nothing of the run is alive in an exception's frames.
+    return _fail_together(message)
+
+
+def _interrupted() -> NoReturn:
+    if _rank() == 0:
+        print("hvd-lars: interrupted", file=sys.stderr, flush=True)
+    elif (own := voice()) is not None:
+        own.release()
+    os._exit(130)
 
 
 def _run_on_ranks(options: argparse.Namespace, launch: Launch) -> int:
@@ -95,6 +127,7 @@ def _guarded(
     comm: Communicator, work: Callable[[], int], passed: tuple[type[BaseException], ...] = ()
 ) -> int:
     """Work on this rank; whatever goes wrong here ends all ranks, but for what is ``passed``."""
+    from hvd_lars.data import WorkerLostError
     from hvd_lars.recorder import settle_warnings
     from hvd_lars.replicas import ReplicasDifferError
 
@@ -107,7 +140,11 @@ def _guarded(
         raise
     except (UserError, KeyboardInterrupt):
         raise
-    except ReplicasDifferError as error:
+    except BrokenPipeError as error:  # whoever reads the answer has gone
+        if error.filename is not None:
+            raise
+        code = _READER_GONE
+    except (ReplicasDifferError, WorkerLostError) as error:
         why = str(error)
     except OSError as error:  # mostly on rank 0 alone: its run folder has gone
         why = f"{error.filename or 'file system'}: {error.strerror or error}"
@@ -115,6 +152,7 @@ def _guarded(
         why = traceback.format_exc()
     if why is not None:  # any other rank may be waiting for this one: end them all
         _let_rank_0_speak(comm.rank, 1)
+        gc.collect()  # processes that load images end, and their semaphores
         comm.abort(why)
     comm.close()
     return code
@@ -146,7 +184,7 @@ def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) 
     result, average = evaluate_run(folder, config, comm, launch)
     record = result.record() | ({} if average is None else average.record("ema_"))
     if comm.rank == 0:
-        print(json.dumps(finite(record)), flush=True)
+        answer(json.dumps(finite(record)))
     return 0
 
 
@@ -163,6 +201,7 @@ def _fail_together(message: str) -> NoReturn:
     for line in message.splitlines():
         print(f"hvd-lars: {line}", file=sys.stderr)
     sys.stderr.flush()
+    gc.collect()  # processes that load images end, and their semaphores
     os._exit(_USER_ERROR)  # an orderly exit would wait for the other ranks in MPI's finalize
 
 

@@ -101,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="write the JSON schema of configs, for editors")
     schema.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of the terminal")
     doctor = commands.add_parser("doctor", help="check the installation; exit 1 if it cannot train")
+    recipe = "resnet50-lars-b8192"
+    doctor.add_argument(
+        "config", metavar="CONFIG", nargs="?", default=recipe, help=f"what is to run; {recipe}"
+    )
+    doctor.add_argument("overrides", metavar="key.sub=value", nargs="*")
+    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks on this machine")
     doctor.add_argument("--megabytes", type=int, default=64, help="size of the test all-reduce")
     return parser
 

@@ -47,11 +47,16 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from hvd_lars.assemble.sources import shared_bytes_of
+    from hvd_lars.config_file import load_config
     from hvd_lars.doctor import diagnose
 
-    if options.megabytes < 1:
-        raise UserError(f"--megabytes: found {options.megabytes}; must be 1 or more")
-    return diagnose(options.megabytes)
+    for option in ("megabytes", "ranks"):
+        if getattr(options, option) < 1:
+            raise UserError(f"--{option}: found {getattr(options, option)}; must be 1 or more")
+    config = load_config(options.config, options.overrides)
+    needed = shared_bytes_of(config) * options.ranks
+    return diagnose(options.megabytes, options.config, options.ranks, needed)
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.launcher import check_backend_agrees, choose_backend, detect_launch
@@ -31,6 +32,8 @@ def connect(
     launch = detect_launch(os.environ)
     has_horovod = importlib.util.find_spec("horovod") is not None
     chosen = choose_backend(backend, launch, os.environ, has_horovod)
+    if chosen == "horovod" and not launch.mpi:
+        _check_own_name()
     mpi_parts = parts and launch.mpi and importlib.util.find_spec("mpi4py") is not None
     comm = _start(chosen, groups, mpi_parts)
     if os.environ.get("HOROVOD_ELASTIC") != "1":  # its variables tell of the first attempt
@@ -41,6 +44,23 @@ def connect(
             f"{comm.size} rank{'s' if comm.size > 1 else ''}"
         )
     return comm
+
+
+def _check_own_name() -> None:
+    """Gloo looks up this host's own name, whichever interface it uses, and crashes without it.
+
+    Raises:
+        UserError: the name does not resolve.
+    """
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise UserError(
+            f"this host's own name {name} does not resolve ({error.strerror}), without which "
+            f"Horovod on Gloo crashes: add a line `127.0.0.1 {name}` to /etc/hosts, or start with "
+            f"mpirun"
+        ) from None
 
 
 def _start(backend: str, groups: bool, mpi_parts: bool) -> Communicator:

@@ -10,7 +10,7 @@ from hvd_lars.data.glyphs import draw_glyphs
 from hvd_lars.data.image_folder import FolderImages
 from hvd_lars.data.images import Images
 from hvd_lars.data.listing import list_folder
-from hvd_lars.data.loader import stream
+from hvd_lars.data.loader import WorkerLostError, stream
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.data.shard_cache import cached_root, copy_shards
 from hvd_lars.data.shard_index import load_shards
@@ -29,6 +29,7 @@ __all__ = [
     "ShardImages",
     "Source",
     "Synthetic",
+    "WorkerLostError",
     "cached_root",
     "copy_shards",
     "draw_glyphs",

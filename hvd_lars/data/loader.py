@@ -21,6 +21,12 @@ from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
 from hvd_lars.rank_errors import speak_as, voice
 
+
+class WorkerLostError(RuntimeError):
+    """A process that loads images was killed: the run may go on from its last checkpoint."""
+
+
+_AHEAD = 2  # batches that a worker makes before they are asked for
 _Made = tuple[Batch, list[Unreadable]] | UserError
 
 
@@ -75,7 +81,8 @@ def stream(
 
     Raises:
         UserError: a training image and all that could replace it are unreadable, here or in a
-            worker; a worker was killed, or has no room in shared memory.
+            worker; or a worker has no room in shared memory.
+        WorkerLostError: a worker was killed.
     """
     batches = _made(source, requests, workers, device == "cuda")
     yield from _copied_aside(batches) if device == "cuda" else batches
@@ -110,7 +117,7 @@ def _made(
         batch_size=None,
         sampler=requests,
         num_workers=workers,
-        prefetch_factor=2,
+        prefetch_factor=_AHEAD,
         worker_init_fn=partial(_begin, None if own is None else own.rank),
         multiprocessing_context=context,
         pin_memory=pin_memory,
@@ -133,23 +140,30 @@ def _guarded(made: Iterator[_Made], workers: int) -> Iterator[_Made]:
             return
         except RuntimeError as error:
             text = " ".join(str(error).split())
-            if "shared memory" not in text and "DataLoader worker" not in text:
+            if "shared memory" in text or "Bus error" in text:
+                raise UserError(
+                    f"data.workers: a process that loads images has no room in shared memory: "
+                    f"{shared_memory()}; found {workers} workers a rank: use fewer, or a smaller "
+                    f"train.micro_batch, or give the container more (docker run --shm-size=8g, or "
+                    f"--ipc=host)"
+                ) from None
+            if "DataLoader worker" not in text:
                 raise
-            how = re.search(r"killed by signal: ([A-Za-z ]+)|exited unexpectedly", text)
-            bus = how is not None and how.group(1) is not None and "Bus" in how.group(1)
-            if how is None or bus:
-                what = "a process that loads images has no room in shared memory"
-            else:
-                what = f"a process that loads images was ended ({how.group(1) or how.group(0)})"
-            raise UserError(
-                f"data.workers: {what}: {_shared_memory()}; found {workers} workers a rank; use "
-                f"fewer or a smaller train.micro_batch, or give the container more (docker run "
-                f"--shm-size=8g, or --ipc=host)"
+            signal = re.search(r"killed by signal: (\w+)", text)
+            raise WorkerLostError(
+                f"a process that loads images (one of data.workers={workers}) "
+                f"{f'got signal {signal.group(1)}' if signal else 'has ended'}: out of memory? "
+                f"use fewer data.workers, or ask for more memory"
             ) from None
 
 
-def _shared_memory() -> str:
-    """How much of it is left, which is where batches travel, and of memory at all."""
+def shared_bytes(batch_bytes: int, workers: int) -> int:
+    """Most bytes of shared memory that a rank's batches take on their way from the workers."""
+    return batch_bytes * (_AHEAD * workers + 1) if workers else 0
+
+
+def shared_memory() -> str:
+    """How much of it is left, which is where batches travel."""
     try:
         room = shutil.disk_usage("/dev/shm")
     except OSError:
