@@ -1,22 +1,17 @@
-"""What recipes change in a network, and starting from somebody's weights."""
-
-import pickle
+"""What recipes change in a network."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny import tiny_loop, tiny_model, tiny_trainer
 from torch import nn
 
-from hvd_lars import LARS
 from hvd_lars.assemble.network import build_network
 from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config import Model
 from hvd_lars.config_data import ImageFolderData, Resize, SyntheticData
 from hvd_lars.errors import UserError
-from hvd_lars.models import batch_norms, build_model, load_weights, zero_last_gammas
-from hvd_lars.progress import Progress
+from hvd_lars.models import batch_norms, build_model, zero_last_gammas
 
 CPU = torch.device("cpu")
 DATA = SyntheticData(name="synthetic", image_size=64)
@@ -70,77 +65,6 @@ def test_every_size_of_progressive_resizing_is_tried():
     )
     with pytest.raises(UserError, match="alexnet_bn does not take the 3×60×60 images"):
         build_network(Model(name="alexnet_bn"), data, 10, CPU)
-
-
-@pytest.fixture
-def weights(tmp_path):
-    """A model and the same weights in every form that is read."""
-    model = build_model("resnet18", 5)
-    state = model.state_dict()
-    paths = {
-        "bare": tmp_path / "bare.pth",
-        "nested": tmp_path / "nested.pt",
-        "parallel": tmp_path / "parallel.pth",
-        "safetensors": tmp_path / "w.safetensors",
-        "run": tmp_path / "run",
-    }
-    torch.save(state, paths["bare"])
-    torch.save({"state_dict": state, "epoch": 3}, paths["nested"])
-    torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, paths["parallel"])
-    save_file(state, paths["safetensors"])
-    checkpointer = Checkpointer(paths["run"] / "checkpoints", LocalCommunicator())
-    checkpointer.save(build_model("resnet18", 5), LARS(model.parameters()), Progress(step=9))
-    checkpointer.save(model, LARS(model.parameters()), Progress(step=10))
-    return model, paths
-
-
-@pytest.mark.parametrize("form", ["bare", "nested", "parallel", "safetensors", "run"])
-def test_weights_are_read(weights, form):
-    model, paths = weights
-    other = build_model("resnet18", 5)
-    assert load_weights(other, str(paths[form]), 5) == []
-    for found, wanted in zip(other.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.equal(found, wanted)
-
-
-def test_a_head_of_another_width_stays_as_it_starts(weights):
-    model, paths = weights
-    other = build_model("resnet18", 9)
-    fresh = other.fc.weight.detach().clone()
-    assert load_weights(other, str(paths["bare"]), 9) == ["fc.weight", "fc.bias"]
-    assert torch.equal(other.fc.weight, fresh)
-    assert torch.equal(other.conv1.weight, model.conv1.weight)
-
-
-class Evil:
-    def __reduce__(self):
-        return (pytest.fail, ("code in the file was run",))
-
-
-def test_weights_that_cannot_be_taken_change_nothing(weights, tmp_path):
-    _, paths = weights
-    other = build_model("resnet34", 5)
-    before = [p.clone() for p in other.parameters()]
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
-    (tmp_path / "torn.safetensors").write_bytes(b"torn")
-    torch.save([1, 2], tmp_path / "list.pth")
-    (tmp_path / "page.html").write_text("<html>not found</html>")
-    torch.save({**other.state_dict(), "conv1.weight": torch.zeros(3)}, tmp_path / "shape.pth")
-    for path, message in (
-        (paths["bare"], "is not in the file: it is another model"),
-        ("/no/such.pth", "/no/such.pth: cannot be read: No such file"),
-        (tmp_path / "evil.pth", "evil.pth: no readable weights"),
-        (tmp_path / "torn.safetensors", "torn.safetensors: no readable weights"),
-        (tmp_path / "list.pth", "list.pth: no state dict in it"),
-        (tmp_path / "page.html", "page.html: no readable weights"),
-        (tmp_path / "shape.pth", r"conv1.weight is \(3,\), the model has \(64, 3, 7, 7\)"),
-        (tmp_path, "no checkpoint in it"),
-    ):
-        with pytest.raises(UserError, match=message) as caught:
-            load_weights(other, str(path), 5)
-        assert str(caught.value).startswith("model.init_from: ")
-        assert len(str(caught.value).splitlines()) == 1
-    assert all(torch.equal(b, p) for b, p in zip(before, other.parameters(), strict=True))
 
 
 def test_zero_gammas_need_affine_norms():

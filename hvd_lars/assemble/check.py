@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from hvd_lars.assemble.network import build_network, shapes_of
+from hvd_lars.assemble.network import build_network, check_batch_norm, shapes_of
 from hvd_lars.assemble.plan import Plan, make_plan
 from hvd_lars.assemble.sources import build_source, place_of
 from hvd_lars.assemble.training import optimizer_groups
@@ -105,6 +105,9 @@ def examine(
         num_train, num_classes = source.num_train, source.num_classes
     plan = make_plan(config, num_train, ranks)
     groups, size, normalised = _measure(config.model, config.optimizer, data, num_classes)
+    if plan.smallest_micro_batch == 1 and normalised:
+        model = build_network(config.model, data, num_classes, torch.device("cpu"))
+        check_batch_norm(model, config, plan)
     momentum = size.parameters if config.optimizer.momentum > 0 else 0
     if config.optimizer.placement == "sharded":
         momentum = -(-momentum // ranks)

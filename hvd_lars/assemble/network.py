@@ -1,15 +1,22 @@
-"""From the config's model section to a network that takes the images; imports models, config."""
+"""From the config's model section to a network that takes the images.
+
+Imports plan, sources, models, config and errors.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import nn
 
+from hvd_lars.assemble.plan import Plan
 from hvd_lars.assemble.sources import shape_of
-from hvd_lars.config import Data, Model
+from hvd_lars.config import Config, Data, Model
 from hvd_lars.config_data import Images as ImagesSection
 from hvd_lars.errors import UserError
 from hvd_lars.models import (
+    batch_norms,
     build_model,
     initialise_last_layer,
     recompute_blocks,
@@ -57,6 +64,43 @@ def build_network(settings: Model, data: Data, num_classes: int, device: torch.d
                 f"(2, {num_classes}) is expected"
             )
     return model.train()
+
+
+def check_batch_norm(model: nn.Module, config: Config, plan: Plan) -> None:
+    """Refuse a plan that gives a BatchNorm one value a channel: it fails in the first step.
+
+    The network runs on the ``meta`` device, without memory or time.
+
+    Raises:
+        UserError: some micro-batches have one sample, and a BatchNorm sees one pixel of it.
+    """
+    if plan.smallest_micro_batch > 1 or config.model.bn_sync_ranks > 1:
+        return
+    seen: list[str] = []
+    hooks = [
+        norm.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+        for name, norm in batch_norms(model).items()
+    ]
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    shadow = {name: tensor.to("meta") for name, tensor in tensors}
+    was_training = model.training
+    try:
+        for shape in shapes_of(config.data):
+            images = torch.zeros(1, *shape, device="meta")
+            torch.func.functional_call(model.train(), shadow, (images,))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"train.micro_batch: {plan.global_batch} samples over {plan.ranks} "
+            f"rank{'s' if plan.ranks > 1 else ''} (accumulation {plan.accumulation}) leave a "
+            f"micro-batch of 1 sample, which the BatchNorm {seen[-1]} cannot normalise; choose "
+            f"train.global_batch or train.micro_batch so that each has 2 or more"
+        ) from None
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
 
 
 def shapes_of(data: Data) -> list[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from hvd_lars.assemble.sources import mixes_pairs
 from hvd_lars.config import Config
-from hvd_lars.data.sampler import accumulation
+from hvd_lars.data.sampler import accumulation, smallest_micro_batch
 from hvd_lars.durations import Duration, Intervals
 from hvd_lars.errors import UserError
 from hvd_lars.schedules import (
@@ -35,6 +35,7 @@ class Plan:
     steps_per_epoch: int
     accumulation: int
     largest_micro_batch: int
+    smallest_micro_batch: int
     intervals: Intervals
     warmup_steps: int
     target_lr: float
@@ -110,6 +111,9 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
         steps_per_epoch=steps_per_epoch,
         accumulation=pieces,
         largest_micro_batch=min(-(-fullest // (block * pieces)) * block, fullest),
+        smallest_micro_batch=smallest_micro_batch(
+            train.global_batch, ranks, train.micro_batch, block
+        ),
         intervals=Intervals(
             total=total,
             evaluate=steps(train.eval_every, "train.eval_every"),

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from hvd_lars import run_folder
 from hvd_lars.allocator import keep_freed_memory
 from hvd_lars.assemble.choices import settle
-from hvd_lars.assemble.network import build_network, shapes_of
+from hvd_lars.assemble.network import build_network, check_batch_norm, shapes_of
 from hvd_lars.assemble.placing import place
 from hvd_lars.assemble.plan import make_plan
 from hvd_lars.assemble.recording import make_sinks
@@ -240,11 +240,12 @@ def make_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Tr
     plan = make_plan(config, source.num_train, comm.size)
     torch.manual_seed(config.run.seed)
     model = build_network(config.model, config.data, source.num_classes, device)
+    check_batch_norm(model, config, plan)
     if (path := config.model.init_from) is not None:
         # On rank 0 alone: all take its weights before the first step.
-        for name in on_root(comm, lambda: load_weights(model, path, source.num_classes)):
-            if comm.rank == 0:
-                tell(f"model.init_from: {name} is of another shape there: left as it starts")
+        taken = on_root(comm, lambda: load_weights(model, path, source.num_classes))
+        for line in taken.lines() if comm.rank == 0 else ():
+            tell(f"model.init_from: {path}: {line}")
     average = None
     if config.model.ema_decay is not None:
         average = make_average(model, config.model.ema_decay)

@@ -71,3 +71,21 @@ def accumulation(global_batch: int, size: int, micro_batch: int, block: int = 1)
     """
     fullest_rank = math.ceil(math.ceil(global_batch / block) / size)
     return math.ceil(fullest_rank / (micro_batch // block))
+
+
+def smallest_micro_batch(global_batch: int, size: int, micro_batch: int, block: int = 1) -> int:
+    """Samples of the smallest micro-batch of any rank that is not empty.
+
+    >>> smallest_micro_batch(global_batch=9, size=2, micro_batch=4)
+    2
+    >>> smallest_micro_batch(global_batch=9, size=2, micro_batch=3)
+    2
+    >>> smallest_micro_batch(global_batch=5, size=2, micro_batch=2)
+    1
+    """
+    blocks, pieces = -(-global_batch // block), accumulation(global_batch, size, micro_batch, block)
+    emptiest, fullest = blocks // size, -(-blocks // size)
+    least = min(max(n // pieces, 1) for n in (emptiest, fullest) if n)
+    # The last block, perhaps not a whole one, is the last of the last piece of a fullest rank.
+    last = block * max(fullest // pieces, 1) - (block * blocks - global_batch)
+    return min(block * least, last)

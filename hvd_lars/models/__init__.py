@@ -8,9 +8,10 @@ from hvd_lars.models.options import (
     zero_last_gammas,
 )
 from hvd_lars.models.recompute import recompute_blocks
-from hvd_lars.models.weights import load_weights
+from hvd_lars.models.weights import Taken, load_weights
 
 __all__ = [
+    "Taken",
     "batch_norms",
     "build_model",
     "check_model_name",

@@ -39,6 +39,16 @@ def last_linear(model: nn.Module, num_classes: int) -> nn.Linear | None:
     return found[-1] if found else None
 
 
+def classifier_name(model: nn.Module, num_classes: int) -> str | None:
+    """Name of the classifying layer: :func:`last_linear`'s, else the last such convolution's."""
+    linear = last_linear(model, num_classes)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    layer: nn.Module | None = linear
+    if layer is None:
+        layer = next((m for m in reversed(convolutions) if m.out_channels == num_classes), None)
+    return next((name for name, m in model.named_modules() if m is layer), None)
+
+
 def initialise_last_layer(model: nn.Module, num_classes: int, sigma: float) -> None:
     """Draw the classifying layer's weights from N(0, sigma²) and set its bias to 0.
 

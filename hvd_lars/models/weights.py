@@ -1,95 +1,187 @@
-"""Starting from somebody's weights; imports options and errors."""
+"""Starting from somebody's weights; imports options, weight_files and errors."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hvd_lars.errors import UserError
-from hvd_lars.models.options import last_linear
+from hvd_lars.models.options import classifier_name
+from hvd_lars.models.weight_files import read_weights
+
+# Wrappers that leave a part of their own anywhere in a name.
+_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# torchvision's names of before: DenseNet's until 0.2, ViT's blocks until 0.13.
+_OLD_NAMES = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
+    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
+    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_2\."), r"\1.3."),
+)
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet
+_SHOWN = 4
 
 
-def load_weights(model: nn.Module, path: str, num_classes: int) -> list[str]:
+@dataclass(frozen=True)
+class Taken:
+    """What became of a file's tensors and of the model's, and by which rules.
+
+    Attributes:
+        count: tensors that were copied.
+        rules: what was done to find them, in words.
+        left: names of the model's tensors that stay as they start, by the reason.
+        unused: names of the file's tensors that nothing takes, by the reason.
+    """
+
+    count: int
+    rules: tuple[str, ...]
+    left: dict[str, tuple[str, ...]]
+    unused: dict[str, tuple[str, ...]]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        total = self.count + sum(map(len, self.left.values()))
+        by = f": {'; '.join(self.rules)}" if self.rules else ""
+        lines = [f"{self.count:,} of the network's {total:,} tensors taken{by}"]
+        lines += [f"left as they start ({why}): {_some(n)}" for why, n in self.left.items()]
+        lines += [f"not taken from the file ({why}): {_some(n)}" for why, n in self.unused.items()]
+        return lines
+
+
+def load_weights(model: nn.Module, path: str, num_classes: int) -> Taken:
     """Copy the weights in ``path`` into ``model``; no code in the file is run.
+
+    Names may carry prefixes and be those of before; the file may be of a backbone alone, have a
+    head of another width, or auxiliary heads.  All else must be there, and fit.
 
     Args:
         model: changed in place, or not at all.
-        path: a run folder or one of its checkpoints, a ``.safetensors`` file, or a state dict
-            that torch.save wrote, bare or under ``state_dict`` or ``model``.
+        path: a run folder or one of its checkpoints, a ``.safetensors`` file, or what torch.save
+            wrote: a state dict, one in a dictionary, or a whole module.
         num_classes: of ``model``; a classifying layer of another width is left as it is.
-
-    Returns:
-        Names of the tensors that were left as they were.
 
     Raises:
         UserError: nothing can be read there, or a tensor is missing, unknown or of another shape.
     """
-    stored = _read(Path(path).expanduser())
+    stored = read_weights(path)
     live = model.state_dict()
-    head = last_linear(model, num_classes)
-    prefix = next((f"{name}." for name, m in model.named_modules() if m is head), None)
-    skipped = [
+    rules = [f"from {where}" for where in stored.found]
+    named, outside = _renamed(stored.tensors, live, rules)
+    head = classifier_name(model, num_classes)
+    absent = [n for n in live if n not in named and not n.endswith("num_batches_tracked")]
+    headless = _headless(absent, head, live, named)
+    unknown = [name for name in named if name not in live]
+    auxiliary = [name for name in unknown if name.startswith(_AUXILIARY)]
+    tops = {name.partition(".")[0] for name in live}
+    other_head = [
         name
-        for name in live
-        if prefix
-        and name.startswith(prefix)
-        and name in stored
-        and stored[name].shape != live[name].shape
+        for name in unknown
+        if headless and name not in auxiliary and name.partition(".")[0] not in tops
     ]
-    absent = sorted(set(live) - set(stored))
-    # Files from before torch 0.4.1 do not count batches.
-    absent = [name for name in absent if not name.endswith("num_batches_tracked")]
-    unknown = sorted(set(stored) - set(live))
-    if absent or unknown:
-        name, where = (absent[0], "the file") if absent else (unknown[0], "the model")
+    wrong = [] if headless else absent
+    wrong_file = [name for name in unknown if name not in auxiliary and name not in other_head]
+    if wrong or wrong_file:
+        name, where = (wrong[0], "the file") if wrong else (wrong_file[0], "the model")
         raise UserError(f"model.init_from: {path}: {name} is not in {where}: it is another model")
-    for name, tensor in live.items():
-        if name in stored and name not in skipped and stored[name].shape != tensor.shape:
-            raise UserError(
-                f"model.init_from: {path}: {name} is {tuple(stored[name].shape)}, the model has "
-                f"{tuple(tensor.shape)}"
-            )
-    with torch.no_grad():
-        for name in set(stored) - set(skipped):
-            live[name].copy_(stored[name])
-    return skipped
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors by name."""
-    try:
-        if path.is_dir():
-            path = _newest_checkpoint(path) / "state.safetensors"
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            inside = {n.removeprefix("model/"): t for n, t in tensors.items() if "model/" in n}
-            return inside or tensors
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"model.init_from: {path}: cannot be read: {error.strerror}") from None
-    except Exception as error:  # torch.load fails in many ways on what is no state dict
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged"
-        raise UserError(f"model.init_from: {path}: no readable weights: {reason}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise UserError(f"model.init_from: {path}: no state dict in it")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
-
-
-def _newest_checkpoint(folder: Path) -> Path:
-    """The folder itself, or the newest checkpoint of a run folder."""
-    if (folder / "state.safetensors").is_file():
-        return folder
-    steps = [
-        p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)
+    another_width = [
+        name
+        for name in named
+        if name in live
+        and head is not None
+        and name.startswith(f"{head}.")
+        and named[name].shape != live[name].shape
     ]
-    if not steps:
-        raise UserError(f"model.init_from: {folder}: no checkpoint in it")
-    return max(steps, key=lambda step: int(step.name.removeprefix("step-")))
+    taken = [name for name in live if name in named and name not in another_width]
+    _check(path, live, named, taken)
+    with torch.no_grad():
+        for name in taken:
+            live[name].copy_(named[name])
+    uncounted = [n for n in live if n not in named and n.endswith("num_batches_tracked")]
+    left = {
+        "the file has a head of another width": another_width,
+        "not in the file": absent,
+        "older files do not count batches": uncounted,
+    }
+    unused = {
+        "auxiliary heads": auxiliary,
+        "a head that the network does not have": other_head,
+        "beside the network": outside,
+    }
+    return Taken(len(taken), tuple(rules), _non_empty(left), _non_empty(unused))
+
+
+def _renamed(
+    stored: Mapping[str, Tensor], live: Collection[str], rules: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by today's names without prefix, and names of those that stand beside them."""
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
+    if plain.keys() != stored.keys():
+        rules.append("names of wrappers removed (such as _orig_mod.)")
+    new = dict[str, Tensor]()
+    for name, tensor in plain.items():
+        for old, today in _OLD_NAMES:
+            name = old.sub(today, name)
+        new[name] = tensor
+    if new.keys() != plain.keys():
+        rules.append("names of before renamed")
+    prefix = _prefix(new, live)
+    if prefix:
+        rules.append(f"prefix {prefix} removed")
+    inside = {n.removeprefix(prefix): t for n, t in new.items() if n.startswith(prefix)}
+    return inside, [name for name in new if not name.startswith(prefix)]
+
+
+def _prefix(stored: Iterable[str], live: Collection[str]) -> str:
+    """What stands before the most names of the model; of several, the shortest."""
+    found: Counter[str] = Counter()
+    for name in stored:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in live:
+                found["".join(f"{part}." for part in parts[:i])] += 1
+    return min(found, key=lambda prefix: (-found[prefix], len(prefix)), default="")
+
+
+def _headless(
+    absent: Collection[str], head: str | None, live: Collection[str], named: Collection[str]
+) -> bool:
+    """Whether all that the file lacks is the model's head, and it has the rest."""
+    if not absent or head is None:
+        return False
+    top = f"{head.partition('.')[0]}."
+    for prefix in (f"{head}.", top):
+        rest = [name for name in live if not name.startswith(prefix)]
+        if rest and all(n.startswith(prefix) for n in absent) and any(n in named for n in rest):
+            return True
+    return False
+
+
+def _check(
+    path: str, live: Mapping[str, Tensor], named: Mapping[str, Tensor], taken: Iterable[str]
+) -> None:
+    """Every tensor can be copied: its shape fits, and it is a plain tensor of real numbers."""
+    for name in taken:
+        found, wanted = named[name], live[name]
+        if found.shape != wanted.shape:
+            raise UserError(
+                f"model.init_from: {path}: {name} is {tuple(found.shape)}, the model has "
+                f"{tuple(wanted.shape)}"
+            )
+        if found.layout != torch.strided or found.is_quantized or found.is_complex():
+            raise UserError(
+                f"model.init_from: {path}: {name} is {found.dtype}, {found.layout}; a plain tensor "
+                f"of real numbers is needed"
+            )
+
+
+def _non_empty(groups: Mapping[str, Collection[str]]) -> dict[str, tuple[str, ...]]:
+    return {why: tuple(names) for why, names in groups.items() if names}
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
