@@ -212,9 +212,13 @@ def test_old_names_of_densenet_and_of_vit(tmp_path):
             assert torch.equal(found, wanted)
 
 
+def run(text):
+    raise AssertionError(text)
+
+
 class Evil:
     def __reduce__(self):
-        return (pytest.fail, ("code in the file was run",))
+        return (run, ("code in the file was run",))
 
 
 class Odd:
@@ -261,7 +265,7 @@ def broken(tmp_path, model):
         (tmp_path / "shape.pth", r"conv1.weight is \(3,\), the model has \(64, 3, 7, 7\)"),
         (
             tmp_path / "sparse.pth",
-            "conv1.weight is torch.float32, torch.sparse_coo; a plain tensor",
+            "conv1.weight is torch.float32, torch.sparse_coo; a plain",
         ),
         (tmp_path / "smaller.pth", "is not in the file: it is another model"),
         (tmp_path / "larger.pth", "is not in the model: it is another model"),
