@@ -133,6 +133,13 @@ def read(found: Found, live: Mapping[str, Tensor], names: list[str]) -> None:
             tensor.copy_(stored)
 
 
+def tensors_of(found: Found, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    with safe_open(found.folder / _TENSORS, framework="pt") as tensors:
+        names = [name for name in found.names if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether the name is a checkpoint's, and not a folder's of checkpoints."""
     return re.fullmatch(r"step-\d+", folder.absolute().name) is not None
@@ -162,7 +169,7 @@ def choose(folder: Path, which: str) -> Path:
             kept = ", ".join(str(int(each.name.removeprefix("step-"))) for each in there)
             raise UserError(f"--checkpoint {which}: {folder} has those of steps {kept or 'none'}")
         return path
-    path = Path(which)
+    path = folder / which if (folder / which).is_dir() else Path(which)
     if not is_checkpoint(path) or not path.is_dir():
         raise UserError(
             f"--checkpoint {which}: no checkpoint there (a folder step-N); allowed: latest, best, "

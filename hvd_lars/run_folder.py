@@ -84,6 +84,16 @@ def _make_new(folder: Path) -> Path:
     raise AssertionError("there is always a next number")
 
 
+# Overrides of a run's config: how many ranks trained, and over what, does not bind who reads it.
+ANYWHERE = ("comm.backend=auto", "run.expect_world_size=null")
+
+
+def config_of(folder: Path) -> str:
+    """Path of a run's config; UserError where the folder holds no run."""
+    require_run(folder)
+    return str(folder / CONFIG)
+
+
 def require_run(folder: Path) -> None:
     """Raise UserError where the folder holds no run."""
     if not (folder / CONFIG).is_file():

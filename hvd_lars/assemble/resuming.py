@@ -101,8 +101,7 @@ def stored_config(path: Path) -> tuple[Config, Path] | None:
     for folder in (path, *path.absolute().parents[:2]):
         file = folder / run_folder.CONFIG
         if file.is_file():
-            anywhere = ["comm.backend=auto", "run.expect_world_size=null"]
-            return load_config(str(file), anywhere), file
+            return load_config(str(file), run_folder.ANYWHERE), file
     return None
 
 

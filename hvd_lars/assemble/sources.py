@@ -42,6 +42,7 @@ from hvd_lars.data import (
 from hvd_lars.data.identity import DataIdentity, made_identity
 from hvd_lars.data.images import IMAGENET_COLOURS, ImageStore
 from hvd_lars.data.loader import shared_bytes
+from hvd_lars.data.warps import WarpedImages
 from hvd_lars.errors import UserError
 from hvd_lars.files import expand_user
 from hvd_lars.terminal import warn
@@ -59,10 +60,8 @@ def build_source(config: Config, comm: Communicator, gpu: bool = False) -> Sourc
         UserError: on every rank alike, where the data is not laid out as it should be.
     """
     data, seed = config.data, config.run.seed
-    if isinstance(data, DigitsData):
-        return load_digits(data.copies, seed)
-    if isinstance(data, GlyphsData):
-        return draw_glyphs(data.copies, seed)
+    if isinstance(data, DigitsData | GlyphsData):
+        return _warped(data, seed)
     if isinstance(data, SyntheticData):
         return Synthetic(**data.model_dump(exclude={"name"}), seed=seed)
     train, val, identity, left_out = _stores(data, comm)
@@ -74,7 +73,8 @@ def build_source(config: Config, comm: Communicator, gpu: bool = False) -> Sourc
             f"data.expect: {data.root} has {_counts(found)}; {_counts(data.expect.model_dump())} "
             f"are expected; data.expect=null takes any"
         )
-    cifar = isinstance(data, Cifar10Data | Cifar100Data)
+    statistics = normalisation_of(config)
+    assert statistics is not None
     return Images(
         train,
         val,
@@ -84,7 +84,7 @@ def build_source(config: Config, comm: Communicator, gpu: bool = False) -> Sourc
         data.eval_resize,
         seed,
         sizes=[(entry.epoch, entry.image_size) for entry in data.progressive],
-        colour_statistics=CIFAR_COLOURS if cifar else IMAGENET_COLOURS,
+        colour_statistics=statistics,
         gpu=gpu,
     )
 
@@ -157,6 +157,22 @@ def _listing_cache() -> Path | None:
 def workers_of(config: Config) -> int:
     """Processes a rank that make batches; images made from memory need none."""
     return config.data.workers if isinstance(config.data, ImagesSection) else 0
+
+
+def normalisation_of(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of the channels in [0, 1]; None where images are made as they are."""
+    data = config.data
+    if isinstance(data, DigitsData | GlyphsData):
+        made = _warped(data, config.run.seed)
+        return (made.mean,), (made.deviation,)
+    if isinstance(data, Cifar10Data | Cifar100Data):
+        return CIFAR_COLOURS
+    return IMAGENET_COLOURS if isinstance(data, ImagesSection) else None
+
+
+def _warped(data: DigitsData | GlyphsData, seed: int) -> WarpedImages:
+    make = load_digits if isinstance(data, DigitsData) else draw_glyphs
+    return make(data.copies, seed)
 
 
 def shared_bytes_of(config: Config) -> int:

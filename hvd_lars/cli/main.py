@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hvd_lars.cli.parser import parse
@@ -22,7 +21,7 @@ from hvd_lars.cli.tools import TOOLS
 from hvd_lars.errors import UserError
 from hvd_lars.process import flush_output, prepare
 from hvd_lars.rank_errors import speak_as, voice
-from hvd_lars.run_folder import CONFIG, require_run
+from hvd_lars.run_folder import ANYWHERE, config_of
 from hvd_lars.terminal import answer
 
 if TYPE_CHECKING:
@@ -93,11 +92,7 @@ def _run_on_ranks(options: argparse.Namespace, launch: Launch) -> int:
         quiet = ["run.console=none"] if getattr(options, "quiet", False) else []
         config = _config(options.config, [*options.overrides, *quiet])
     else:
-        require_run(options.run_folder)
-        # How many ranks trained, and over what, does not bind who evaluates.
-        anywhere = ["comm.backend=auto", "run.expect_world_size=null"]
-        path = str(options.run_folder / CONFIG)
-        config = _config(path, [*anywhere, *options.overrides])
+        config = _config(config_of(options.run_folder), [*ANYWHERE, *options.overrides])
     from hvd_lars.cli.elastic import is_elastic, train_elastic
     from hvd_lars.comm import connect
 
@@ -118,7 +113,7 @@ def _run_on_ranks(options: argparse.Namespace, launch: Launch) -> int:
             return train(options, config, comm, launch)
         if options.command == "bench":
             return _bench(options, config, comm, launch)
-        return _evaluate(options.run_folder, config, comm, launch)
+        return _evaluate(options, config, comm, launch)
 
     return _guarded(comm, work)
 
@@ -177,11 +172,13 @@ def _bench(options: argparse.Namespace, config: Config, comm: Communicator, laun
     return 0
 
 
-def _evaluate(folder: Path, config: Config, comm: Communicator, launch: Launch) -> int:
+def _evaluate(
+    options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch
+) -> int:
     from hvd_lars.assemble import evaluate_run
     from hvd_lars.metrics import finite
 
-    result, average = evaluate_run(folder, config, comm, launch)
+    result, average = evaluate_run(options.run_folder, config, comm, launch, options.checkpoint)
     record = result.record() | ({} if average is None else average.record("ema_"))
     if comm.rank == 0:
         answer(json.dumps(finite(record)))

@@ -51,9 +51,21 @@ def _parser() -> argparse.ArgumentParser:
         "--resume-from", type=Path, metavar="PATH", help="start from a run or a checkpoint of it"
     )
     train.add_argument("--quiet", action="store_true", help="same as run.console=none")
-    evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
+    evaluate = commands.add_parser("eval", help="evaluate a checkpoint of a run")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     evaluate.add_argument("overrides", metavar="key.sub=value", nargs="*")
+    _add_checkpoint(evaluate)
+    export = commands.add_parser("export", help="write a run's weights for other programs")
+    export.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
+    export.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE",
+        help="weights.safetensors, weights.pth, or model.onnx (with the extra [onnx])",
+    )  # fmt: skip
+    export.add_argument(
+        "--average", action="store_true", help="the average that model.ema_decay keeps"
+    )
+    export.add_argument("--onnx", action="store_true", help="FILE is to be an .onnx file")
+    _add_checkpoint(export)
     check = commands.add_parser("check", help="print the plans of configs without training")
     check.add_argument(
         "configs",
@@ -109,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks on this machine")
     doctor.add_argument("--megabytes", type=int, default=64, help="size of the test all-reduce")
     return parser
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="WHICH",
+        help="latest (the newest sound one), best (greatest top-1), a step, or a path",
+    )
 
 
 def _add_launch(commands: Any) -> None:

@@ -72,6 +72,20 @@ def _launch(options: argparse.Namespace) -> int:
     return launch(start, options.print_only)
 
 
+def _export(options: argparse.Namespace) -> int:
+    from hvd_lars.config_file import load_config
+    from hvd_lars.run_folder import ANYWHERE, config_of
+
+    config = load_config(config_of(options.run_folder), ANYWHERE)
+    if options.onnx and options.output.suffix != ".onnx":
+        raise UserError(f"--onnx: -o {options.output}: must end in .onnx")
+    from hvd_lars.assemble.export import export
+
+    told = options.checkpoint, options.average
+    print(export(options.run_folder, config, options.output, *told))
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from hvd_lars.report import write_report
 
@@ -83,6 +97,7 @@ def _report(options: argparse.Namespace) -> int:
 TOOLS = {
     "check": _check,
     "doctor": _doctor,
+    "export": _export,
     "launch": _launch,
     "pack": _pack,
     "report": _report,

@@ -41,6 +41,7 @@ class WarpedImages:
     ) -> None:
         mean, std = train[0].mean(), train[0].std()
         self.unreadable: list[Unreadable] = []
+        self.mean, self.deviation = mean.item(), std.item()  # of the pixels, before it is taken out
         self._background = float(-mean / std)
         self._train = (train[0] - mean) / std, train[1]
         self._eval = (evaluation[0] - mean) / std, evaluation[1]

@@ -1,0 +1,156 @@
+"""Weights of a run for other programs; imports config, checkpoint_files, network and sources."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import hvd_lars
+from hvd_lars import checkpoint_files, run_folder
+from hvd_lars.assemble.network import build_network, shapes_of
+from hvd_lars.assemble.sources import normalisation_of
+from hvd_lars.config import Config
+from hvd_lars.config_data import Images
+from hvd_lars.errors import UserError
+from hvd_lars.files import let_umask_decide, sync
+
+ENDINGS = (".safetensors", ".pth", ".pt", ".onnx")
+
+
+def export(folder: Path, config: Config, output: Path, which: str, average: bool) -> str:
+    """Write the network's tensors under their plain names; returns a line about what was written.
+
+    ``torch.load`` of a ``.pth`` gives a state dict, whose attribute ``hvd_lars`` is the metadata;
+    a ``.safetensors`` file has it as text, an ``.onnx`` file as properties: ``model``, ``classes``
+    by label, ``mean`` and ``std`` of the channels in [0, 1], ``image_size``, ``eval_resize``,
+    ``step`` and ``top1``, each as JSON.
+
+    Args:
+        folder: a run folder.
+        config: its resolved config.
+        output: file to write, whose ending says what kind.
+        which: checkpoint, as of :func:`checkpoint_files.choose`.
+        average: write the moving average of the weights.
+
+    Raises:
+        UserError: there is no such checkpoint or average, or the file cannot be written.
+    """
+    if output.suffix not in ENDINGS:
+        raise UserError(f"-o: {output}: found {output.suffix!r}; allowed: {', '.join(ENDINGS)}")
+    chosen = checkpoint_files.choose(folder / run_folder.CHECKPOINTS, which)
+    found = checkpoint_files.find(chosen)
+    if found is None:
+        raise UserError(f"{chosen}: no checkpoint (a folder step-N) in it")
+    prefix = "average/module." if average else "model/"
+    tensors = checkpoint_files.tensors_of(found, prefix)
+    if not tensors:
+        raise UserError(f"--average: {found.folder} has none; model.ema_decay keeps one")
+    facts = _metadata(config, found)
+    writers: dict[str, Callable[[Path], None]] = {
+        ".safetensors": lambda path: save_file(
+            tensors, path, {key: json.dumps(value) for key, value in facts.items()}
+        ),
+        ".onnx": lambda path: _write_onnx(config, tensors, facts, path),
+    }
+    _write(output, writers.get(output.suffix, lambda path: _write_state_dict(tensors, facts, path)))
+    passed = f" ({'; '.join(found.passed_over)}: passed over)" if found.passed_over else ""
+    return (
+        f"{output}: {len(tensors)} tensors of {config.model.name} after step {found.progress.step}"
+        f"{', averaged' if average else ''}{passed}"
+    )
+
+
+def _metadata(config: Config, found: checkpoint_files.Found) -> dict[str, Any]:
+    """What a user of the weights needs to know, as plain values."""
+    facts: dict[str, Any] = {
+        "hvd_lars": hvd_lars.__version__,
+        "model": config.model.name,
+        "step": found.progress.step,
+        "top1": found.progress.top1,
+        "image_shape": list(shapes_of(config.data)[0]),
+    }
+    if found.data is not None:
+        facts["classes"] = list(found.data.classes)
+    statistics = normalisation_of(config)
+    if statistics is not None:
+        facts |= {"mean": list(statistics[0]), "std": list(statistics[1])}
+    if isinstance(config.data, Images):
+        facts |= {"image_size": config.data.image_size, "eval_resize": config.data.eval_resize}
+    return facts
+
+
+def _write(output: Path, write: Callable[[Path], None]) -> None:
+    """The whole file under its name, or nothing."""
+    draft = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    try:
+        with draft.open("wb"):
+            pass  # an error that names the file
+        write(draft)
+        let_umask_decide(draft)
+        sync(draft)
+        draft.replace(output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror or error}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _write_state_dict(tensors: dict[str, Tensor], facts: dict[str, Any], path: Path) -> None:
+    state = OrderedDict(tensors)
+    state.hvd_lars = facts  # type: ignore[attr-defined]
+    torch.save(state, path)
+
+
+class _Named(nn.Module):
+    """The network with a name for what it takes and what it gives."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def _write_onnx(
+    config: Config, tensors: dict[str, Tensor], facts: dict[str, Any], path: Path
+) -> None:
+    """Normalised images (n, channels, height, width) → logits (n, classes), n of any size."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("-o: an .onnx file needs pip install 'hvd_lars[onnx]'") from None
+    classes = len(facts["classes"]) if "classes" in facts else _width(tensors)
+    model = build_network(config.model, config.data, classes, torch.device("cpu")).eval()
+    model.load_state_dict(tensors)
+    images = torch.zeros(2, *facts["image_shape"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch's exporter itself calls
+        program = torch.onnx.export(
+            _Named(model).eval(),
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("n")}},
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props.update({key: json.dumps(v) for key, v in facts.items()})
+    program.save(path)
+
+
+def _width(tensors: dict[str, Tensor]) -> int:
+    """Classes of a checkpoint that does not name them: outputs of the last layer."""
+    return list(tensors.values())[-1].shape[0]
