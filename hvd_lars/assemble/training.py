@@ -322,12 +322,21 @@ def evaluate_run(
     average = None if decay is None else make_average(model, decay)
     restore(found, comm, model, average=average)
     votes = _make_votes(config, source, comm)
+    too_many: list[UserError] = []
 
     def agree() -> bool:
-        votes.count()
+        try:
+            votes.count()
+        except UserError as error:  # all that cannot be read is to be named first
+            too_many.append(error)
         return False
 
     options = source, comm, config.train.eval_batch, device, workers_of(config), agree
-    result = evaluate(model, *options)
+    try:
+        result = evaluate(model, *options)
+    except UserError as error:
+        too_many.insert(0, error)
+    if too_many:
+        raise too_many[-1]
     assert result is not None  # nothing stops it
     return result, None if average is None else evaluate(average.module, *options)
