@@ -101,6 +101,50 @@ def test_the_span_of_batch_norm_is_watched(capsys):
     assert spans("train.micro_batch=16", "model.bn_sync_ranks=8") == []
 
 
+ONE_PIXEL = ["data={name: synthetic, image_size: 32}", "model.name=resnet18"]  # at the last block
+SHORT = ["train.duration=2 steps", "schedule.warmup_duration=1 steps"]
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "said"),
+    [
+        (["train.global_batch=9", "train.micro_batch=4"], 3, None),
+        (
+            ["train.global_batch=9", "train.micro_batch=2"],
+            2,
+            "9 samples over 2 ranks (accumulation 3)",
+        ),
+        (
+            ["train.global_batch=8", "train.micro_batch=4"],
+            8,
+            "8 samples over 8 ranks (accumulation 1)",
+        ),
+        (
+            ["train.global_batch=5", "train.micro_batch=1"],
+            1,
+            "5 samples over 1 rank (accumulation 5)",
+        ),
+        (["train.global_batch=8", "train.micro_batch=4", "model.bn_sync_ranks=8"], 8, None),
+        (["train.global_batch=8", "train.micro_batch=4", "data.image_size=64"], 8, None),
+        (["train.global_batch=8", "train.micro_batch=4", "model.name=squeezenet1_1"], 8, None),
+    ],
+)
+def test_a_micro_batch_of_one_sample_is_refused_where_batch_norm_cannot_take_it(
+    capsys, options, ranks, said
+):
+    arguments = ["digits", *ONE_PIXEL, *SHORT, *options]
+    if said is None:
+        assert planned(capsys, *arguments, ranks=ranks)["ranks"] == ranks
+        return
+    with pytest.raises(UserError) as caught:
+        planned(capsys, *arguments, ranks=ranks)
+    assert str(caught.value).startswith(f"digits: train.micro_batch: {said}")
+    assert str(caught.value).endswith(
+        ") leave a micro-batch of 1 sample, which the BatchNorm layer4.0.bn1 cannot normalise; "
+        "choose train.global_batch or train.micro_batch so that each has 2 or more"
+    )
+
+
 def test_shards_in_place_of_the_folder_are_no_departure(capsys, tmp_path):
     options = ["data.name=shards", f"data.root={tmp_path / 'absent'}"]
     plan = planned(capsys, "alexnet-bn-lars-b8192", *options, ranks=32)
@@ -117,7 +161,8 @@ def test_check_takes_what_overrides_complete_and_copies_nothing(capsys, tmp_path
         "model: {name: resnet18}\nschedule: {base_lr: 1}\n"
         "train: {duration: 1 epochs, global_batch: 4}\ncheckpoint: {every: 1 epochs}\n"
     )
-    assert planned(capsys, str(config), f"data.root={tmp_path / 'shards'}")["num_train"] == 12
+    arguments = str(config), f"data.root={tmp_path / 'shards'}"
+    assert planned(capsys, *arguments, ranks=2)["num_train"] == 12
     assert not (tmp_path / "node").exists()
 
 

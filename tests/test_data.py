@@ -6,7 +6,7 @@ import torch
 
 from hvd_lars.data import GlobalBatches, Synthetic, draw_glyphs, load_digits
 from hvd_lars.data.randomness import uniforms
-from hvd_lars.data.sampler import accumulation
+from hvd_lars.data.sampler import accumulation, smallest_micro_batch
 
 
 def test_an_epoch_draws_every_sample_at_most_once_and_epochs_differ():
@@ -31,6 +31,19 @@ def test_ranks_and_micro_batches_share_out_the_global_batch_exactly(size, micro_
     assert max(len(piece) for mine in pieces for piece in mine) <= micro_batch
     sizes = [len(piece) for piece in pieces[0]]
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_smallest_micro_batch_is_known_without_drawing(pairs):
+    block = 2 if pairs else 1
+    for global_batch in range(1, 40):
+        batches = GlobalBatches(40, global_batch, seed=0, pairs=pairs)
+        for size in (1, 2, 3, 5):
+            for micro_batch in range(block, 9):
+                drawn = [batches.micro_batches(0, rank, size, micro_batch) for rank in range(size)]
+                smallest = min(len(piece) for mine in drawn for piece in mine if len(piece))
+                found = smallest_micro_batch(global_batch, size, micro_batch, block)
+                assert found == smallest, (global_batch, size, micro_batch)
 
 
 def test_the_seed_papers_8192_is_cut_into_32_pieces():

@@ -19,13 +19,16 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save
 from test_image_folder import make_folder
 
 from hvd_lars import checkpoint_files, run_folder
 from hvd_lars.config import Config
 from hvd_lars.config_file import bundled_configs, find_config, load_config
-from hvd_lars.data import ShardImages, load_shards
+from hvd_lars.data import FolderImages, ShardImages, list_folder, load_shards
+from hvd_lars.data.decoding import Picture, to_bytes
+from hvd_lars.data.identity import made_identity
 from hvd_lars.data.shard_index import scan_tar
 from hvd_lars.data.shard_writer import pack
 from hvd_lars.errors import UserError
@@ -148,13 +151,15 @@ def test_overrides_of_anything(pairs):
     load(Path(find_config("digits")).read_bytes(), ["".join(pair) for pair in pairs])
 
 
+JSON_FILES = ["progress.json", "data.json", "manifest.json"]
 STATE = {"model/w": torch.arange(6.0).reshape(2, 3), "momentum/w": torch.ones(2, 3)}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    checkpoint_files.write(folder, STATE, Progress(step=3, window_losses=[0.5]).record(), 2)
+    progress = Progress(step=3, window_losses=[0.5]).record()
+    checkpoint_files.write(folder, STATE, progress, 2, made_identity("x", 5, 3, 2))
     return folder / "step-00000003"
 
 
@@ -180,7 +185,7 @@ def seal(folder):
             "bytes": (folder / name).stat().st_size,
             "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
         }
-        for name in ("state.safetensors", "progress.json")
+        for name in ("state.safetensors", "progress.json", "data.json")
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -188,7 +193,7 @@ def seal(folder):
 @often
 @given(st.data())
 def test_damaged_checkpoints(checkpoint, data):
-    name = data.draw(st.sampled_from(["state.safetensors", "progress.json", "manifest.json"]))
+    name = data.draw(st.sampled_from(["state.safetensors", *JSON_FILES]))
     before = (checkpoint / name).read_bytes()
     after = data.draw(damage(len(before)))(before)
     with tempfile.TemporaryDirectory() as folder:
@@ -202,12 +207,12 @@ def test_damaged_checkpoints(checkpoint, data):
 
 
 @often
-@given(JSON, st.sampled_from(["progress.json", "manifest.json"]))
+@given(JSON, st.sampled_from(JSON_FILES))
 def test_checkpoints_of_other_json(checkpoint, value, name):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(checkpoint, Path(folder) / "step-00000003"))
         (copy / name).write_text(json.dumps(value))
-        if name == "progress.json":
+        if name != "manifest.json":
             seal(copy)
         take(copy)
 
@@ -334,3 +339,120 @@ def test_foreign_shards_of_anything_stay_inside_their_file(members):
             inside = np.array(samples).reshape(-1, 3)
             assert (inside[:, 0] + inside[:, 1] <= path.stat().st_size).all()
         assert [entry.name for entry in folder.iterdir()] == ["x-train.tar"]
+
+
+SAMPLE_NAMES = st.sampled_from(
+    ["a", "./a", "b/a", "b//a", "._a", ".DS_Store", "__MACOSX/a", ".git/a", "a\nb", "README"]
+)
+SAMPLE_ENDINGS = st.sampled_from([".jpg", ".PNG", ".tif", ".cls", ".json", ".txt", ".seg.png", ""])
+
+
+@often
+@given(st.lists(st.tuples(SAMPLE_NAMES, SAMPLE_ENDINGS), max_size=8))
+def test_every_image_of_a_foreign_shard_is_a_sample_or_told(members):
+    """Nobody's file is taken for an image, and none is lost: it is in a sample or in an error."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "x.tar"
+        with tarfile.open(path, "w") as tar:
+            for stem, ending in members:
+                member = tarfile.TarInfo(stem + ending)
+                member.size = 1
+                tar.addfile(member, io.BytesIO(b"3"))
+        visible = [
+            f"{stem}{ending}".replace("//", "/").removeprefix("./")
+            for stem, ending in members
+            if not any(p.startswith(".") and p != "." or p == "__MACOSX" for p in stem.split("/"))
+        ]
+        images = [n for n in visible if n.endswith((".jpg", ".PNG", ".tif")) and ".seg" not in n]
+        labels = [n for n in visible if n.endswith(".cls")]
+        try:
+            samples = scan_tar(path)
+        except UserError as error:
+            clear(error)
+            assert len(str(error).splitlines()) == 1
+            stems = [image.rpartition(".")[0] for image in images]
+            whole = sorted(stems) == sorted(label.rpartition(".")[0] for label in labels)
+            assert not whole or len(set(stems)) < len(stems)
+        else:
+            assert len(samples) == len(images) == len(labels)
+
+
+FILE_NAMES = st.sampled_from(
+    ["1.png", "2.PNG", "3.tif", "._1.png", ".DS_Store", "notes.txt", "x", "Thumbs.db", "deep/4.png",
+     "deep/er/5.png", ".hidden/6.png", "deep/__MACOSX/7.png", "\udcff.png", "a b.png", "x.png.txt"]
+)  # fmt: skip
+
+
+@often
+@given(st.dictionaries(st.sampled_from(["ant", "bee", ".git", "@eaDir", "Ü"]), st.sets(FILE_NAMES)))
+def test_folders_of_anything(tree):
+    """A class is a visible folder; its images are all that are visible in it, at any depth."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for split in ("train", "val"):
+            (root / split).mkdir()
+            for folder, files in tree.items():
+                (root / split / folder).mkdir()
+                for file in files:
+                    path = root / split / folder / os.fsdecode(os.fsencode(file))
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(b"no image")
+        wanted = {
+            folder: {
+                file
+                for file in files
+                if file.lower().endswith((".png", ".tif"))
+                and not any(part.startswith((".", "__")) for part in file.split("/"))
+            }
+            for folder, files in tree.items()
+            if folder not in (".git", "@eaDir")
+        }
+        try:
+            listing = list_folder(str(root), None)
+        except UserError as error:
+            clear(error)
+            assert len(str(error).splitlines()) == 1
+            assert not wanted or not all(wanted.values())
+            return
+        assert listing.classes == tuple(sorted(wanted))
+        found = {os.fsdecode(path) for path in listing.train.paths.tolist()}
+        assert found == {f"train/{c}/{file}" for c, files in wanted.items() for file in files}
+        store = FolderImages(listing.root, listing.train)
+        with pytest.raises(UserError, match="not a readable image"):
+            store.open(0)
+
+
+@often
+@given(
+    st.sampled_from([255.0, 4095.0, 65535.0, 2.0**32 - 1, 1.0]),
+    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=6),
+)
+def test_grey_values_keep_their_share_of_white(white, shares):
+    dtype = {1.0: np.float32, 2.0**32 - 1: np.uint32}.get(white, np.uint16)
+    grey = np.array([[share * white for share in shares]]).astype(dtype)
+    try:
+        found = to_bytes(grey.view(np.int32) if dtype is np.uint32 else grey, white)
+    except ValueError as error:
+        assert "what they mean is not known" in str(error)
+        assert 0 < grey.max() < white / 255
+    else:
+        assert np.abs(found / 255 - grey / white).max() <= 0.5 / 255 + 1e-6
+
+
+@often
+@given(st.data())
+def test_images_that_are_damaged_are_read_or_named(data):
+    kind = data.draw(st.sampled_from(["PNG", "TIFF", "GIF", "PPM", "BMP", "WEBP", "JPEG", "TGA"]))
+    array = np.arange(12 * 12, dtype=np.uint8).reshape(12, 12)
+    file = io.BytesIO()
+    deep = kind in ("PNG", "TIFF", "PPM") and data.draw(st.booleans())
+    Image.fromarray(array.astype(np.uint16) * 257 if deep else array).save(file, kind)
+    content = data.draw(damage(len(file.getvalue())))(file.getvalue())
+    try:
+        pixels = Picture(content, "folder/x").pixels()
+    except UserError as error:
+        clear(error)
+        assert str(error).startswith("folder/x: not a readable image")
+    else:
+        assert pixels.dtype == torch.uint8
+        assert pixels.shape[0] == 3

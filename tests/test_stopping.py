@@ -14,7 +14,7 @@ def agreed(stops):
     return Votes(LocalCommunicator(), stops).count().stop
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_is_a_request_and_handlers_are_given_back(name):
     number = getattr(signal, name)
     before, stops = signal.getsignal(number), StopRequests()
@@ -23,6 +23,17 @@ def test_a_signal_is_a_request_and_handlers_are_given_back(name):
         os.kill(os.getpid(), number)
         assert agreed(stops) == name
     assert signal.getsignal(number) is before
+
+
+def test_under_nohup_the_end_of_a_terminal_is_nothing():
+    before, stops = signal.signal(signal.SIGHUP, signal.SIG_IGN), StopRequests()
+    try:
+        with stops.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert agreed(stops) is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_interrupts():

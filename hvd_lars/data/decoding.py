@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, final
@@ -110,13 +111,18 @@ def _any_format(data: bytes, name: str) -> Pixels:
     from PIL import UnidentifiedImageError
 
     try:
-        with pil.open(BytesIO(data)) as file:
-            if file.mode[0] in "IF":  # Pillow's own conversion would clip at 255
-                return np.repeat(to_bytes(np.asarray(file), *_range_of(file))[..., None], 3, axis=2)
-            return np.array(file.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF that nobody reads
+            with pil.open(BytesIO(data)) as file:
+                if file.mode[0] in "IF":  # Pillow's own conversion would clip at 255
+                    grey = to_bytes(np.asarray(file), *_range_of(file))
+                    return np.repeat(grey[..., None], 3, axis=2)
+                return np.array(file.convert("RGB"))
+    except Exception as error:  # of a damaged file its readers raise anything
         # Pillow names a buffer in memory, where the line names the file already.
-        problem = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        unknown = isinstance(error, UnidentifiedImageError)
+        said = " ".join(str(error).split()) or type(error).__name__
+        problem = "of no known format" if unknown else said
         raise UserError(f"{name}: not a readable image: {problem}") from None
 
 

@@ -266,7 +266,7 @@ def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int
                 if not member.isfile():
                     continue
                 if member.offset_data + member.size > end:
-                    raise UserError(f"{path}: truncated: it ends inside {member.name}")
+                    raise UserError(f"{path}: truncated: it ends inside {_shown(member.name)}")
                 _take(path, file.fileno(), member, samples, left_out)
             # tarfile takes a damaged header for the end: the real end is a block of zeros.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
@@ -279,7 +279,7 @@ def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int
             rows.append((sample.image.offset_data, sample.image.size, sample.label))
         elif sample.image is not None or sample.label is not None:
             lacks = "a .cls label" if sample.image is not None else "an image that is read"
-            others = f" (beside {', '.join(sample.others)})" if sample.others else ""
+            others = f" (beside {', '.join(map(_shown, sample.others))})" if sample.others else ""
             raise UserError(f"{path}: sample {_shown(key)} has not {lacks}{others}")
         elif left_out is not None:
             for name in sample.others:
@@ -342,6 +342,6 @@ def _label(path: Path, file: int, member: tarfile.TarInfo) -> int:
             raise ValueError
     except ValueError:
         raise UserError(
-            f"{path}: {member.name}: found {text[:40]!r}; a label is a number"
+            f"{path}: {_shown(member.name)}: found {text[:40]!r}; a label is a number"
         ) from None
     return label

@@ -1,19 +1,23 @@
 """Runs that are killed, stopped, damaged and resumed, as a user would."""
 
+import contextlib
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from commands import HANG_GUARD, hvd_lars, kill_everything, records_of, start, wait_for_step
 from safetensors.torch import load_file
 from test_image_folder import make_folder
 
-from hvd_lars.launchers import run_here, this_python
+from hvd_lars.launchers import launcher_environment, local_command, run_here, this_python
 
 STEPS = [
     "train.duration=20 steps", "schedule.warmup_duration=2 steps", "train.log_every=3 steps",
@@ -116,6 +120,7 @@ LONG = ["train.duration=100000 steps", "train.eval_every=100000 steps", "train.l
     [
         (None, "SIGTERM", 75),
         (None, "SIGINT", 75),
+        (None, "SIGHUP", 75),
         ("mpirun", "SIGTERM", 75),
         ("mpirun", "SIGUSR1", 75),
         ("mpirun", "STOP file", 0),
@@ -149,6 +154,48 @@ def test_a_request_to_stop_ends_in_a_checkpoint(tmp_path, launcher, how, code):
     result, output = hvd_lars(*again)
     assert result == 0, output
     assert "nothing is left to do" in output
+
+
+@pytest.mark.parametrize("launcher", [None, "mpirun", "horovodrun", "horovodrun --gloo"])
+def test_the_end_of_a_terminal_ends_in_a_checkpoint(tmp_path, launcher):
+    """As of ssh: the terminal hangs up, and the launcher makes of that what it does."""
+    run = tmp_path / "run"
+    program = this_python("-m", "hvd_lars", *training(run, *LONG))
+    command = local_command(launcher, 2, program) if launcher else program
+    pid, terminal = pty.fork()
+    if pid == 0:
+        environment = launcher_environment() | {"OMP_NUM_THREADS": "1"}
+        os.execvpe(command[0], command, environment)
+    os.set_blocking(terminal, False)
+    deadline = time.monotonic() + HANG_GUARD
+    log = run / "metrics.jsonl"
+    while not log.exists() or len(records_of(run, "train")) < 3:
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65536)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = psutil.Process(pid).children(recursive=True)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert psutil.wait_procs(family, timeout=HANG_GUARD)[1] == []
+    last = records_of(run, "event")[-1]
+    assert last["event"] == "stop"
+    assert last["reason"] == ("SIGTERM" if launcher else "SIGHUP")
+    assert (run / f"checkpoints/step-{last['step']:08d}/manifest.json").is_file()
+    if launcher is None:
+        assert os.waitstatus_to_exitcode(status) == 75
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun"])
+def test_a_signal_to_horovodrun_reaches_the_ranks(tmp_path, launcher):
+    """As released it ends a shell in between, and leaves mpirun and the ranks running."""
+    process = start(launcher, 2, training(tmp_path / "run", *LONG))
+    wait_for_step(process, tmp_path / "run", 3)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=HANG_GUARD)
+    assert psutil.wait_procs(family, timeout=HANG_GUARD)[1] == []
+    assert records_of(tmp_path / "run", "event")[-1]["reason"] == "SIGTERM"
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +255,15 @@ def test_another_run_starts_from_a_checkpoint(finished, tmp_path):
         (["run.dir=RUN"], "holds a run already; name another folder, or --resume it"),
         (["run.dir=RUN", "--resume", "CONFIG"], "schedule.base_lr: found 3.0, the run has 32.0"),
         (["run.dir=RUN", "--resume", "ALL DAMAGED"], "damaged"),
+        (["run.dir=RUN", "--resume", "run.seed=7", "ALL DAMAGED"], "damaged"),
+        (["run.dir=NEW", "--resume-from", "EMPTY"], "no checkpoint (a folder step-N) in it"),
+        (["run.dir=NEW", "--resume-from", "RUN", "ALL DAMAGED"], "damaged"),
+        (["run.dir=NEW", "--resume-from", "RUN", "model.name=resnet5"], "model.name: found"),
+        (
+            ["run.dir=NEW", "--resume-from", "RUN", "model.name=glyphs_alexnet"],
+            "glyphs_alexnet does not take the",
+        ),
+        (["run.dir=NEW", "--resume-from", "RUN", "data.copies=6"], "data: not what"),
     ],
 )
 def test_what_cannot_be_resumed_is_one_line(finished, tmp_path, options, message):
@@ -223,10 +279,13 @@ def test_what_cannot_be_resumed_is_one_line(finished, tmp_path, options, message
         for path in (finished / "checkpoints").glob("step-*/manifest.json"):
             path.write_text("{}")
         options = options[:-1]
-    options = [text.replace("RUN", str(finished)) for text in options]
-    before = (finished / "metrics.jsonl").read_bytes()
+    (tmp_path / "empty").mkdir()
+    for name, path in (("RUN", finished), ("NEW", tmp_path / "new"), ("EMPTY", tmp_path / "empty")):
+        options = [text.replace(name, str(path)) for text in options]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     code, output = hvd_lars("train", config, *STEPS, *options)
     assert code == 2, output
     assert message in output
     assert "Traceback" not in output
-    assert (finished / "metrics.jsonl").read_bytes() == before
+    # Nothing is written before everything is checked.
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
