@@ -368,9 +368,9 @@ def test_a_sample_that_is_not_whole_is_named(tmp_path, files, message):
 def test_a_key_twice_is_named(tmp_path):
     """Half of the data would be lost: tar files that were appended to."""
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for name in ("x/1.jpg", "x/1.cls", "x/1.jpg", "x/1.cls"):
+        for name in ("x/1.jpg", "x/1.txt", "x/1.jpg", "x/1.cls"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    with pytest.raises(UserError, match=r"s.tar: sample x/1 has two (images|labels)") as caught:
+    with pytest.raises(UserError, match="s.tar: sample x/1 has two images") as caught:
         scan_tar(tmp_path / "s.tar")
     assert len(str(caught.value).splitlines()) == 1
 
