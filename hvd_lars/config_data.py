@@ -104,7 +104,7 @@ class Images(Section):
     expect: Expected | None = Field(default=None, description=_EXPECT)
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.001,
-        description="of all images, that may be unreadable; another takes the place of each",
+        description="of the training, and of the test images, that may be unreadable",
     )
 
     @model_validator(mode="after")
