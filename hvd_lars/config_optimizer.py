@@ -33,7 +33,7 @@ class Optimizer(Section):
     trust_clip: bool = Field(
         default=False, description="no layer's rate exceeds γ: min(λ/γ, 1) for λ (LARC)"
     )
-    zero_norm: Literal["unit", "skip"] = Field(
+    zero_norm: Literal["unit", "skip", "coast"] = Field(
         default="unit", description="where a norm is zero: λ = 1, or the layer stays as it is"
     )
     adapt: Literal["weights", "layer", "all"] = Field(

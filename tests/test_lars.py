@@ -346,7 +346,7 @@ def test_it_works_with_lr_scheduler_grad_scaler_and_deepcopy():
         ({"eps": math.nan}, "eps is nan"),
         ({"lr_position": "outside"}, "lr_position is 'outside'; allowed: momentum, update"),
         ({"denominator": "sum"}, "denominator is 'sum'; allowed: separate, combined"),
-        ({"zero_norm": "one"}, "zero_norm is 'one'; allowed: unit, skip"),
+        ({"zero_norm": "one"}, "zero_norm is 'one'; allowed: unit, skip, coast"),
         ({"kernel": "fast"}, "kernel is 'fast'; allowed: auto, native, fused, eager"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov needs momentum above 0"),
     ],

@@ -1,6 +1,6 @@
 """Gradients in flat buckets that are handed over as backward fills them.
 
-Imports comm.base, kernels, norms, shard_plan and stopwatch.
+Imports comm.base, kernels, norms, same_layout, shard_plan and stopwatch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hvd_lars.comm.base import Communicator, Pending, check_reducible
 from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import is_dense
+from hvd_lars.optim.same_layout import check_same_layout
 from hvd_lars.optim.shard_plan import fill_buckets
 from hvd_lars.stopwatch import Stopwatch
 
@@ -55,7 +56,8 @@ class GradientBuckets:
         early_norms: sum the squares of each bucket's parts as its reduction completes.
 
     Raises:
-        ValueError: no parameter, or one that is not dense in memory.
+        ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
+            in shape, strides, dtype or order; on every rank then.
         TypeError: a parameter's dtype cannot be summed over ranks.
     """
 
@@ -80,19 +82,21 @@ class GradientBuckets:
                     f"a parameter of shape {tuple(param.shape)} has strides {param.stride()}, "
                     f"which leave gaps in memory"
                 )
+        check_same_layout(trained, comm)
         self.buckets = list(_make_buckets(trained, bucket_bytes, multiple))
         self.place: dict[Tensor, tuple[int, int]] = {}  # bucket and position in it
         self._order: dict[Tensor, int] = {}
         self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order
         for b, bucket in enumerate(self.buckets):
             check_reducible(bucket.flat, "gradients")
+            _take_rank_0s(bucket, comm)
             for i, param in enumerate(bucket.params):
                 self.place[param] = (b, i)
                 self._order[param] = len(self._order)
                 param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         self._comm, self._name, self._early_norms = comm, name, early_norms
         self._start, self._parts, self._in_place = start, parts, in_place
-        self._synchronizing = True
+        self._synchronizing, self._used = True, False
         self._kernel: Kernel | None = None
         self.votes: Tensor | None = None  # (n,) float64 that the next completed sums carry along …
         self.counted: Tensor | None = None  # … and what they came to over the ranks
@@ -116,14 +120,29 @@ class GradientBuckets:
         Gradients are None until backward makes them: it then hands its own tensor over, to be
         copied, which moves fewer bytes than to zero a bucket and add to it.
         """
+        for bucket in self.buckets:
+            if bucket.pending is not None:  # of a backward pass that failed half-way
+                bucket.pending.wait()
+                bucket.pending = None
         self._forget_gradients()
         self._begin_window()
-        self._reduced = False
+        self._reduced = self._used = False
 
     def finish(self) -> None:
-        """Start the buckets that backward did not fill, then complete all of them in order."""
+        """Start the buckets that backward did not fill, then complete all of them in order.
+
+        Raises:
+            RuntimeError: the gradients were used by a step already, or somebody has replaced one
+                since they were summed.
+        """
         if self._reduced:
+            self._check_not_replaced()
             return
+        if self._used and (not self._in_place or self._holds_sums()):
+            raise RuntimeError(
+                "step() without a backward pass since the last one: it was called twice, or by "
+                "two optimizers over one placement; a window begins with optimizer.zero_grad()"
+            )
         for bucket in self.buckets[self._next :]:
             for i, param in enumerate(bucket.params):
                 _adopt(bucket, i, param)
@@ -138,7 +157,7 @@ class GradientBuckets:
 
     def end_step(self) -> None:
         """The sums have been used."""
-        self._reduced = False
+        self._reduced, self._used = False, True
 
     def sum_early(self, kernel: Kernel | None) -> None:
         """The kernel that may sum squares from the next window on; None: none may."""
@@ -170,6 +189,27 @@ class GradientBuckets:
             self.counted = sums[count:]
         return sums[:count]
 
+    def _holds_sums(self) -> bool:
+        return any(
+            param.grad is view
+            for bucket in self.buckets
+            for param, view in zip(bucket.params, bucket.views, strict=True)
+        )
+
+    def _check_not_replaced(self) -> None:
+        for bucket in self.buckets:
+            for param, view in zip(bucket.params, bucket.views, strict=True):
+                if param.grad is not (view if self._in_place else None):
+                    raise RuntimeError(
+                        f"param.grad of a parameter of shape {tuple(param.shape)} was replaced "
+                        f"after backward had summed it over the ranks: "
+                        + (
+                            "write into it in place"
+                            if self._in_place
+                            else "no rank holds the whole gradient under Sharded; use Replicated"
+                        )
+                    )
+
     def _forget_gradients(self) -> None:
         for bucket in self.buckets:
             for param in bucket.params:
@@ -186,6 +226,13 @@ class GradientBuckets:
         """Autograd's hook: the gradient of ``param`` for this backward pass is complete."""
         b, i = self.place[param]
         bucket = self.buckets[b]
+        if self._used:
+            if param.grad is bucket.views[i]:
+                raise RuntimeError(
+                    "backward() before optimizer.zero_grad(): it added to gradients that were "
+                    "summed over the ranks for the last step"
+                )
+            self._used = False
         if self._reduced or b < self._next:
             raise RuntimeError(
                 "a gradient arrived after those of its step were summed over the ranks: wrap all "
@@ -225,6 +272,19 @@ class GradientBuckets:
                     bucket.sums = self._kernel.sums_of_squares(self._parts(self._completed))
                 bucket.version = bucket.flat._version
             self._completed += 1
+
+
+@torch.no_grad()
+def _take_rank_0s(bucket: Bucket, comm: Communicator) -> None:
+    """Every rank starts from rank 0's parameters; by way of the bucket's memory."""
+    if comm.size == 1:
+        return
+    for param, view in zip(bucket.params, bucket.views, strict=True):
+        view.copy_(param)
+    comm.broadcast(bucket.flat)
+    for param, view in zip(bucket.params, bucket.views, strict=True):
+        param.copy_(view)
+    bucket.flat.zero_()
 
 
 def _adopt(bucket: Bucket, i: int, param: Tensor) -> None:

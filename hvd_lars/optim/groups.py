@@ -13,7 +13,7 @@ from torch import Tensor, nn
 CHOICES = {
     "lr_position": ("momentum", "update"),
     "denominator": ("separate", "combined"),
-    "zero_norm": ("unit", "skip"),
+    "zero_norm": ("unit", "skip", "coast"),
     "adapt": ("own", "layer", "none"),
     "kernel": ("auto", "native", "fused", "eager"),
 }

@@ -32,7 +32,7 @@ from hvd_lars.optim.placement import Placement
 
 LrPosition = Literal["momentum", "update"]
 Denominator = Literal["separate", "combined"]
-ZeroNorm = Literal["unit", "skip"]
+ZeroNorm = Literal["unit", "skip", "coast"]
 
 # Without torch's decorator, which imports torch._dynamo: 1.5 s of every start.
 _add_param_group = inspect.unwrap(Optimizer.add_param_group)
@@ -98,9 +98,11 @@ class LARS(Optimizer):
             ``"update"`` multiplies the buffer by γ as timm, apex and VISSL do.
         denominator: ``"separate"`` is :math:`\lVert g\rVert + \beta\lVert w\rVert`, ``"combined"``
             is :math:`\lVert g + \beta w\rVert` (optax, SimCLR, VISSL).
-        trust_clip: use min(λ/γ, 1) in place of λ, so that no layer's rate exceeds γ (LARC).
-        zero_norm: ``"unit"`` uses λ = 1 where a norm is zero (paper), ``"skip"`` leaves such a
-            layer and its momentum as they are (apex, lightly).
+        trust_clip: use min(λ/γ, 1) in place of λ, so that no layer's rate exceeds γ (LARC); not of
+            the 1 at a zero norm, which timm clips to 1/γ where γ > 1.
+        zero_norm: ``"unit"`` uses λ = 1 where a norm is zero (paper), ``"coast"`` λ = 0, so that
+            the layer moves on by its momentum alone (apex, lightly), ``"skip"`` leaves such a
+            layer and its momentum as they are.
         kernel: how a step is computed: ``"native"`` (C++ on CPU), ``"fused"`` (torch's fused SGD
             on CPU), ``"eager"`` (plain torch) or ``"auto"``, the fastest there is.  They agree
             but for rounding; ranks must not mix them.
@@ -110,7 +112,8 @@ class LARS(Optimizer):
     Raises:
         ValueError: a hyper-parameter is negative, not finite or not among its choices; a
             parameter is complex or sparse.
-        RuntimeError: from ``step``: a gradient is sparse.
+        RuntimeError: from ``step``: a gradient is sparse, or state, gradient or parameter have
+            another shape than they had or should have.
 
     Example:
         >>> import torch
@@ -268,7 +271,15 @@ class LARS(Optimizer):
         return self.placement.whole(param, buffer)
 
     def set_momentum(self, param: Tensor, value: Tensor) -> None:
-        """Let v of a parameter be ``value``, of its shape; kept, not copied, where it is whole."""
+        """Let v of a parameter be ``value``, of its shape; kept, not copied, where it is whole.
+
+        Raises RuntimeError where it has another shape.
+        """
+        if value.shape != param.shape:
+            raise RuntimeError(
+                f"LARS: momentum of shape {tuple(value.shape)} for a parameter of "
+                f"{tuple(param.shape)}"
+            )
         part = value if self.placement is None else self.placement.part(param, value)
         self.state[param] = {"momentum_buffer": part}
 
@@ -286,6 +297,9 @@ class LARS(Optimizer):
             known = sums if untouched else None
             kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
             blocks = [block_of(each, self.state, self.placement, untouched) for each in here.layers]
+            if kernel.name != "fused":  # another kernel may have taken the step before
+                for block in blocks:
+                    unfold(block.state)
             measured = ratios_of(here, blocks, kernel, self.placement, known, unscale)
             measured_of.append((here, measured))
             if self.loss_scale is not None:

@@ -17,6 +17,15 @@ from hvd_lars.optim.norms import flat, in_layout_of, is_dense
 from hvd_lars.optim.placement import Placement
 from hvd_lars.optim.ratios import trust_ratios
 
+_Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
+
+
+def _place_of(tensor: Tensor | None) -> _Place | None:
+    """Where a tensor's elements lie: ``.data = …`` and ``.set_()`` leave the object as it is."""
+    if tensor is None or tensor.layout != torch.strided:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
 
 @dataclass(slots=True)
 class Layer:
@@ -26,10 +35,12 @@ class Layer:
     group: dict[str, Any]
     source: int  # whose trust ratio applies: an index into its device's layers, -1 for none
     block: Block | None = None
-    strides: tuple[int, ...] = ()  # of the parameter and …
-    address: int = 0  # … where it was when the block was made
-    gradient: Tensor | None = None  # param.grad then
-    buffer: Tensor | None = None  # the state's momentum_buffer then
+    # As they were when the block was made: objects, and where and how their elements lay.
+    place: _Place | None = None
+    gradient: Tensor | None = None
+    gradient_place: _Place | None = None
+    state: tuple[Tensor | None, Tensor | None] = (None, None)  # momentum buffer, master weight
+    addresses: tuple[int, int] = (0, 0)  # of both
 
 
 @dataclass(slots=True)
@@ -115,21 +126,50 @@ def block_of(
     ``untouched``: nobody has edited the parameter since the last step.
     """
     param, block = layer.param, layer.block
+    place = _place_of(param)
     if (
         block is None
         or not untouched
-        or layer.address != param.data_ptr()
-        or layer.strides != param.stride()
-        or layer.buffer is not block.state.get("momentum_buffer")
+        or layer.place != place
+        or _has_other_state(layer, block, states)
     ):
         layer.block = block = _make_block(layer, states, placement)
-        layer.address, layer.strides = param.data_ptr(), param.stride()
-        layer.buffer = block.state.get("momentum_buffer")
-    elif placement is None and param.grad is not layer.gradient:
-        assert param.grad is not None
-        block.gradient, block.row = _dense_gradient(param, param.grad), None
+        layer.place = place
+        layer.state = _kept_in(block)
+        layer.addresses = _addresses(layer.state)
+        layer.gradient_place = _place_of(param.grad)
+    elif placement is None:
+        place = _place_of(param.grad)
+        # A copy in the parameter's layout is of the values that the gradient had then.
+        copied = place is not None and place[0] != block.gradient.data_ptr()
+        if param.grad is not layer.gradient or place != layer.gradient_place or copied:
+            assert param.grad is not None
+            block.gradient, block.row = _dense_gradient(param, param.grad), None
+            layer.gradient_place = place
     layer.gradient = param.grad
     return block
+
+
+def _kept_in(block: Block) -> tuple[Tensor | None, Tensor | None]:
+    return block.state.get("momentum_buffer"), block.state.get("master_weight")
+
+
+def _has_other_state(
+    layer: Layer, block: Block, states: MutableMapping[Tensor, dict[str, Any]]
+) -> bool:
+    """Whether somebody has given the layer other state, or moved its buffer or master."""
+    if block.state and states.get(layer.param) is not block.state:
+        return True
+    now, then = _kept_in(block), layer.state
+    return now[0] is not then[0] or now[1] is not then[1] or _addresses(now) != layer.addresses
+
+
+def _addresses(state: tuple[Tensor | None, Tensor | None]) -> tuple[int, int]:
+    buffer, master = state
+    return (
+        0 if buffer is None else buffer.data_ptr(),
+        0 if master is None else master.data_ptr(),
+    )
 
 
 def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
@@ -137,6 +177,10 @@ def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
         raise RuntimeError(
             f"LARS takes dense gradients; a parameter of shape {tuple(param.shape)} has a "
             f"sparse one"
+        )
+    if grad.shape != param.shape:  # through .data, which torch does not check
+        raise RuntimeError(
+            f"LARS: a gradient of {tuple(grad.shape)} for a parameter of {tuple(param.shape)}"
         )
     return flat(in_layout_of(param, grad)) if is_dense(param) else grad
 
@@ -160,6 +204,7 @@ def _make_block(
         if "master_weight" not in state:
             state["master_weight"] = copy.float()
         weight = state["master_weight"]
+        _check_shape("master_weight", weight, copy, param)
         if not torch.equal(weight.to(copy.dtype), copy):  # somebody has edited the parameter
             weight.copy_(copy)
     if group["momentum"] != 0:
@@ -167,12 +212,26 @@ def _make_block(
         buffer = state.get("momentum_buffer")
         if buffer is None:
             buffer = torch.zeros_like(like, dtype=weight.dtype)
-        elif buffer.stride() != like.stride():  # loaded from another memory format
+        _check_shape("momentum_buffer", buffer, like, param)
+        if buffer.stride() != like.stride() or buffer.dtype != weight.dtype:  # as it was loaded
             buffer = torch.empty_like(like, dtype=weight.dtype).copy_(buffer)
         state["momentum_buffer"] = buffer
         if weight.dim() == 1:
             buffer = flat(buffer)
-    return Block(weight, gradient, buffer, copy, group, state, norm_part)
+    block = Block(weight, gradient, buffer, copy, group, state, norm_part)
+    block.check()
+    return block
+
+
+def _check_shape(name: str, found: Tensor, like: Tensor, param: Tensor) -> None:
+    """Raise RuntimeError where a state that was loaded or set is not of its tensor's shape."""
+    if found.shape != like.shape:
+        part = "" if like.shape == param.shape else f", of a parameter of {tuple(param.shape)},"
+        raise RuntimeError(
+            f"LARS: {name} has shape {tuple(found.shape)}; the weight that it is for{part} has "
+            f"{tuple(like.shape)}: it is the state of another model, of a parameter that was "
+            f"replaced since, or of another number of ranks"
+        )
 
 
 class Measured(NamedTuple):

@@ -49,6 +49,16 @@ class Placement(Protocol):
         ...
 
 
+def check_unmoved(param: Tensor, place: Tensor, moved: bool) -> None:
+    """Raise RuntimeError where a parameter no longer lies as its ``place``, or has ``moved``."""
+    if moved or param.shape != place.shape or param.stride() != place.stride():
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} was moved or replaced after its placement "
+            f"was made for {tuple(place.shape)} with strides {place.stride()} (.to(), .data = …): "
+            f"make the placement after that, and write into parameters in place"
+        )
+
+
 def check_placed(param: Tensor, placed: Container[Tensor]) -> None:
     """Raise ValueError where the optimizer's parameter is not among the placement's."""
     if param not in placed:

@@ -15,7 +15,8 @@ def trust_ratios(
     """λ of every layer that takes its own, by the group it is in; all (layers,), float64.
 
     λ = l‖w‖ / (‖g‖ + β‖w‖ + ε), or with a combined gradient norm l‖w‖ / (‖g + βw‖ + ε); what
-    ``trust_clip`` and ``zero_norm`` make of it.  Stays on the device.
+    ``trust_clip`` and ``zero_norm`` make of it.  A norm that is not finite makes λ NaN: any number
+    would be a step of another size.  Stays on the device.
 
     Source:
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1; LARC for the clip.
@@ -35,6 +36,7 @@ def trust_ratios(
         if group["trust_clip"]:
             ratio = (ratio / group["lr"]).clamp(max=1.0)
         at_zero = 1.0 if group["zero_norm"] == "unit" else 0.0
-        parts.append(torch.where((weight > 0) & (gradient > 0), ratio, at_zero))
+        ratio = torch.where((weight == 0) | (gradient == 0), at_zero, ratio)
+        parts.append(torch.where((weight + gradient).isfinite(), ratio, torch.nan))
         begin = end
     return torch.cat(parts)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hvd_lars.comm.base import Communicator, Pending, Reducer
 from hvd_lars.optim.buckets import GradientBuckets
 from hvd_lars.optim.norms import flat
-from hvd_lars.optim.placement import check_placed
+from hvd_lars.optim.placement import check_placed, check_unmoved
 from hvd_lars.optim.shard_plan import overlap, part_of
 
 
@@ -35,6 +35,8 @@ class Replicated:
     each rank's loss by 1 / global batch.  A parameter that got no gradient in a window has a
     gradient of zero.
 
+    Every rank's parameters become rank 0's when the placement is made.
+
     Args:
         params: parameters to train; those that need no gradient are left out.
         comm: the ranks.
@@ -45,7 +47,8 @@ class Replicated:
         gradients_through: sums the buckets in place of ``comm``, such as a CompressedReducer.
 
     Raises:
-        ValueError: no parameter, or one that is not dense in memory.
+        ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
+            in shape, strides, dtype or order; on every rank then.
         TypeError: a parameter's dtype cannot be summed over ranks.
     """
 
@@ -89,7 +92,9 @@ class Replicated:
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """The whole parameter and its gradient, in memory order."""
         b, i = self.gradients.place[param]
-        return flat(param), flat(self.gradients.buckets[b].views[i])
+        view = self.gradients.buckets[b].views[i]
+        check_unmoved(param, view, moved=False)
+        return flat(param), flat(view)
 
     def norm_part(self, param: Tensor) -> tuple[int, int]:
         """This rank's share of ``param``; ValueError where it is not among the parameters."""

@@ -26,7 +26,7 @@ from hvd_lars.comm.base import Communicator, Pending
 from hvd_lars.optim.buckets import GradientBuckets
 from hvd_lars.optim.forward_reads import ForwardReads
 from hvd_lars.optim.norms import flat
-from hvd_lars.optim.placement import check_placed
+from hvd_lars.optim.placement import check_placed, check_unmoved
 from hvd_lars.optim.shard_plan import overlap
 
 
@@ -38,6 +38,7 @@ class _Share:
     end: int
     weight: Tensor  # (end - begin,), a view of the parameter's own memory
     gradient: Tensor  # (end - begin,)
+    whole: Tensor  # the parameter as it lies in its bucket
 
 
 @final
@@ -55,6 +56,8 @@ class Sharded:
     device, and before anything keeps a reference to ``param.data``.  ``LARS.state_dict`` holds this
     rank's part of the momentum; :meth:`LARS.momentum` gives whole ones.
 
+    Every rank's parameters become rank 0's when the placement is made.
+
     Args:
         params: parameters to train; those that need no gradient are left out.
         comm: the ranks.
@@ -62,7 +65,8 @@ class Sharded:
         early_norms: sum the squares of each bucket as its reduction completes.
 
     Raises:
-        ValueError: no parameter, or one that is not dense in memory.
+        ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
+            in shape, strides, dtype or order; on every rank then.
         TypeError: a parameter's dtype cannot be summed over ranks.
 
     Source:
@@ -113,6 +117,7 @@ class Sharded:
                     shard[start + begin - first : start + end - first]
                     if begin < end
                     else shard[:0],
+                    view,
                 )
             self._weights.append(weights)
             self._shards.append(shard)
@@ -155,6 +160,8 @@ class Sharded:
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of the parameter and of its summed gradient."""
         share = self._shares[param]
+        moved = param.data_ptr() != share.whole.data_ptr()
+        check_unmoved(param, share.whole, moved)
         return share.weight, share.gradient
 
     def norm_part(self, param: Tensor) -> tuple[int, int]:

@@ -15,6 +15,7 @@ RANK_TESTS = [
     "tests/test_horovod_optimizer.py",
     "tests/test_loop.py",
     "tests/test_recorder.py",
+    "tests/peers/test_life_cycle.py",
 ]
 
 # Where all of them run; elsewhere the communicator's contract, which they stand on.  Gloo polls:

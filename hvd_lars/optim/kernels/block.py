@@ -26,6 +26,26 @@ class Block:
     norm_part: tuple[int, int]  # begin and end of the elements whose squares this rank sums
     row: tuple[int, ...] | None = None  # what a kernel made of it; None since a tensor changed
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether all its tensors are gapless, so that their memory pairs up element by element."""
+        tensors = (self.weight, self.gradient, self.buffer, self.copy)
+        return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+
+    def check(self) -> None:
+        """Raise RuntimeError where its tensors, which kernels take by address, do not pair up."""
+        size = self.weight.numel()
+        for name in ("gradient", "buffer", "copy"):
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is not None and tensor.numel() != size:
+                raise RuntimeError(
+                    f"LARS: {name} of {tuple(tensor.shape)} for a weight of "
+                    f"{tuple(self.weight.shape)}"
+                )
+        begin, end = self.norm_part
+        if not 0 <= begin <= end <= size:
+            raise RuntimeError(f"LARS: norm of [{begin}, {end}) of a weight of {size} elements")
+
 
 class Kernel(Protocol):
     """Sums of squares and the LARS update, over many tensors of one device."""
@@ -50,7 +70,8 @@ class Kernel(Protocol):
 
         With a the rate inside the buffer and b the rate outside it, a·b = γλ:
         v ← μv + a(g + βw) and w ← w − b·v, Nesterov w ← w − b(μv + a(g + βw)).  λ = 0 in a group
-        with ``zero_norm="skip"`` leaves a block and its buffer as they are.
+        with ``zero_norm="skip"`` leaves a block and its buffer as they are.  A λ that is not a
+        number makes the block and its buffer that, too.
 
         Returns:
             Sums of squares of the weights' norm parts before and after, (n,) float64 each, where

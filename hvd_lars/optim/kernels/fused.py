@@ -7,7 +7,9 @@ inside the buffer.  With v = a·n, a one number a layer, and s = γλ:
 
 which is the paper's v' = a'n' = μv + s(g + βw); with γ outside the buffer s = λ and the last term
 is γa'n'.  n stays an average of gradients.  The block's
-buffer then holds n and ``state["momentum_scale"]`` holds a: :func:`unfold` makes it v again.
+buffer then holds n and ``state["momentum_scale"]`` holds a: :func:`unfold` makes it v again.  A new
+buffer has a = 0, one that holds v is folded by s first: with a = 1 and a small s, d would be so
+close to 1 that 1 − d has few digits.
 """
 
 from __future__ import annotations
@@ -30,6 +32,17 @@ def unfold(state: dict[str, Any]) -> None:
     scale = state.pop(_SCALE, 1.0)
     if scale != 1.0:
         state["momentum_buffer"].mul_(scale)
+
+
+def _fold(momentum: Tensor, scale: float) -> float:
+    """Let a buffer that holds v hold v / a; returns a, which is about ``scale`` where it can be."""
+    largest = float(torch.linalg.vector_norm(momentum, float("inf")))
+    if largest == 0.0:
+        return 0.0
+    if not (scale > 0.0 and largest / scale < torch.finfo(momentum.dtype).max / 2.0):
+        return 1.0
+    momentum.div_(scale)
+    return scale
 
 
 @final
@@ -67,7 +80,7 @@ def _fits(block: Block) -> bool:
     return (
         not block.group["nesterov"]
         and block.gradient.dtype == block.weight.dtype
-        and block.weight.dim() == 1
+        and block.is_flat
         and block.copy is None
     )
 
@@ -80,7 +93,9 @@ def _update(block: Block, ratio: float, unscale: float) -> None:
     if block.buffer is None:
         momentum, dampening, lr = 0.0, 0.0, scale * outside
     else:
-        old = block.state.get(_SCALE, 1.0)
+        old = block.state.get(_SCALE)
+        if old is None:
+            old = _fold(block.buffer, scale)
         new = momentum * old + scale
         if new == 0.0:
             return  # nothing has moved yet, and nothing moves

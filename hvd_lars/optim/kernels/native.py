@@ -133,6 +133,7 @@ def _coefficients(group: dict[str, Any], unscale: float) -> tuple[float, ...]:
 def _has_row(block: Block) -> bool:
     """Whether the kernel can take the block; notes its addresses as ``Layer`` in native.cpp."""
     if block.row is None and _fits(block):
+        block.check()  # C trusts the length
         addresses = [
             0 if tensor is None else tensor.data_ptr()
             for tensor in (block.weight, block.gradient, block.buffer, block.copy)
@@ -144,8 +145,7 @@ def _has_row(block: Block) -> bool:
 
 def _fits(block: Block) -> bool:
     """Same dtype throughout, or a half gradient and parameter with a float32 master."""
-    tensors = [t for t in (block.weight, block.gradient, block.buffer, block.copy) if t is not None]
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    if not block.is_flat:
         return False
     if block.buffer is not None and block.buffer.dtype != block.weight.dtype:
         return False

@@ -1,0 +1,1 @@
+"""What users of a torch optimizer do with one, right or wrong."""

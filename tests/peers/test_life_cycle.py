@@ -1,0 +1,142 @@
+"""A placement's life: every natural mistake is right or a clear error, on all ranks alike."""
+
+import pytest
+import torch
+from tiny import assert_same_parameters, tiny_model
+
+from hvd_lars import LARS, Replicated, Sharded, parameter_groups
+
+pytestmark = [
+    pytest.mark.ranks(1, 2, 3),
+    pytest.mark.parametrize("placed", [Replicated, Sharded]),
+]
+
+
+def made(comm, placed, seed=0):
+    model = tiny_model(torch.float64, seed)
+    placement = placed(model.parameters(), comm, bucket_bytes=500)
+    return model, LARS(parameter_groups(model, 5e-3), lr=1.0, placement=placement)
+
+
+def backward(comm, model, value=1.0):
+    images = torch.full((1, 3, 6, 6), value, dtype=torch.float64)
+    (model(images).square().sum() / comm.size).backward()
+
+
+def after(steps):
+    """One device's parameters after so many steps."""
+    model = tiny_model(torch.float64)
+    optimizer = LARS(parameter_groups(model, 5e-3), lr=1.0)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.full((1, 3, 6, 6), 1.0 + step, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    return model
+
+
+def test_a_forgotten_zero_grad(comm, placed):
+    model, optimizer = made(comm, placed)
+    optimizer.zero_grad()
+    backward(comm, model)
+    optimizer.step()
+    if placed is Sharded:  # it forgets summed gradients by itself
+        backward(comm, model, 2.0)
+        optimizer.step()
+        assert_same_parameters(model, after(2), 1e-12)
+        return
+    with pytest.raises(RuntimeError, match=r"backward\(\) before optimizer.zero_grad\(\)"):
+        backward(comm, model, 2.0)
+    assert_same_parameters(model, after(1), 1e-12)
+
+
+def test_gradients_that_the_model_forgets(comm, placed):
+    model, optimizer = made(comm, placed)
+    for step in range(3):
+        model.zero_grad()
+        backward(comm, model, 1.0 + step)
+        optimizer.step()
+    assert_same_parameters(model, after(3), 1e-12)
+
+
+def test_step_twice(comm, placed):
+    model, optimizer = made(comm, placed)
+    backward(comm, model)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"step\(\) without a backward pass since the last one"):
+        optimizer.step()
+    assert_same_parameters(model, after(1), 1e-12)
+    optimizer.zero_grad()
+    backward(comm, model, 2.0)
+    optimizer.step()
+    assert_same_parameters(model, after(2), 1e-12)
+
+
+def test_two_optimizers_over_one_placement(comm, placed):
+    model, optimizer = made(comm, placed)
+    other = LARS(model.parameters(), lr=1.0, placement=optimizer.placement)
+    backward(comm, model)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="or by two optimizers over one placement"):
+        other.step()
+
+
+@pytest.mark.parametrize("new", ["another", "none"])
+def test_a_gradient_that_is_replaced_after_backward(comm, placed, new):
+    model, optimizer = made(comm, placed)
+    backward(comm, model)
+    if placed is Sharded and new == "none":
+        return  # it is None anyway
+    param = model[0].weight
+    param.grad = torch.ones_like(param) if new == "another" else None
+    with pytest.raises(RuntimeError, match="was replaced after backward had summed it"):
+        optimizer.step()
+
+
+def test_ranks_that_start_from_other_weights_take_rank_0s(comm, placed):
+    model, optimizer = made(comm, placed, seed=comm.rank)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(comm, model, 1.0 + step)
+        optimizer.step()
+    assert_same_parameters(model, after(2), 1e-12)
+
+
+@pytest.mark.parametrize("how", ["strides", "order", "number", "dtype"])
+def test_ranks_of_another_layout_are_named(comm, placed, how):
+    model = tiny_model(torch.float32)
+    params = list(model.parameters())
+    if comm.rank == comm.size - 1:
+        if how == "strides":
+            params = list(model.to(memory_format=torch.channels_last).parameters())
+        elif how == "order":
+            params.reverse()
+        elif how == "number":
+            params.pop()
+        else:
+            params = list(model.double().parameters())
+    if comm.size == 1:
+        placed(params, comm)
+        return
+    with pytest.raises(ValueError, match=f"parameters of rank {comm.size - 1} are not rank 0's: "):
+        placed(params, comm)
+
+
+def test_an_exception_in_backward_leaves_nothing_behind(comm, placed):
+    model, optimizer = made(comm, placed)
+    handle = model[0].weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backward(comm, model)
+    handle.remove()
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(comm, model, 1.0 + step)
+        optimizer.step()
+    assert_same_parameters(model, after(2), 1e-12)
+
+
+def test_a_model_that_moves_after_its_placement(comm, placed):
+    model, optimizer = made(comm, placed)
+    model.to(memory_format=torch.channels_last)
+    backward(comm, model)
+    with pytest.raises(RuntimeError, match="was moved or replaced after its placement was made"):
+        optimizer.step()
