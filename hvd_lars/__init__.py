@@ -1,20 +1,25 @@
 """hvd_lars: large-batch training of image classifiers with LARS over Horovod and MPI.
 
-``LARS`` and ``parameter_groups`` are usable on their own in any PyTorch program; the command
-``hvd-lars`` is the trainer around them.
+``LARS`` and ``parameter_groups`` are usable on their own in any PyTorch program, ``connect`` and
+the placements over ranks; the command ``hvd-lars`` is the trainer around them.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LARS", "Replicated", "Sharded", "parameter_groups"]
+__all__ = ["LARS", "Replicated", "Sharded", "connect", "parameter_groups"]
 
 if TYPE_CHECKING:
+    from hvd_lars.comm import connect
     from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 
 
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `hvd-lars check` of a mistyped config should not wait for it.
+    if name == "connect":
+        import hvd_lars.comm
+
+        return hvd_lars.comm.connect
     if name in __all__:
         import hvd_lars.optim
 

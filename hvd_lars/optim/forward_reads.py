@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, final
@@ -32,6 +33,13 @@ class ForwardReads:
         model.register_forward_pre_hook(self._before_model)
         for i, part in enumerate(self._parts):
             part.register_forward_pre_hook(partial(self._before_part, i))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardReads:
+        """For a copy of the model, whose parameters nobody gathers: it never calls back."""
+        twin = copy.copy(self)
+        twin._own, twin._called = None, set()
+        twin._about_to_read = lambda _: None
+        return twin
 
     def learn(self) -> bool:
         """Take note of the parts that forward has called; whether there were any."""

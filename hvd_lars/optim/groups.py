@@ -57,11 +57,9 @@ def parameter_groups(
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
     weights = [(name, param) for name, param in named if param.dim() >= 2]
     others = [(name, param) for name, param in named if param.dim() < 2]
-    position = {name: i for i, (name, _) in enumerate(weights)}
-    owner = {
-        name: position.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
-        for name, _ in others
-    }
+    position: dict[Tensor, int] = {param: i for i, (_, param) in enumerate(weights)}
+    owned = _owned_biases(model)
+    owner = {name: position.get(owned[p]) if p in owned else None for name, p in others}
     sharing = [(n, p) for n, p in others if adapt == "layer" and owner[n] is not None]
     alone = [(n, p) for n, p in others if not (adapt == "layer" and owner[n] is not None)]
 
@@ -73,6 +71,27 @@ def parameter_groups(
         _group(alone, "own" if adapt == "all" else "none", other_decay),
     ]
     return [group for group in groups if group["params"]]
+
+
+def _owned_biases(model: nn.Module) -> dict[Tensor, Tensor]:
+    """The weight beside each bias in its module, also where it is tied, or parametrised.
+
+    LSTM's ``bias_ih_l0`` belongs to ``weight_ih_l0``; of a weight norm the direction is the weight.
+    """
+    owned: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        local = dict(module.named_parameters(recurse=False))
+        parametrised: Any = getattr(module, "parametrizations", {})
+        for name, bias in local.items():
+            before, found, after = name.rpartition("bias")
+            weight = f"{before}weight{after}"
+            inside: Any = parametrised[weight] if found and weight in parametrised else None
+            candidates = [local.get(weight), local.get(f"{weight}_v"), local.get(f"{weight}_orig")]
+            candidates += [getattr(inside, n, None) for n in ("original1", "original")]
+            owner = next((c for c in candidates if isinstance(c, Tensor) and c.dim() >= 2), None)
+            if found and owner is not None:
+                owned[bias] = owner
+    return owned
 
 
 def _group(
@@ -103,6 +122,11 @@ def check_group(group: dict[str, Any], count: int) -> None:
     if group["nesterov"] and group["momentum"] == 0:
         raise ValueError("LARS: nesterov needs momentum above 0")
     for param in group["params"]:
+        if hasattr(param, "placements") and hasattr(param, "to_local"):
+            raise ValueError(
+                f"LARS takes plain tensors; a parameter of shape {tuple(param.shape)} is a DTensor "
+                f"(FSDP2, tensor parallel), of which it would take the norms of one rank's part"
+            )
         if param.is_complex() or param.is_sparse:
             kind = "complex" if param.is_complex() else "sparse"
             raise ValueError(

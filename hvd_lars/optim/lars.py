@@ -52,9 +52,10 @@ class _Step:
     versions: list[list[int]]
 
     def untouched(self) -> list[bool]:
-        """By device, whether nobody has edited a weight since, as far as torch counts."""
+        """By device, whether nobody has edited or moved a weight, as far as torch counts."""
         return [
             [layer.param._version for layer in device.layers] == versions
+            and all(layer.is_in_place() for layer in device.layers)
             for device, versions in zip(self.devices, self.versions, strict=True)
         ]
 
@@ -77,10 +78,12 @@ class LARS(Optimizer):
 
     The norms cost no pass over memory where the kernel is native: sums of squares of gradients are
     taken as their reductions complete, those of weights while the step before writes them.
-    Weights that somebody else edits in between are noticed and read again; an edit through
-    ``.data``, which torch does not count, is noticed one step late, with a warning.
+    Weights that somebody else edits or replaces in between are noticed and read again; an edit
+    inside ``param.data``, which torch does not count, is noticed one step late, with a warning.
 
-    Parameters of half precision have float32 masters and momentum in the optimizer's state.
+    Parameters of half precision have float32 masters and momentum in the optimizer's state.  An
+    edit inside their ``.data`` is not noticed, and the next step undoes it: edit them under
+    ``torch.no_grad()``.
 
     Args:
         params: parameters, or parameter groups as :func:`parameter_groups` makes them.  Every
@@ -204,6 +207,10 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         if self.placement is not None:
             self.placement.complete_parameters()
             self.placement.gradients.finish()
@@ -221,7 +228,9 @@ class LARS(Optimizer):
             [layer.param._version for layer in device.layers] for device in last.devices
         ]
         self._last = last
-        return loss
+
+    # torch.compile leaves it alone: it works on addresses, which a graph does not have.
+    _take_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     @property
     def skipped(self) -> bool:
@@ -246,8 +255,27 @@ class LARS(Optimizer):
         state: dict[str, Any] = _state_dict(self)
         return state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy and for pickle; RuntimeError under a placement, which they would lose."""
+        if self.placement is not None:
+            raise RuntimeError(
+                "LARS with a placement cannot be copied or pickled: make a new one with a "
+                "placement of its own, and give it this one's state_dict()"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but float32 state of half parameters stays float32."""
+        """As torch's, but float32 state of half parameters stays float32.
+
+        Raises ValueError where it is another optimizer's.
+        """
+        for group in state_dict["param_groups"]:
+            missing = sorted(self.defaults.keys() - group.keys())
+            if missing:
+                raise ValueError(
+                    f"LARS: the state is another optimizer's: a group without {', '.join(missing)}"
+                )
         _load_state_dict(self, state_dict)
         self._last = None
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
@@ -286,7 +314,8 @@ class LARS(Optimizer):
     def unfold_momentum(self) -> None:
         """Make every ``state[param]["momentum_buffer"]`` hold v; only the fused kernel's do not."""
         for state in self.state.values():
-            unfold(state)
+            if isinstance(state, dict):  # a scheduler or hook may keep something of its own there
+                unfold(state)
 
     def _step_on(self, last: _Step) -> None:
         """The norms' phases on each device, then the update's, of which the weights' sums stay."""

@@ -42,6 +42,10 @@ class Layer:
     state: tuple[Tensor | None, Tensor | None] = (None, None)  # momentum buffer, master weight
     addresses: tuple[int, int] = (0, 0)  # of both
 
+    def is_in_place(self) -> bool:
+        """Whether the parameter lies where it lay when the block was made."""
+        return self.place == _place_of(self.param)
+
 
 @dataclass(slots=True)
 class Layers:

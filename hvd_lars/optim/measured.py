@@ -54,7 +54,11 @@ def kept_sums(
     if sums is None:
         return None
     before, after = sums
-    if before is not None and known is not None and not torch.equal(before, known):
+    if (
+        before is not None
+        and known is not None
+        and not torch.allclose(before, known, rtol=0.0, atol=0.0, equal_nan=True)
+    ):
         warnings.warn(
             "weights were edited through .data between two steps: this step took its trust "
             "ratios from their norms before that",

@@ -34,7 +34,8 @@ def trust_ratios(
             divisor = gradient + group["eps"]
         ratio = group["trust_coefficient"] * weight / divisor
         if group["trust_clip"]:
-            ratio = (ratio / group["lr"]).clamp(max=1.0)
+            lr = group["lr"]
+            ratio = (ratio / (lr.reshape(()) if isinstance(lr, Tensor) else lr)).clamp(max=1.0)
         at_zero = 1.0 if group["zero_norm"] == "unit" else 0.0
         ratio = torch.where((weight == 0) | (gradient == 0), at_zero, ratio)
         parts.append(torch.where((weight + gradient).isfinite(), ratio, torch.nan))

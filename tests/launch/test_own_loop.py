@@ -1,0 +1,71 @@
+"""The programs of docs/own-loop.md, as they stand there, on one and two ranks."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import HANG_GUARD
+
+from hvd_lars.launchers import run_here
+
+PAGE = (Path(__file__).parents[2] / "docs/own-loop.md").read_text()
+PROGRAMS = dict(re.findall(r'```python title="(\w+\.py)"\n(.*?)```', PAGE, re.DOTALL))
+
+
+@pytest.fixture
+def programs(tmp_path):
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def loss_in(output):
+    return float(re.findall(r"loss ([0-9.]+)", output)[-1])
+
+
+def over_two_ranks(launcher, *program):
+    result = run_here(
+        launcher, 2, [sys.executable, *map(str, program)], HANG_GUARD, {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stdout
+    return loss_in(result.stdout)
+
+
+def test_there_are_three():
+    assert list(PROGRAMS) == ["plain.py", "horovod_optimizer.py", "placement.py"]
+
+
+def test_one_process(programs):
+    done = subprocess.run(
+        [sys.executable, programs / "plain.py"], capture_output=True, text=True, check=True
+    )
+    assert loss_in(done.stdout) < 0.3
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
+def test_inside_horovods_optimizer(programs, launcher):
+    first = over_two_ranks(launcher, programs / "horovod_optimizer.py", programs / "state.pt")
+    second = over_two_ranks(launcher, programs / "horovod_optimizer.py", programs / "state.pt")
+    assert second < first < 0.5
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_a_placement_goes_on_where_it_was(programs, kind):
+    """30 steps and 30 more by two ranks, or by one and then two: the same loss as by one alone."""
+    losses = []
+    for name, ranks in (("two", (2, 2)), ("mixed", (1, 2)), ("one", (1, 1))):
+        for count in ranks:
+            arguments = [programs / "placement.py", programs / f"{name}.pt", kind]
+            if count == 2:
+                found = over_two_ranks("mpirun", *arguments)
+            else:
+                done = subprocess.run(
+                    [sys.executable, *arguments], capture_output=True, text=True, check=True
+                )
+                found = loss_in(done.stdout)
+        losses.append(found)
+    assert losses[2] < 0.3
+    assert losses == pytest.approx([losses[2]] * 3, abs=2e-3)
