@@ -7,6 +7,7 @@ is computed the kernel's.  Imports groups, kernels, layers and placement.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -58,6 +59,14 @@ class _Step:
             and all(layer.is_in_place() for layer in device.layers)
             for device, versions in zip(self.devices, self.versions, strict=True)
         ]
+
+
+def _uncompiled(step: Callable[[], None]) -> None:
+    """Take a step as it is, also inside torch.compile: it works on addresses, which graphs lack."""
+    torch.compiler.disable(step)()
+
+
+_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class LARS(Optimizer):
@@ -207,7 +216,10 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._take_step()
+        if "torch._dynamo" in sys.modules:
+            _uncompiled(self._take_step)
+        else:
+            self._take_step()
         return loss
 
     def _take_step(self) -> None:
@@ -228,9 +240,6 @@ class LARS(Optimizer):
             [layer.param._version for layer in device.layers] for device in last.devices
         ]
         self._last = last
-
-    # torch.compile leaves it alone: it works on addresses, which a graph does not have.
-    _take_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     @property
     def skipped(self) -> bool:
