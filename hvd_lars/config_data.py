@@ -126,7 +126,7 @@ class Images(Section):
 
 
 class ImageFolderData(Images):
-    """A folder in ImageNet's layout: root/train/CLASS/image and root/val/CLASS/image."""
+    """A folder in ImageNet's layout: root/train/CLASS/…/image and root/val/CLASS/…/image."""
 
     name: Literal["imagefolder"]
     root: str = Field(description="folder")

@@ -161,7 +161,11 @@ class Loop:
 
     def _agree(self, counted: Tensor | None = None) -> Outcome:
         """What the ranks agreed on, after noting images that cannot be read."""
-        outcome = self.votes.count(counted)
+        try:
+            outcome = self.votes.count(counted)
+        except UserError:  # too much of the data cannot be read: keep what was trained
+            self._keep(beside=False)
+            raise
         for line, evaluation in outcome.unreadable:
             event = "not_evaluated" if evaluation else "replaced"
             self.recorder.record("event", self.trainer.progress.step, event=event, image=line)

@@ -57,11 +57,11 @@ def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Pat
             folder = _make_new(unnamed)
         elif not again:
             refuse_other_run(wanted)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG).touch(exist_ok=False)
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
+        if wanted is not None and not again:
+            (folder / CONFIG).touch(exist_ok=False)
     except FileExistsError as error:
         if Path(error.filename or "").name == CONFIG:  # another run was quicker
             refuse_other_run(str(wanted))

@@ -83,6 +83,10 @@ def test_grey_whose_white_is_not_known_is_refused_by_name(kind):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_dark_image_of_16_bits_is_dark():
+    assert set(to_bytes(np.array([[0, 100, 200, 300]], np.uint16), 65535.0)[0]) == {0, 1}
+
+
 def test_black_is_black():
     assert not to_bytes(np.zeros((2, 2), np.uint16), 65535.0).any()
     assert to_bytes(np.zeros((2, 2), np.uint16), 65535.0, inverted=True).min() == 255

@@ -434,6 +434,7 @@ def test_grey_values_keep_their_share_of_white(white, shares):
         found = to_bytes(grey.view(np.int32) if dtype is np.uint32 else grey, white)
     except ValueError as error:
         assert "what they mean is not known" in str(error)
+        assert white > 65535
         assert 0 < grey.max() < white / 255
     else:
         assert np.abs(found / 255 - grey / white).max() <= 0.5 / 255 + 1e-6

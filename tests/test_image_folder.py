@@ -277,6 +277,16 @@ def test_whatever_pillow_reads_is_an_image_in_sub_folders_too(tmp_path):
     assert len(list_folder(str(root), cache).train.paths) == 12
 
 
+def test_a_pipe_is_no_image_and_a_link_to_nowhere_is_named(folder):
+    """To open the one waits for ever; the other is an image that is missing."""
+    os.mkfifo(folder / "val/ant/9.png")
+    (folder / "val/ant/8.png").symlink_to(folder / "gone.png")
+    source = source_of(folder)
+    assert source.num_eval == 7
+    assert len(source.eval_batch(np.arange(7))[1]) == 6
+    assert "val/ant/8.png: cannot be read: No such file" in source.unreadable[0].line
+
+
 def break_by(folder, how):
     if how == "no train":
         os.rename(folder / "train", folder / "training")

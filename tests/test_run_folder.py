@@ -60,8 +60,14 @@ def test_a_folder_that_the_user_made_is_taken(tmp_path):
 
 def test_a_file_where_the_folder_should_be_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="run.dir: .*file cannot be written: File exists"):
+    with pytest.raises(UserError, match="run.dir: .*file cannot be written: Not a directory"):
         create_run_folder(str(tmp_path / "file"), "digits")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/checkpoints").touch()
+    with pytest.raises(UserError, match="run.dir: .*half cannot be written: File exists"):
+        create_run_folder(str(tmp_path / "half"), "digits")
+    (tmp_path / "half/checkpoints").unlink()
+    assert create_run_folder(str(tmp_path / "half"), "digits") == tmp_path / "half"
     (tmp_path / "runs").touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tarfile
 import time
+from collections import Counter
 from unittest import mock
 
 import numpy as np
@@ -399,6 +400,39 @@ def test_what_is_no_sample_in_a_foreign_shard_is_passed_over_and_counted(foreign
     shards = len(list(foreign.glob("*.tar")))
     counts = f"{4 * shards} hidden, {shards} .md, {shards} without an ending, "
     assert found.left_out == counts + f"{len(found.train.names)} .txt"
+
+
+def test_second_names_in_a_foreign_shard_are_samples(tmp_path):
+    """GNU tar writes files of one inode once, and links for the rest."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, data in (("a.jpg", b"image"), ("a.cls", b"7")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for name, target in (("b.jpg", "a.jpg"), ("b.cls", "a.cls")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, target
+            tar.addfile(member)
+        member = tarfile.TarInfo("c.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(member)
+    left_out = Counter()
+    first, second = scan_tar(tmp_path / "s.tar", left_out)
+    assert first == second == (512, 5, 7)
+    assert left_out == {"links and devices": 1}
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        member = tarfile.TarInfo("b.jpg")
+        member.type, member.linkname = tarfile.LNKTYPE, "elsewhere.jpg"
+        tar.addfile(member)
+    with pytest.raises(UserError, match="t.tar: b.jpg is a link to elsewhere.jpg, which is not"):
+        scan_tar(tmp_path / "t.tar")
+
+
+def test_shards_of_somebody_else_are_not_written_over(folder, tmp_path):
+    (tmp_path / "train-000001.tar").write_bytes(b"precious")
+    with pytest.raises(UserError, match="train-000001.tar is there already, and pack did not"):
+        pack(str(folder), tmp_path, 1, 10, QUIET)
+    assert contents(tmp_path) == {"train-000001.tar": b"precious"}
 
 
 @pytest.mark.parametrize("damage", ["at a member", "in a header", "a header's byte"])

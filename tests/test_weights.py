@@ -98,6 +98,7 @@ FORMS = {
     "run": (lambda m, s, p: run_of(m, p), "a checkpoint of ours"),
     "hub": (lambda m, s, p: hub_folder(s, p), ""),
     "ours.safetensors": (lambda m, s, p: save_file(s, p), ""),
+    "safetensors by another name.bin": (lambda m, s, p: save_file(s, p), ""),
 }
 
 
@@ -255,6 +256,10 @@ def broken(tmp_path, model):
     torch.save(build_model("vgg11", 5).state_dict(), tmp_path / "vgg.pth")
     torch.save(timm.create_model("resnet34d", num_classes=5).state_dict(), tmp_path / "cousin.pth")
     torch.save({"fc.weight": state["fc.weight"]}, tmp_path / "head.pth")
+    (tmp_path / "text.pth").write_text("100 years")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "vgg.pth").read_bytes()[:5000])
+    torch.save({n: t.to("meta") for n, t in state.items()}, tmp_path / "meta.pth")
+    torch.save(state | {"fc.bias": torch.full((5,), torch.nan)}, tmp_path / "nan.pth")
     return (
         ("/no/such.pth", "/no/such.pth: cannot be read: No such file"),
         (tmp_path / "evil.pth", "evil.pth: no readable weights"),
@@ -272,6 +277,10 @@ def broken(tmp_path, model):
         (tmp_path / "vgg.pth", "is not in the file: it is another model"),
         (tmp_path / "cousin.pth", "it is another model"),
         (tmp_path / "head.pth", "is not in the file: it is another model"),
+        (tmp_path / "text.pth", "no readable weights: torch.save did not write it, or it is damag"),
+        (tmp_path / "cut.pth", "no readable weights: torch.save did not write it, or it is damag"),
+        (tmp_path / "meta.pth", "is without values; a plain tensor of real numbers is needed"),
+        (tmp_path / "nan.pth", "fc.bias holds values that are not a number"),
         (tmp_path, "no checkpoint in it, nor model.safetensors"),
     )
 

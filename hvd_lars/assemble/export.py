@@ -32,7 +32,7 @@ def export(folder: Path, config: Config, output: Path, which: str, average: bool
     ``torch.load`` of a ``.pth`` gives a state dict, whose attribute ``hvd_lars`` is the metadata;
     a ``.safetensors`` file has it as text, an ``.onnx`` file as properties: ``model``, ``classes``
     by label, ``mean`` and ``std`` of the channels in [0, 1], ``image_size``, ``eval_resize``,
-    ``step`` and ``top1``, each as JSON.
+    ``step`` and, of the plain weights, ``top1``, each as JSON.
 
     Args:
         folder: a run folder.
@@ -55,11 +55,16 @@ def export(folder: Path, config: Config, output: Path, which: str, average: bool
     if not tensors:
         raise UserError(f"--average: {found.folder} has none; model.ema_decay keeps one")
     facts = _metadata(config, found)
+    if average:
+        facts.pop("top1")  # it is of the plain weights
+    classes = len(facts["classes"]) if "classes" in facts else _width(tensors)
+    model = build_network(config.model, config.data, classes, torch.device("cpu")).eval()
+    _check_of(model, tensors, found.folder)
     writers: dict[str, Callable[[Path], None]] = {
         ".safetensors": lambda path: save_file(
             tensors, path, {key: json.dumps(value) for key, value in facts.items()}
         ),
-        ".onnx": lambda path: _write_onnx(config, tensors, facts, path),
+        ".onnx": lambda path: _write_onnx(model, tensors, facts, path),
     }
     _write(output, writers.get(output.suffix, lambda path: _write_state_dict(tensors, facts, path)))
     passed = f" ({'; '.join(found.passed_over)}: passed over)" if found.passed_over else ""
@@ -122,8 +127,19 @@ class _Named(nn.Module):
         return logits
 
 
+def _check_of(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Raise UserError where a checkpoint is not of the run's network."""
+    wanted = model.state_dict()
+    odd = sorted(wanted.keys() ^ tensors.keys())
+    odd += [
+        name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape
+    ]
+    if odd:
+        raise UserError(f"{where}: {odd[0]} does not fit: it is of another model than the run's")
+
+
 def _write_onnx(
-    config: Config, tensors: dict[str, Tensor], facts: dict[str, Any], path: Path
+    model: nn.Module, tensors: dict[str, Tensor], facts: dict[str, Any], path: Path
 ) -> None:
     """Normalised images (n, channels, height, width) → logits (n, classes), n of any size."""
     try:
@@ -131,8 +147,6 @@ def _write_onnx(
         import onnxscript  # noqa: F401
     except ImportError:
         raise UserError("-o: an .onnx file needs pip install 'hvd_lars[onnx]'") from None
-    classes = len(facts["classes"]) if "classes" in facts else _width(tensors)
-    model = build_network(config.model, config.data, classes, torch.device("cpu")).eval()
     model.load_state_dict(tensors)
     images = torch.zeros(2, *facts["image_shape"])
     with warnings.catch_warnings():

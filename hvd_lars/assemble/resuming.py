@@ -100,7 +100,7 @@ def stored_config(path: Path) -> tuple[Config, Path] | None:
     """The config.yaml of the run that a run folder, or a checkpoint in one, is of."""
     for folder in (path, *path.absolute().parents[:2]):
         file = folder / run_folder.CONFIG
-        if file.is_file():
+        if file.is_file() and file.stat().st_size:  # or its run ended as it began
             return load_config(str(file), run_folder.ANYWHERE), file
     return None
 
@@ -126,26 +126,21 @@ def stored_data(folder: Path) -> DataIdentity | None:
 
 
 def check_same_data(
-    then: DataIdentity | None, now: DataIdentity, allowed: bool, where: Path, rank: int
+    then: DataIdentity | None,
+    now: DataIdentity,
+    allowed: bool,
+    where: Path,
+    rank: int,
+    only_eval: bool = False,
 ) -> None:
     """Compare the data with that of the run or checkpoint ``where``; rank 0 says what is new.
+
+    Classes and evaluation images alone where ``only_eval``.
 
     Raises:
         UserError: it is other data, and that is not ``allowed``.
     """
-    found = [] if then is None else differences(then, now)
-    _refuse_or_say(found, allowed, where, rank)
-
-
-def check_same_classes(
-    then: DataIdentity | None, now: DataIdentity, allowed: bool, where: Path, rank: int
-) -> None:
-    """As :func:`check_same_data`, of the classes and the evaluation set alone."""
-    found = [] if then is None else differences(then, now, only_eval=True)
-    _refuse_or_say(found, allowed, where, rank)
-
-
-def _refuse_or_say(found: list[str], allowed: bool, where: Path, rank: int) -> None:
+    found = [] if then is None else differences(then, now, only_eval)
     if found and not allowed:
         raise UserError(
             f"data: not what {where} has seen: {'; '.join(found)}; "

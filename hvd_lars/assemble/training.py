@@ -21,7 +21,6 @@ from hvd_lars.assemble.plan import make_plan
 from hvd_lars.assemble.recording import make_sinks
 from hvd_lars.assemble.resuming import (
     Resume,
-    check_same_classes,
     check_same_data,
     checkpoints_in,
     config_to_resume,
@@ -316,7 +315,8 @@ def evaluate_run(
     found = find_checkpoint(chosen, comm)
     source = build_source(config, comm, gpu=device.type == "cuda")
     allowed = config.run.allow_other_data
-    check_same_classes(found.data, source.identity, allowed, found.folder, comm.rank)
+    told = allowed, found.folder, comm.rank
+    check_same_data(found.data, source.identity, *told, only_eval=True)
     model = build_network(config.model, config.data, source.num_classes, device)
     decay = config.model.ema_decay
     average = None if decay is None else make_average(model, decay)

@@ -22,7 +22,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.process import flush_output, prepare
 from hvd_lars.rank_errors import speak_as, voice
 from hvd_lars.run_folder import ANYWHERE, config_of
-from hvd_lars.terminal import answer
+from hvd_lars.terminal import answer, warn
 
 if TYPE_CHECKING:
     from hvd_lars.comm import Communicator, Launch
@@ -196,8 +196,7 @@ def _fail_together(message: str) -> NoReturn:
     speak_as(rank)
     _let_rank_0_speak(rank, _USER_ERROR)
     for line in message.splitlines():
-        print(f"hvd-lars: {line}", file=sys.stderr)
-    sys.stderr.flush()
+        warn(line)
     gc.collect()  # processes that load images end, and their semaphores
     os._exit(_USER_ERROR)  # an orderly exit would wait for the other ranks in MPI's finalize
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hvd_lars.data import shard_writer
@@ -71,6 +71,7 @@ def _progress(title: str, unit: str) -> Iterator[Progress]:
         tenth = 10 * done // total
         if tenth > last:
             last = tenth
-            print(f"{title}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"{title}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
 
     yield say

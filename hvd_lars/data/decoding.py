@@ -144,15 +144,15 @@ def to_bytes(
     """Grey values from 0 to ``white`` as 0 to 255, rounded.
 
     Raises:
-        ValueError: values lie outside; or are so small that 8 bits would show nothing of them, as
-            where 16-bit values stand in 32 bits: what white is, is not known then.
+        ValueError: values lie outside; or are so small in 32 bits that 8 bits would show nothing
+            of them, as where 16-bit values stand there: what white is, is not known then.
     """
     if white > 2**31:
         grey = grey.astype(np.int32, copy=False).view(np.uint32)  # Pillow has no unsigned mode
     low, high = float(grey.min()), float(grey.max())
     if not (low >= 0.0 and high <= white):  # nor NaN
         raise ValueError(f"grey values from {low:g} to {high:g}; allowed: 0 to {white:g}")
-    if 0.0 < high < white / 255.0 and white > 1.0:
+    if 0.0 < high < white / 255.0 and white > 65535.0:
         raise ValueError(
             f"grey values up to {high:g}, where white is {white:g}: what they mean is not known; "
             f"store them as 8 or 16 bits"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from pydantic import TypeAdapter
 
 _SHOWN = 3  # names of classes in a line
 
@@ -24,8 +23,9 @@ class SplitIdentity:
 class DataIdentity:
     """A data set: names of the classes by label, and its splits.
 
-    Two that are equal give the same samples in the same order with the same labels.  The bytes of
-    the images are not part of it, but for shards, whose checksums are.
+    Two that are equal give the same samples in the same order with the same labels, as far as
+    names tell.  The bytes of the images are not part of it, but for shards that ``pack`` wrote,
+    whose checksums are.
     """
 
     classes: tuple[str, ...]
@@ -38,8 +38,25 @@ class DataIdentity:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> DataIdentity:
-        """What :meth:`record` gave, as JSON; ValueError where it is something else."""
-        return TypeAdapter(cls).validate_json(text)
+        """What :meth:`record` gave, as JSON; ValueError where it is something else.
+
+        Names of folders need not be valid Unicode, which is why no library reads them here.
+        """
+        try:
+            found = json.loads(text)
+            classes = found["classes"]
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise ValueError("classes are not names")
+            return cls(tuple(classes), _split(found["train"]), _split(found["val"]))
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"not what data was seen: {type(error).__name__} {error}") from None
+
+
+def _split(found: Any) -> SplitIdentity:
+    images, digest = found["images"], found["sha256"]
+    if type(images) is not int or not isinstance(digest, str):
+        raise ValueError("images is not a number, or sha256 not text")
+    return SplitIdentity(images, digest)
 
 
 def made_identity(description: str, train: int, val: int, classes: int) -> DataIdentity:

@@ -187,10 +187,12 @@ def _walk(folder: Path, top: str, times: dict[bytes, int]) -> Iterator[tuple[str
             times[os.fsencode(path)] = here.st_mtime_ns
             with os.scandir(folder / path) as entries:
                 for entry in entries:
-                    if not entry.is_dir():
+                    if entry.is_dir():
+                        if not is_litter(entry.name):
+                            waiting.append(f"{path}/{entry.name}")
+                    # A pipe would wait for a writer; a link to nowhere is named when it is read.
+                    elif entry.is_file() or not os.path.exists(entry.path):
                         names.append(entry.name)
-                    elif not is_litter(entry.name):
-                        waiting.append(f"{path}/{entry.name}")
         except OSError as error:
             raise UserError(f"data.root: {folder / path}: {error.strerror}") from None
         yield path, names

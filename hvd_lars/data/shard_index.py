@@ -262,8 +262,21 @@ def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int
     end = path.stat().st_size
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            files: dict[str, tarfile.TarInfo] = {}
             for member in tar:
-                if not member.isfile():
+                if member.islnk():  # a second name of a file before it
+                    target = files.get(member.linkname)
+                    if target is None:
+                        raise UserError(
+                            f"{path}: {_shown(member.name)} is a link to "
+                            f"{_shown(member.linkname)}, which is not before it in the shard"
+                        )
+                    member.offset_data, member.size = target.offset_data, target.size
+                elif member.isfile():
+                    files[member.name] = member
+                else:
+                    if not member.isdir() and left_out is not None:
+                        left_out["links and devices"] += 1
                     continue
                 if member.offset_data + member.size > end:
                     raise UserError(f"{path}: truncated: it ends inside {_shown(member.name)}")

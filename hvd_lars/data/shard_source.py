@@ -73,8 +73,11 @@ def compare(
 def _changed(root: str, shard: Path, samples: Samples) -> list[str]:
     """Paths of the sources that are not what the shard holds."""
     found = []
+    rows = scan_tar(shard)
+    if len(rows) != len(samples):
+        raise UserError(f"{shard}: damaged: {len(rows):,} samples; {len(samples):,} were packed")
     with shard.open("rb") as file:
-        for (path, _), (offset, size, _) in zip(samples, scan_tar(shard), strict=True):
+        for (path, _), (offset, size, _) in zip(samples, rows, strict=True):
             try:
                 data = Path(root, path).read_bytes()
             except OSError as error:

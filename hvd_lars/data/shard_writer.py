@@ -165,6 +165,13 @@ def _known(
             f"{target}: shards of other images, or of another --shard-samples, were begun here; "
             f"remove it"
         )
+    if not stamp.exists():
+        foreign = next((job.name for job in jobs if (target / job.name).exists()), None)
+        if foreign is not None:
+            raise UserError(
+                f"{target}: {foreign} is there already, and pack did not write it; name another "
+                f"folder"
+            )
     known = {}
     for job in jobs:
         # A note that is torn is as good as none: its shard is written again.

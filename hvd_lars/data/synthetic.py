@@ -31,7 +31,9 @@ class Synthetic:
         self.num_train, self.num_eval, self.num_classes = num_train, num_eval, num_classes
         self._shape = (channels, image_size, image_size)
         self._seed = seed
-        self.identity = made_identity("synthetic", num_train, num_eval, num_classes)
+        self.identity = made_identity(
+            f"synthetic {self._shape} {seed}", num_train, num_eval, num_classes
+        )
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
         """Images (n, channels, image_size, image_size) and labels (n,)."""

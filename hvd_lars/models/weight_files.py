@@ -59,10 +59,12 @@ def read_weights(path: str) -> Stored:
     try:
         if file.is_dir():
             file = _file_in(file)
-        if file.suffix == ".safetensors":
+        with file.open("rb") as opened:  # an error here names the file
+            head = opened.read(9)
+        if file.suffix == ".safetensors" or (
+            head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
+        ):
             return _of_safetensors(load_file(file))
-        with file.open("rb"):
-            pass  # an error that names the file
         found = _load(file)
     except OSError as error:
         raise UserError(f"model.init_from: {path}: cannot be read: {error.strerror}") from None
@@ -80,8 +82,11 @@ def _file_in(folder: Path) -> Path:
     for name in _FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
+    inside = folder / "checkpoints"
     steps = [
-        p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)
+        path
+        for path in (inside if inside.is_dir() else folder).glob("step-*")
+        if re.fullmatch(r"step-\d+", path.name)
     ]
     if not steps:
         raise UserError(
@@ -107,8 +112,8 @@ def _load(file: Path) -> Any:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # not a zip file; an object that takes more than a state
-        text = str(first).strip()
-        reason = _CONVERT if "global" in text.lower() else (text.splitlines() or ["damaged"])[0]
+        known = "global" in str(first).lower()
+        reason = _CONVERT if known else "torch.save did not write it, or it is damaged"
         raise UserError(f"model.init_from: {file}: no readable weights: {reason}") from None
 
 

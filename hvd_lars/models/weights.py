@@ -171,11 +171,15 @@ def _check(
                 f"model.init_from: {path}: {name} is {tuple(found.shape)}, the model has "
                 f"{tuple(wanted.shape)}"
             )
-        if found.layout != torch.strided or found.is_quantized or found.is_complex():
+        plain = found.layout == torch.strided and not (found.is_quantized or found.is_complex())
+        if not plain or found.is_meta:
+            kind = "without values" if found.is_meta else f"{found.dtype}, {found.layout}"
             raise UserError(
-                f"model.init_from: {path}: {name} is {found.dtype}, {found.layout}; a plain tensor "
-                f"of real numbers is needed"
+                f"model.init_from: {path}: {name} is {kind}; a plain tensor of real numbers is "
+                f"needed"
             )
+        if found.isnan().any():
+            raise UserError(f"model.init_from: {path}: {name} holds values that are not a number")
 
 
 def _non_empty(groups: Mapping[str, Collection[str]]) -> dict[str, tuple[str, ...]]:

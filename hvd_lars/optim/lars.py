@@ -63,7 +63,7 @@ class _Step:
 
 def _uncompiled(step: Callable[[], None]) -> None:
     """Take a step as it is, also inside torch.compile: it works on addresses, which graphs lack."""
-    torch.compiler.disable(step)()
+    torch.compiler.disable(step)()  # type: ignore[no-untyped-call]
 
 
 _uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]

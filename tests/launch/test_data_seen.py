@@ -99,6 +99,8 @@ def test_evaluation_in_training_counts_what_was_read(images, tmp_path, ranks):
     code, output = start(training(images, tmp_path / "other", "data.max_bad_fraction=0.15"))
     assert code == 2, output
     assert "data.max_bad_fraction: 2 of 12 test images cannot be read" in output
+    # What was trained until then is kept.
+    assert (tmp_path / "other/checkpoints/step-00000002/manifest.json").is_file()
 
 
 def grow(images):
@@ -148,6 +150,19 @@ def test_resuming_with_other_data_is_refused_unless_it_is_wanted(run, images, ch
     assert "allow_other_data: false" in (run / "config.yaml").read_text()
     code, output = hvd_lars("eval", run, f"data.root={images}")  # which now is what it has seen
     assert code == 0, output
+
+
+def test_a_class_whose_name_is_not_unicode(images, tmp_path):
+    for split in ("train", "val"):
+        os.rename(images / split / "cat", os.fsencode(images / split) + b"/c\xff")
+    code, output = hvd_lars(*training(images, tmp_path / "run"))
+    assert code == 0, output
+    for command in (
+        ["eval", tmp_path / "run"],
+        ["export", tmp_path / "run", "-o", tmp_path / "w.pth"],
+    ):
+        code, output = hvd_lars(*command)
+        assert code == 0, output
 
 
 def test_eval_refuses_other_classes_and_other_test_images(run, images):

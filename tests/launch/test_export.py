@@ -24,6 +24,7 @@ from hvd_lars.comm.launcher import ALONE
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config_file import load_config
 from hvd_lars.data import Request
+from hvd_lars.errors import UserError
 from hvd_lars.run_folder import config_of
 
 CLASSES = ("ant", "bee", "cat")
@@ -91,6 +92,7 @@ def test_torchvision_loads_it_and_measures_the_same(run, images, tmp_path, kind,
     assert (facts["model"], facts["classes"], facts["step"]) == ("resnet18", list(CLASSES), 6)
     assert (facts["mean"], facts["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert (facts["image_size"], facts["eval_resize"]) == (64, 72)
+    assert ("top1" in facts) == (not average)  # it is of the plain weights
     model = torchvision.models.resnet18(num_classes=3)
     model.load_state_dict(state)
     pixels, labels = pixels_of(images)
@@ -176,6 +178,14 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(
     assert message in output
     assert len(output.splitlines()) == 1, output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_network_is_refused(run, images, tmp_path):
+    other = train(tmp_path / "other", images, "squeezenet1_1")
+    with pytest.raises(UserError, match="step-00000004: .* does not fit: it is of another model"):
+        path = str(other / "checkpoints/step-00000004")
+        export(run, load_config(config_of(run)), tmp_path / "w.pth", path, False)
+    assert not (tmp_path / "w.pth").exists()
 
 
 def test_a_run_without_an_average_has_none_to_export(tmp_path):

@@ -148,6 +148,8 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     assert done.stdout.splitlines()[-1] in ("0", "141")
     done = shell("hvd-lars check digits | true; hvd-lars --help | true; hvd-lars schema | true")
     assert done.stderr == ""
+    done = shell("hvd-lars train nosuch 2> /dev/full; echo $?")
+    assert done.stdout == "2\n"
     done = shell("hvd-lars check digits > /dev/full; echo $?")
     assert done.stdout == "2\n"
     assert done.stderr == "hvd-lars: standard output cannot be written: No space left on device\n"
