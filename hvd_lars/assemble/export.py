@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ def export(folder: Path, config: Config, output: Path, which: str, average: bool
         raise UserError(f"{chosen}: no checkpoint (a folder step-N) in it")
     prefix = "average/module." if average else "model/"
     tensors = checkpoint_files.tensors_of(found, prefix)
-    if not tensors:
+    if average and not tensors:
         raise UserError(f"--average: {found.folder} has none; model.ema_decay keeps one")
     facts = _metadata(config, found)
     if average:
@@ -103,8 +104,9 @@ def _write(output: Path, write: Callable[[Path], None]) -> None:
         let_umask_decide(draft)
         sync(draft)
         draft.replace(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap them
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{output}: cannot be written: {reason}") from None
     finally:
         draft.unlink(missing_ok=True)
 
@@ -167,4 +169,4 @@ def _write_onnx(
 
 def _width(tensors: dict[str, Tensor]) -> int:
     """Classes of a checkpoint that does not name them: outputs of the last layer."""
-    return list(tensors.values())[-1].shape[0]
+    return list(tensors.values())[-1].shape[0] if tensors else 1
