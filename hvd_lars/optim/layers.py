@@ -17,6 +17,7 @@ from hvd_lars.optim.norms import flat, in_layout_of, is_dense
 from hvd_lars.optim.placement import Placement
 from hvd_lars.optim.ratios import trust_ratios
 
+_STATE = ("momentum_buffer", "master_weight")
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 
 
@@ -39,8 +40,8 @@ class Layer:
     place: _Place | None = None
     gradient: Tensor | None = None
     gradient_place: _Place | None = None
-    state: tuple[Tensor | None, Tensor | None] = (None, None)  # momentum buffer, master weight
-    addresses: tuple[int, int] = (0, 0)  # of both
+    state: tuple[Tensor | None, Tensor | None] = (None, None)  # the values of _STATE
+    addresses: tuple[int, ...] = (0, 0)  # of both
 
     def is_in_place(self) -> bool:
         """Whether the parameter lies where it lay when the block was made."""
@@ -127,35 +128,26 @@ def block_of(
 ) -> Block:
     """What a kernel updates of a layer; makes the state it needs, and a new block where needed.
 
-    ``untouched``: nobody has edited the parameter since the last step.
+    ``untouched``: nobody has edited or moved a parameter of its device since the last step.
     """
     param, block = layer.param, layer.block
-    place = _place_of(param)
-    if (
-        block is None
-        or not untouched
-        or layer.place != place
-        or _has_other_state(layer, block, states)
-    ):
+    if block is None or not untouched or _has_other_state(layer, block, states):
         layer.block = block = _make_block(layer, states, placement)
-        layer.place = place
-        layer.state = _kept_in(block)
-        layer.addresses = _addresses(layer.state)
-        layer.gradient_place = _place_of(param.grad)
+        layer.place = _place_of(param)
+        layer.state = block.state.get(_STATE[0]), block.state.get(_STATE[1])
+        layer.addresses = tuple(0 if t is None else t.data_ptr() for t in layer.state)
+        layer.gradient = param.grad
+        layer.gradient_place = _place_of(layer.gradient)
     elif placement is None:
-        place = _place_of(param.grad)
+        gradient = param.grad
+        assert gradient is not None
+        place = _place_of(gradient)
         # A copy in the parameter's layout is of the values that the gradient had then.
         copied = place is not None and place[0] != block.gradient.data_ptr()
-        if param.grad is not layer.gradient or place != layer.gradient_place or copied:
-            assert param.grad is not None
-            block.gradient, block.row = _dense_gradient(param, param.grad), None
-            layer.gradient_place = place
-    layer.gradient = param.grad
+        if gradient is not layer.gradient or place != layer.gradient_place or copied:
+            block.gradient, block.row = _dense_gradient(param, gradient), None
+            layer.gradient, layer.gradient_place = gradient, place
     return block
-
-
-def _kept_in(block: Block) -> tuple[Tensor | None, Tensor | None]:
-    return block.state.get("momentum_buffer"), block.state.get("master_weight")
 
 
 def _has_other_state(
@@ -164,16 +156,11 @@ def _has_other_state(
     """Whether somebody has given the layer other state, or moved its buffer or master."""
     if block.state and states.get(layer.param) is not block.state:
         return True
-    now, then = _kept_in(block), layer.state
-    return now[0] is not then[0] or now[1] is not then[1] or _addresses(now) != layer.addresses
-
-
-def _addresses(state: tuple[Tensor | None, Tensor | None]) -> tuple[int, int]:
-    buffer, master = state
-    return (
-        0 if buffer is None else buffer.data_ptr(),
-        0 if master is None else master.data_ptr(),
-    )
+    for name, then, address in zip(_STATE, layer.state, layer.addresses, strict=True):
+        now = block.state.get(name)
+        if now is not then or (now is not None and now.data_ptr() != address):
+            return True
+    return False
 
 
 def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
