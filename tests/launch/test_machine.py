@@ -45,7 +45,7 @@ def nobody(tmp_path):
     """The start of a command as a user whom the system does not know, with no home."""
     if os.geteuid() or not shutil.which("setpriv"):
         pytest.skip("only root may become another user")
-    if not readable(Path(PYTHON).parent.resolve()) or not readable(Path(PYTHON).parent):
+    if not readable(Path(PYTHON).resolve().parent) or not readable(Path(PYTHON).parent):
         pytest.skip("other users may not run this Python")
     tmp_path.chmod(0o777)
     for folder in tmp_path.parents[:2]:
