@@ -192,6 +192,7 @@ def test_weights_that_are_not_finite_are_no_edit(kernel):
         warnings.simplefilter("error")
         for _ in range(3):
             optimizer.step()
+    assert model[0].weight.isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -34,6 +34,14 @@ def after(steps):
     return model
 
 
+def assert_two_steps_are_right(comm, model, optimizer):
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(comm, model, 1.0 + step)
+        optimizer.step()
+    assert_same_parameters(model, after(2), 1e-12)
+
+
 def test_a_forgotten_zero_grad(comm, placed):
     model, optimizer = made(comm, placed)
     optimizer.zero_grad()
@@ -94,11 +102,7 @@ def test_a_gradient_that_is_replaced_after_backward(comm, placed, new):
 
 def test_ranks_that_start_from_other_weights_take_rank_0s(comm, placed):
     model, optimizer = made(comm, placed, seed=comm.rank)
-    for step in range(2):
-        optimizer.zero_grad()
-        backward(comm, model, 1.0 + step)
-        optimizer.step()
-    assert_same_parameters(model, after(2), 1e-12)
+    assert_two_steps_are_right(comm, model, optimizer)
 
 
 @pytest.mark.parametrize("how", ["strides", "order", "number", "dtype"])
@@ -127,11 +131,7 @@ def test_an_exception_in_backward_leaves_nothing_behind(comm, placed):
     with pytest.raises(ZeroDivisionError):
         backward(comm, model)
     handle.remove()
-    for step in range(2):
-        optimizer.zero_grad()
-        backward(comm, model, 1.0 + step)
-        optimizer.step()
-    assert_same_parameters(model, after(2), 1e-12)
+    assert_two_steps_are_right(comm, model, optimizer)
 
 
 def test_a_model_that_moves_after_its_placement(comm, placed):
