@@ -61,14 +61,13 @@ def test_a_stopped_process_ends_the_job(tmp_path, launcher, backend, stopped):
 def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
     """A file that never answers, as on a file server that is gone."""
     images, run = make_folder(tmp_path / "images", size=(40, 40)), tmp_path / "run"
-    hangs = sorted((images / "train").glob("*/*"))[0]
-    hangs.unlink()
-    os.mkfifo(hangs)
     data = f"data={{name: imagefolder, root: {images}, image_size: 32, workers: 0}}"
     options = [data, "model.name=resnet18_cifar", "train.global_batch=4", f"run.dir={run}"]
     options += ["run.stall_timeout=5", "schedule.warmup_duration=2 steps", *LONG]
     process = start("mpirun", 2, ["train", "digits", *options])
     wait_for_step(process, run, 0)
+    os.mkfifo(tmp_path / "hangs")
+    os.replace(tmp_path / "hangs", sorted((images / "train").glob("*/*"))[0])
     output = end_of(process, psutil.Process(process.pid).children(recursive=True))
     assert "no rank got on for 5 s (run.stall_timeout)" in output
     assert output.count("steps done, then in data") == 1  # the other rank waits

@@ -121,8 +121,8 @@ LONG = ["train.duration=100000 steps", "train.eval_every=100000 steps", "train.l
         (None, "SIGTERM", 75),
         (None, "SIGINT", 75),
         (None, "SIGHUP", 75),
-        ("mpirun", "SIGTERM", 75),
         ("mpirun", "SIGUSR1", 75),
+        ("horovodrun", "SIGUSR1", 75),
         ("mpirun", "STOP file", 0),
         ("mpirun", "run.max_hours", 75),
     ],
@@ -141,11 +141,8 @@ def test_a_request_to_stop_ends_in_a_checkpoint(tmp_path, launcher, how, code):
     assert records_of(run, "event")[-1]["reason"] == how, output
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
     assert (run / "checkpoints/latest").read_text().strip() == f"step-{step:08d}"
-    if (launcher, how) == ("mpirun", "SIGTERM"):  # it leaves at once, and its ranks a little later
-        assert process.returncode != 0
-    else:
-        assert f"stopped by {how} after step {step}" in output
-        assert process.returncode == code, output
+    assert f"stopped by {how} after step {step}" in output
+    assert process.returncode == code, output
     # … from which the run goes on, though the request's file is still there.
     again = training(run, *LONG[1:], f"train.duration={step + 2} steps", "--resume")
     result, output = hvd_lars(*again)
@@ -156,11 +153,26 @@ def test_a_request_to_stop_ends_in_a_checkpoint(tmp_path, launcher, how, code):
     assert "nothing is left to do" in output
 
 
+KEEPING = ["checkpoint.every=2 steps"]  # later on the command line than STEPS
+
+
+def assert_it_goes_on(run):
+    """From a checkpoint of step 2 or later."""
+    kept = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    code, output = hvd_lars(*training(run, *LONG[1:], f"train.duration={kept + 2} steps"), "--resume")
+    assert code == 0, output
+    assert f"going on after step {kept}" in output
+    assert kept >= 2
+
+
 @pytest.mark.parametrize("launcher", [None, "mpirun", "horovodrun", "horovodrun --gloo"])
 def test_the_end_of_a_terminal_ends_in_a_checkpoint(tmp_path, launcher):
-    """As of ssh: the terminal hangs up, and the launcher makes of that what it does."""
+    """A terminal hangs up, as when ssh ends; launchers turn that into SIGTERM.
+
+    Open MPI 5 kills its ranks 0.2 s after SIGTERM, so their last checkpoint may be an earlier one.
+    """
     run = tmp_path / "run"
-    program = this_python("-m", "hvd_lars", *training(run, *LONG))
+    program = this_python("-m", "hvd_lars", *training(run, *LONG, *KEEPING))
     command = local_command(launcher, 2, program) if launcher else program
     pid, terminal = pty.fork()
     if pid == 0:
@@ -169,7 +181,7 @@ def test_the_end_of_a_terminal_ends_in_a_checkpoint(tmp_path, launcher):
     os.set_blocking(terminal, False)
     deadline = time.monotonic() + HANG_GUARD
     log = run / "metrics.jsonl"
-    while not log.exists() or len(records_of(run, "train")) < 3:
+    while not log.exists() or not (run / "checkpoints/latest").exists():
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 65536)
         assert time.monotonic() < deadline
@@ -178,24 +190,24 @@ def test_the_end_of_a_terminal_ends_in_a_checkpoint(tmp_path, launcher):
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert psutil.wait_procs(family, timeout=HANG_GUARD)[1] == []
-    last = records_of(run, "event")[-1]
-    assert last["event"] == "stop"
-    assert last["reason"] == ("SIGTERM" if launcher else "SIGHUP")
-    assert (run / f"checkpoints/step-{last['step']:08d}/manifest.json").is_file()
     if launcher is None:
+        assert records_of(run, "event")[-1]["reason"] == "SIGHUP"
         assert os.waitstatus_to_exitcode(status) == 75
+    assert_it_goes_on(run)
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun"])
-def test_a_signal_to_horovodrun_reaches_the_ranks(tmp_path, launcher):
-    """As released it ends a shell in between, and leaves mpirun and the ranks running."""
-    process = start(launcher, 2, training(tmp_path / "run", *LONG))
-    wait_for_step(process, tmp_path / "run", 3)
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_a_launcher_that_is_terminated_leaves_nobody_behind(tmp_path, launcher):
+    """Horovod as released ends a shell in between, and leaves mpirun and the ranks running."""
+    run = tmp_path / "run"
+    process = start(launcher, 2, training(run, *LONG, *KEEPING))
+    wait_for_step(process, run, 3, checkpoint=2)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=HANG_GUARD)
     assert psutil.wait_procs(family, timeout=HANG_GUARD)[1] == []
-    assert records_of(tmp_path / "run", "event")[-1]["reason"] == "SIGTERM"
+    assert process.returncode != 0
+    assert_it_goes_on(run)
 
 
 @pytest.fixture(scope="module")
