@@ -159,7 +159,9 @@ KEEPING = ["checkpoint.every=2 steps"]  # later on the command line than STEPS
 def assert_it_goes_on(run):
     """From a checkpoint of step 2 or later."""
     kept = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
-    code, output = hvd_lars(*training(run, *LONG[1:], f"train.duration={kept + 2} steps"), "--resume")
+    code, output = hvd_lars(
+        *training(run, *LONG[1:], f"train.duration={kept + 2} steps"), "--resume"
+    )
     assert code == 0, output
     assert f"going on after step {kept}" in output
     assert kept >= 2
