@@ -1,17 +1,18 @@
 """hvd_lars: large-batch training of image classifiers with LARS over Horovod and MPI.
 
-``LARS`` and ``parameter_groups`` are usable on their own in any PyTorch program, ``connect`` and
-the placements over ranks; the command ``hvd-lars`` is the trainer around them.
+``LARS`` and ``parameter_groups`` are usable on their own in any PyTorch program, ``connect``, the
+placements and ``watching`` over ranks; the command ``hvd-lars`` is the trainer around them.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LARS", "Replicated", "Sharded", "connect", "parameter_groups"]
+__all__ = ["LARS", "Replicated", "Sharded", "connect", "parameter_groups", "watching"]
 
 if TYPE_CHECKING:
     from hvd_lars.comm import connect
     from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
+    from hvd_lars.watchdog import watching
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         import hvd_lars.comm
 
         return hvd_lars.comm.connect
+    if name == "watching":
+        import hvd_lars.watchdog
+
+        return hvd_lars.watchdog.watching
     if name in __all__:
         import hvd_lars.optim
 

@@ -2,7 +2,7 @@
 
 Every rank sends a datagram a second to rank 0, which answers.  A process that stopped (SIGSTOP, a
 machine that hangs) sends nothing; a rank that waits for ever sends, but gets nowhere.  Either
-ends the job with a line that names the ranks.  Imports comm.base, liveness and terminal.
+ends the job with a line that names the ranks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 from hvd_lars.comm.base import Communicator
 from hvd_lars.liveness import Judge, Place, describe, process_state
+from hvd_lars.optim.placement import Placement
 from hvd_lars.terminal import warn
 
 _BEAT = 1.0  # seconds; more where rank 0 would have more than 256 datagrams a second to read
@@ -45,6 +46,7 @@ class Watchdog:
         stall_timeout: seconds in which no rank gets on.
         replaceable: the others go on without a rank whose process ends (an elastic job): kill a
             silent one on this machine, and only that.
+        section: what the two times are keys of, in messages.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Watchdog:
         rank_timeout: float,
         stall_timeout: float,
         replaceable: bool = False,
+        section: str = "run.",
     ) -> None:
+        self._section = section
         self._comm, self._place, self._replaceable = comm, place, replaceable
         self._judge = Judge(rank_timeout, stall_timeout, time.monotonic())
         self._over, self._met = threading.Event(), threading.Event()
@@ -213,13 +217,18 @@ class Watchdog:
         known = self._judge.ranks
         if silent:
             seconds = self._judge.rank_timeout
-            self._replace(silent, f"no sign of life for {seconds:g} s (run.rank_timeout) from:")
+            self._replace(
+                silent, f"no sign of life for {seconds:g} s ({self._section}rank_timeout) from:"
+            )
             return
         known[0].stack, known[0].waits = self._stack()
-        lost = [rank for rank in sorted(known) if not known[rank].waits] or sorted(known)
-        lines = [f"no rank got on for {self._judge.stall_timeout:g} s (run.stall_timeout)"]
-        lines += ["not waiting for others, so others wait for:"]
-        self._replace(lost[:8], "\n".join(lines))
+        lost = [rank for rank in sorted(known) if not known[rank].waits]
+        who = "not waiting for others, so others wait for:"
+        if not lost:
+            lost, who = sorted(known), "each waits for the others, at another point of the program:"
+        seconds = self._judge.stall_timeout
+        line = f"no rank got on for {seconds:g} s ({self._section}stall_timeout)"
+        self._replace(lost[:8], f"{line}\n{who}")
 
     def _replace(self, lost: list[int], why: str) -> None:
         """End the job, or kill ranks on this machine where others can take over."""
@@ -235,6 +244,36 @@ class Watchdog:
             if rank in here:
                 with suppress(OSError):  # it is gone already
                     os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def watching(
+    comm: Communicator,
+    placement: Placement,
+    rank_timeout: float = 120.0,
+    stall_timeout: float = 1800.0,
+) -> Iterator[None]:
+    """End the job, with a line that names the ranks, when one of them is lost inside.
+
+    For one's own loop: a rank that stopped, that waits for ever, or that takes more steps than
+    the others, for which they do not come.  Collective at its beginning and end.
+
+    Args:
+        comm: the ranks.
+        placement: whose steps are counted.
+        rank_timeout: seconds without a sign of life from a rank's process.
+        stall_timeout: seconds in which no rank gets on; longer than anything that all wait for.
+    """
+    gradients, ended = placement.gradients, False
+
+    def place() -> Place:
+        doing = "the end of its loop" if ended else gradients.watch.current or "its own code"
+        return Place(gradients.steps, doing, gradients.watch.changes)
+
+    with Watchdog(comm, place, rank_timeout, stall_timeout, section="").watching():
+        yield
+        ended = True
+        comm.barrier()
 
 
 def _addresses(one_host: bool) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import assert_same_parameters, tiny_model
 
-from hvd_lars.optim import LARS, parameter_groups
+from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4)
 
@@ -38,3 +38,43 @@ def test_the_wrapped_optimizer_takes_the_same_steps(comm, adapt):
     assert type(optimizer).__name__ == "LARS"
     assert {g["eps"] for g in optimizer.param_groups} == {1e-5}
     assert_same_parameters(model, reference, 1e-12)
+
+
+@pytest.mark.parametrize("placed", [Replicated, Sharded])
+def test_horovods_optimizer_around_a_placement_is_named(comm, placed):
+    if comm.backend != "horovod":
+        return
+    import horovod.torch as hvd
+
+    model = tiny_model(torch.float64)
+    placement = placed(model.parameters(), comm)
+    optimizer = hvd.DistributedOptimizer(
+        LARS(parameter_groups(model), lr=1.0, placement=placement),
+        named_parameters=model.named_parameters(),
+    )
+    # Whichever of the two hooks comes first may be the one that cannot go on.
+    with pytest.raises(RuntimeError, match="hvd.DistributedOptimizer is around a LARS|Sharded"):
+        model(torch.ones(1, 3, 6, 6, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    optimizer.zero_grad = lambda: None  # its handles are of gradients that nobody waits for
+
+
+def test_adasum_with_shared_ratios_is_refused(comm):
+    """It steps on one tensor at a time, so that no bias would find its weight's ratio."""
+    if comm.backend != "horovod" or comm.size not in (2, 4):
+        return
+    import horovod.torch as hvd
+
+    model = tiny_model(torch.float32)
+    for adapt in ("weights", "layer"):
+        optimizer = hvd.DistributedOptimizer(
+            LARS(parameter_groups(model, adapt=adapt), lr=1.0),
+            named_parameters=model.named_parameters(),
+            op=hvd.Adasum,
+        )
+        if adapt == "weights":
+            model(torch.ones(1, 3, 6, 6)).sum().backward()
+            optimizer.step()
+            continue
+        with pytest.raises(RuntimeError, match="hvd.Adasum .* steps on one at a time"):
+            model(torch.ones(1, 3, 6, 6)).sum().backward()

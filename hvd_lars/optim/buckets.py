@@ -5,20 +5,33 @@ Imports comm.base, kernels, norms, same_layout, shard_plan and stopwatch.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending, check_reducible
+from hvd_lars.optim.absent import AbsentGradient
 from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.optim.same_layout import check_same_layout
 from hvd_lars.optim.shard_plan import fill_buckets
 from hvd_lars.stopwatch import Stopwatch
+
+_LATE = (
+    "a gradient arrived after those of its step were summed over the ranks: wrap all but the last "
+    "backward of a step in placement.gradients.no_sync(), and begin the next step with "
+    "optimizer.zero_grad()"
+)
+_UNZEROED = (
+    "backward() before optimizer.zero_grad(): it added to gradients that were summed over the "
+    "ranks for the last step"
+)
 
 
 @dataclass(slots=True)
@@ -29,6 +42,10 @@ class Bucket:
     starts: list[int]  # of each parameter in flat
     flat: Tensor  # (numel,), padded with zeros
     views: list[Tensor]
+    absent: list[AbsentGradient] = field(
+        default_factory=list
+    )  # of the collective that is not in place
+    fresh: set[int] = field(default_factory=set)  # positions whose view is of this window
     missing: set[int] = field(default_factory=set)  # positions whose gradient is still to come
     pending: Pending | None = None
     sums: Tensor | None = None  # (len(params),) early sums of squares
@@ -52,14 +69,17 @@ class GradientBuckets:
         multiple: buckets are padded to a multiple of this many elements.
         start: begins the collective of the bucket at a position.
         parts: of a bucket, what early sums of squares are taken from, a tensor for each parameter.
-        in_place: the collective leaves the sums in the bucket; else ``param.grad`` is None after.
+        in_place: the collective leaves the sums in the bucket; else ``param.grad`` is an
+            :class:`AbsentGradient` until the step.
         early_norms: sum the squares of each bucket's parts as its reduction completes.
 
     Raises:
-        ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
-            in shape, strides, dtype or order; on every rank then.
+        ValueError: no parameter, one that is not dense in memory or in a placement already, or
+            ranks whose parameters differ in shape, strides, dtype or order; on every rank then.
         TypeError: a parameter's dtype cannot be summed over ranks.
     """
+
+    _alive: ClassVar[weakref.WeakSet[GradientBuckets]] = weakref.WeakSet()
 
     def __init__(
         self,
@@ -82,22 +102,33 @@ class GradientBuckets:
                     f"a parameter of shape {tuple(param.shape)} has strides {param.stride()}, "
                     f"which leave gaps in memory"
                 )
+        if (twice := placed_already(trained)) is not None:
+            raise ValueError(
+                f"a parameter of shape {tuple(twice.shape)} is in another placement already: make "
+                f"one placement of all parameters, and give it to every optimizer"
+            )
         check_same_layout(trained, comm)
         self.buckets = list(_make_buckets(trained, bucket_bytes, multiple))
         self.place: dict[Tensor, tuple[int, int]] = {}  # bucket and position in it
         self._order: dict[Tensor, int] = {}
         self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order
+        hook, handles = _hook_of(self), []
         for b, bucket in enumerate(self.buckets):
             check_reducible(bucket.flat, "gradients")
             _take_rank_0s(bucket, comm)
             for i, param in enumerate(bucket.params):
                 self.place[param] = (b, i)
                 self._order[param] = len(self._order)
-                param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+                handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            if not in_place:
+                bucket.absent = [view.as_subclass(AbsentGradient) for view in bucket.views]
+        weakref.finalize(self, _remove, handles)
+        self._alive.add(self)
         self._comm, self._name, self._early_norms = comm, name, early_norms
         self._start, self._parts, self._in_place = start, parts, in_place
-        self._synchronizing, self._used = True, False
+        self._synchronizing, self._used, self._spent = True, False, False
         self._kernel: Kernel | None = None
+        self.steps = 0  # that have used the sums
         self.votes: Tensor | None = None  # (n,) float64 that the next completed sums carry along …
         self.counted: Tensor | None = None  # … and what they came to over the ranks
         self.watch = (
@@ -138,26 +169,32 @@ class GradientBuckets:
         if self._reduced:
             self._check_not_replaced()
             return
-        if self._used and (not self._in_place or self._holds_sums()):
+        if self._used and (not self._in_place or self._holds_views()):
             raise RuntimeError(
                 "step() without a backward pass since the last one: it was called twice, or by "
                 "two optimizers over one placement; a window begins with optimizer.zero_grad()"
             )
         for bucket in self.buckets[self._next :]:
             for i, param in enumerate(bucket.params):
+                self._check_fresh(bucket, i, param)
                 _adopt(bucket, i, param)
         with self.watch.part("communication"):
             while self._next < len(self.buckets):
                 self._start_next()
             self._complete(only_done=False)
         if not self._in_place:
-            self._forget_gradients()
+            for bucket in self.buckets:
+                for param, absent in zip(bucket.params, bucket.absent, strict=True):
+                    param.grad = absent
         self._begin_window()
-        self._reduced = True
+        self._reduced, self._used, self._spent = True, False, False
 
     def end_step(self) -> None:
         """The sums have been used."""
-        self._reduced, self._used = False, True
+        if not self._in_place:
+            self._forget_gradients()
+        self._reduced, self._used, self._spent = False, True, True
+        self.steps += 1
 
     def sum_early(self, kernel: Kernel | None) -> None:
         """The kernel that may sum squares from the next window on; None: none may."""
@@ -189,7 +226,7 @@ class GradientBuckets:
             self.counted = sums[count:]
         return sums[:count]
 
-    def _holds_sums(self) -> bool:
+    def _holds_views(self) -> bool:
         return any(
             param.grad is view
             for bucket in self.buckets
@@ -199,7 +236,7 @@ class GradientBuckets:
     def _check_not_replaced(self) -> None:
         for bucket in self.buckets:
             for param, view in zip(bucket.params, bucket.views, strict=True):
-                if param.grad is not (view if self._in_place else None):
+                if param.grad is not view if self._in_place else _is_new(param.grad):
                     raise RuntimeError(
                         f"param.grad of a parameter of shape {tuple(param.shape)} was replaced "
                         f"after backward had summed it over the ranks: "
@@ -221,24 +258,16 @@ class GradientBuckets:
         self._callback_queued = False
         for bucket in self.buckets:
             bucket.missing = set(range(len(bucket.params)))
+            bucket.fresh.clear()
 
     def _on_gradient(self, param: Tensor) -> None:
         """Autograd's hook: the gradient of ``param`` for this backward pass is complete."""
         b, i = self.place[param]
         bucket = self.buckets[b]
-        if self._used:
-            if param.grad is bucket.views[i]:
-                raise RuntimeError(
-                    "backward() before optimizer.zero_grad(): it added to gradients that were "
-                    "summed over the ranks for the last step"
-                )
-            self._used = False
-        if self._reduced or b < self._next:
-            raise RuntimeError(
-                "a gradient arrived after those of its step were summed over the ranks: wrap all "
-                "but the last backward of a step in placement.gradients.no_sync(), and begin the "
-                "next step with optimizer.zero_grad()"
-            )
+        self._check_fresh(bucket, i, param)
+        if b < self._next:
+            raise RuntimeError(_LATE)
+        self._used = self._reduced = False
         _adopt(bucket, i, param)
         if not self._synchronizing:
             return
@@ -251,6 +280,12 @@ class GradientBuckets:
             with self.watch.part("communication"):
                 self._start_next()
                 self._complete(only_done=True)
+
+    def _check_fresh(self, bucket: Bucket, i: int, param: Tensor) -> None:
+        """Raise RuntimeError where ``param.grad`` has sums of an earlier window in it."""
+        stale = param.grad is bucket.views[i] or isinstance(param.grad, AbsentGradient)
+        if stale and i not in bucket.fresh:
+            raise RuntimeError(_UNZEROED if self._spent else _LATE)
 
     def _start_next(self) -> None:
         bucket = self.buckets[self._next]
@@ -287,9 +322,45 @@ def _take_rank_0s(bucket: Bucket, comm: Communicator) -> None:
     bucket.flat.zero_()
 
 
+def placed_already(params: Sequence[Tensor]) -> Tensor | None:
+    """The first parameter that a placement which is still in use has; None where none has."""
+    found = _placed(params)
+    if found is not None:
+        gc.collect()  # a placement that was dropped is part of a cycle
+        found = _placed(params)
+    return found
+
+
+def _placed(params: Sequence[Tensor]) -> Tensor | None:
+    places = [buckets.place for buckets in GradientBuckets._alive]
+    return next((p for p in params for place in places if p in place), None)
+
+
+def _hook_of(buckets: GradientBuckets) -> Callable[[Tensor], None]:
+    """Autograd's hook, which does not keep alive a placement that nobody else holds."""
+    reference = weakref.ref(buckets)
+
+    def hook(param: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._on_gradient(param)
+
+    return hook
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _is_new(gradient: Tensor | None) -> bool:
+    return gradient is not None and not isinstance(gradient, AbsentGradient)
+
+
 def _adopt(bucket: Bucket, i: int, param: Tensor) -> None:
     """Make ``param.grad`` the bucket's view, with what backward or somebody else put there."""
     view = bucket.views[i]
+    bucket.fresh.add(i)
     if param.grad is view:
         return
     if param.grad is None:

@@ -139,3 +139,13 @@ def check_group(group: dict[str, Any], count: int) -> None:
                 f'LARS: a group with adapt="layer" has {len(group["params"])} tensors and '
                 f"ratio_from {list(sources)}; it needs one position below {count} for each"
             )
+
+
+def check_ours(state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise ValueError where the state is another optimizer's."""
+    for group in state_dict["param_groups"]:
+        missing = sorted(defaults.keys() - group.keys())
+        if missing:
+            raise ValueError(
+                f"LARS: the state is another optimizer's: a group without {', '.join(missing)}"
+            )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hvd_lars.optim.groups import check_group
+from hvd_lars.optim.buckets import placed_already
+from hvd_lars.optim.groups import check_group, check_ours
 from hvd_lars.optim.kernels import KernelName, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold
 from hvd_lars.optim.layers import (
@@ -40,6 +41,8 @@ _add_param_group = inspect.unwrap(Optimizer.add_param_group)
 _zero_grad = inspect.unwrap(Optimizer.zero_grad)
 _state_dict = inspect.unwrap(Optimizer.state_dict)
 _load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+_before_loading = inspect.unwrap(Optimizer.register_load_state_dict_pre_hook)
+_after_loading = inspect.unwrap(Optimizer.register_load_state_dict_post_hook)
 
 
 @dataclass
@@ -230,6 +233,8 @@ class LARS(Optimizer):
         now = signature(self.param_groups, placed, checked)
         last = self._last
         if last is None or last.signature != now or last.state is not self.state:
+            if not placed:
+                self._check_not_placed()
             devices = layers_of(self.param_groups, placed, checked)
             last = _Step(now, devices, self.state, [None] * len(devices), [[]] * len(devices))
         self._last, self._finite = None, None  # until this step is complete
@@ -240,6 +245,21 @@ class LARS(Optimizer):
             [layer.param._version for layer in device.layers] for device in last.devices
         ]
         self._last = last
+
+    def _check_not_placed(self) -> None:
+        """Raise RuntimeError where a placement sums the gradients and this is not told of it."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if (placed := placed_already(params)) is not None:
+            shape = tuple(placed.shape)
+            if hasattr(self, "skip_synchronize"):
+                raise RuntimeError(
+                    f"hvd.DistributedOptimizer is around a LARS whose parameters, such as one of "
+                    f"shape {shape}, are in a placement: both sum the gradients, leave one out"
+                )
+            raise RuntimeError(
+                f"a parameter of shape {shape} is in a placement that its optimizer was not given: "
+                f"LARS(…, placement=placement)"
+            )
 
     @property
     def skipped(self) -> bool:
@@ -279,14 +299,26 @@ class LARS(Optimizer):
 
         Raises ValueError where it is another optimizer's.
         """
-        for group in state_dict["param_groups"]:
-            missing = sorted(self.defaults.keys() - group.keys())
-            if missing:
-                raise ValueError(
-                    f"LARS: the state is another optimizer's: a group without {', '.join(missing)}"
-                )
-        _load_state_dict(self, state_dict)
-        self._last = None
+        loaded = []  # what torch loads: a hook may have put something else in its place
+
+        def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            check_ours(state_dict, self.defaults)
+            loaded.append(state_dict)
+
+        def after(_: Optimizer) -> None:
+            self._last = None
+            self._keep_precision(loaded[-1])
+
+        # Ours is the last of the hooks before, and the first of those after.
+        ours = [_before_loading(self, before), _after_loading(self, after, prepend=True)]
+        try:
+            _load_state_dict(self, state_dict)
+        finally:
+            for handle in ours:
+                handle.remove()
+
+    def _keep_precision(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of half parameters anew, which torch has rounded to their dtype."""
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for number, param in zip(numbers, params, strict=True):

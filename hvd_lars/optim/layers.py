@@ -88,6 +88,7 @@ def layers_of(groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool) -
     shared: list[tuple[Layer, int]] = []
     position = 0
     for group in groups:
+        _check_complete(group)
         for i, param in enumerate(group["params"]):
             if param.requires_grad and (placed or param.grad is not None):
                 here = layers.setdefault(param.device, [])
@@ -102,6 +103,17 @@ def layers_of(groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool) -
         device, index = places.get(source, (None, -1))
         layer.source = index if device == layer.param.device else -1
     return [_prepared(here, device, all_norms) for device, here in layers.items()]
+
+
+def _check_complete(group: dict[str, Any]) -> None:
+    """Raise RuntimeError where tensors that share a ratio were taken out of their group."""
+    sources = group.get("ratio_from", ())
+    if group["adapt"] == "layer" and len(group["params"]) != len(sources):
+        raise RuntimeError(
+            f'LARS: a group with adapt="layer" has {len(group["params"])} tensors and '
+            f"{len(sources)} in ratio_from: tensors were added or taken out, as "
+            f'hvd.Adasum does, which steps on one at a time; there, use adapt="weights"'
+        )
 
 
 def _prepared(layers: list[Layer], device: torch.device, all_norms: bool) -> Layers:
@@ -136,8 +148,8 @@ def block_of(
         layer.place = _place_of(param)
         layer.state = block.state.get(_STATE[0]), block.state.get(_STATE[1])
         layer.addresses = tuple(0 if t is None else t.data_ptr() for t in layer.state)
-        layer.gradient = param.grad
-        layer.gradient_place = _place_of(layer.gradient)
+        if placement is None:
+            layer.gradient, layer.gradient_place = param.grad, _place_of(param.grad)
     elif placement is None:
         gradient = param.grad
         assert gradient is not None

@@ -33,6 +33,32 @@ def over_two_ranks(launcher, *program):
     return loss_in(result.stdout)
 
 
+MORE_STEPS = """
+import sys, torch, hvd_lars
+comm = hvd_lars.connect(sys.argv[1], parts=True)
+model = torch.nn.Linear(3, 2)
+placement = getattr(hvd_lars, sys.argv[2])(model.parameters(), comm)
+optimizer = hvd_lars.LARS(model.parameters(), placement=placement)
+with hvd_lars.watching(comm, placement, stall_timeout=5):
+    for step in range(3 + comm.rank):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+comm.close()
+"""
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi"])
+@pytest.mark.parametrize("placed", ["Replicated", "Sharded"])
+def test_a_rank_that_takes_more_steps_is_named(placed, backend):
+    program = [sys.executable, "-c", MORE_STEPS, backend, placed]
+    result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
+    assert result.returncode not in (0, 124), result.stdout
+    assert "no rank got on for 5 s (stall_timeout)" in result.stdout
+    assert re.search(r"rank 0 .*: 3 steps done, then in the end of its loop", result.stdout)
+    assert re.search(r"rank 1 .*: 3 steps done, then in communication", result.stdout)
+
+
 def test_there_are_three():
     assert list(PROGRAMS) == ["plain.py", "horovod_optimizer.py", "placement.py"]
 

@@ -114,6 +114,37 @@ def test_hooks_closures_and_a_rate_of_zero(kernel):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_hook_puts_in_the_place_of_a_state_is_loaded(kernel, dtype):
+    model, optimizer = made(kernel, dtype)
+    steps(model, optimizer)
+    state = optimizer.state_dict()
+    renamed = copy.deepcopy(state)
+    for values in renamed["state"].values():
+        values["velocity"] = values.pop("momentum_buffer") / 3
+
+    def translate(_, state):
+        values = {
+            key: {"momentum_buffer": each["velocity"] * 3}
+            | {name: value for name, value in each.items() if name != "velocity"}
+            for key, each in state["state"].items()
+        }
+        return state | {"state": values}
+
+    twin, other = made(kernel, dtype)
+    twin.load_state_dict(model.state_dict())
+    other.register_load_state_dict_pre_hook(translate)
+    other.register_load_state_dict_post_hook(lambda each: each.set_momentum(twin[0].bias, zero))
+    zero = torch.zeros(5)
+    other.load_state_dict(renamed)
+    found = other.momentum(twin[0].weight)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, optimizer.momentum(model[0].weight))
+    assert not other.momentum(twin[0].bias).any()
+    with pytest.raises(ValueError, match="the state is another optimizer's"):
+        other.load_state_dict(renamed | {"param_groups": [{"params": [0, 1, 2, 3]}]})
+
+
 def test_state_of_others_beside_the_parameters(kernel):
     model, optimizer = made(kernel)
     steps(model, optimizer)

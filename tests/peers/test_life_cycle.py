@@ -140,3 +140,81 @@ def test_a_model_that_moves_after_its_placement(comm, placed):
     backward(comm, model)
     with pytest.raises(RuntimeError, match="was moved or replaced after its placement was made"):
         optimizer.step()
+
+
+def test_a_gradient_that_no_rank_holds_cannot_be_read(comm, placed):
+    """Clipping and GradScaler are right under Replicated, and say what is wrong under Sharded."""
+    model, optimizer = made(comm, placed)
+    backward(comm, model)
+    if placed is Sharded:
+        with pytest.raises(RuntimeError, match="param.grad under Sharded: .* use Replicated"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.ones(()))
+        with pytest.raises(RuntimeError, match="param.grad under Sharded: .* use Replicated"):
+            scaler.step(optimizer)
+        optimizer.step()
+        assert_same_parameters(model, after(1), 1e-12)
+        return
+    alone = tiny_model(torch.float64)
+    alone(torch.ones(1, 3, 6, 6, dtype=torch.float64)).square().sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
+    torch.testing.assert_close(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), norm)
+    LARS(parameter_groups(alone, 5e-3), lr=1.0).step()
+    optimizer.step()
+    assert_same_parameters(model, alone, 1e-12)
+
+
+def test_a_forgotten_placement(comm, placed):
+    model = tiny_model(torch.float64)
+    optimizer = LARS(parameter_groups(model), lr=1.0)
+    placement = placed(model.parameters(), comm)
+    backward(comm, model)
+    with pytest.raises(
+        RuntimeError, match=r"optimizer was not given: LARS\(…, placement=placement"
+    ):
+        optimizer.step()
+    assert placement.gradients.steps == 0
+
+
+def test_two_placements(comm, placed):
+    model, optimizer = made(comm, placed)
+    with pytest.raises(ValueError, match="is in another placement already"):
+        placed(list(model.parameters())[1:], comm)
+    assert_two_steps_are_right(comm, model, optimizer)
+
+
+def test_a_placement_that_was_dropped_makes_room_for_another(comm, placed):
+    model, optimizer = made(comm, placed)
+    optimizer = LARS(parameter_groups(model, 5e-3), lr=1.0)
+    optimizer.placement = placed(model.parameters(), comm, bucket_bytes=300)
+    assert_two_steps_are_right(comm, model, optimizer)
+
+
+def test_gradients_of_which_some_are_forgotten(comm, placed):
+    """The others have the sums of the step before in them under Replicated."""
+    model, optimizer = made(comm, placed)
+    backward(comm, model)
+    optimizer.step()
+    model[-1].zero_grad()
+    if placed is Sharded:
+        backward(comm, model, 2.0)
+        optimizer.step()
+        assert_same_parameters(model, after(2), 1e-12)
+        return
+    with pytest.raises(RuntimeError, match=r"backward\(\) before optimizer.zero_grad\(\)"):
+        backward(comm, model, 2.0)
+
+
+def test_a_window_that_is_dropped_without_a_step(comm, placed):
+    model, optimizer = made(comm, placed)
+    backward(comm, model, 3.0)
+    model.zero_grad()
+    assert_two_steps_are_right(comm, model, optimizer)
+
+
+def test_a_second_backward_outside_no_sync(comm, placed):
+    model, _ = made(comm, placed)
+    backward(comm, model)
+    with pytest.raises(RuntimeError, match=r"wrap all but the last .* in .*no_sync\(\)"):
+        backward(comm, model)
