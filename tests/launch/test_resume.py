@@ -178,6 +178,7 @@ def test_the_end_of_a_terminal_ends_in_a_checkpoint(tmp_path, launcher):
     command = local_command(launcher, 2, program) if launcher else program
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored under nohup
         environment = launcher_environment() | {"OMP_NUM_THREADS": "1"}
         os.execvpe(command[0], command, environment)
     os.set_blocking(terminal, False)
