@@ -8,7 +8,7 @@ import psutil
 
 from hvd_lars.launchers import launcher_environment, local_command, this_python
 
-HANG_GUARD = 600
+HANG_GUARD = 1800
 
 
 def hvd_lars(*arguments, cwd=None):

@@ -1,5 +1,6 @@
 """Every bundled config takes a few steps, small, over two ranks; run by test_rank_suites."""
 
+import gc
 import os
 
 import pytest
@@ -28,6 +29,13 @@ def tiny_overrides(name, folder):
         fields = f"image_size: {side}, num_train: 16, num_eval: 4, num_classes: 10"
         overrides.append(f"data={{name: synthetic, {fields}}}")
     return overrides
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    """A trainer's parts refer to each other: 36 of them would fill 16 GB before Python looks."""
+    yield
+    gc.collect()
 
 
 @pytest.mark.ranks(2)

@@ -17,7 +17,6 @@ from hvd_lars.optim.norms import flat, in_layout_of, is_dense
 from hvd_lars.optim.placement import Placement
 from hvd_lars.optim.ratios import trust_ratios
 
-_STATE = ("momentum_buffer", "master_weight")
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 
 
@@ -40,12 +39,13 @@ class Layer:
     place: _Place | None = None
     gradient: Tensor | None = None
     gradient_place: _Place | None = None
-    state: tuple[Tensor | None, Tensor | None] = (None, None)  # the values of _STATE
+    state: tuple[Tensor | None, Tensor | None] = (None, None)  # momentum buffer, master weight
     addresses: tuple[int, ...] = (0, 0)  # of both
 
     def is_in_place(self) -> bool:
         """Whether the parameter lies where it lay when the block was made."""
-        return self.place == _place_of(self.param)
+        param = self.param
+        return self.place == (param.data_ptr(), param.shape, param.stride())
 
 
 @dataclass(slots=True)
@@ -146,33 +146,47 @@ def block_of(
     if block is None or not untouched or _has_other_state(layer, block, states):
         layer.block = block = _make_block(layer, states, placement)
         layer.place = _place_of(param)
-        layer.state = block.state.get(_STATE[0]), block.state.get(_STATE[1])
+        layer.state = block.state.get("momentum_buffer"), block.state.get("master_weight")
         layer.addresses = tuple(0 if t is None else t.data_ptr() for t in layer.state)
         if placement is None:
             layer.gradient, layer.gradient_place = param.grad, _place_of(param.grad)
     elif placement is None:
-        gradient = param.grad
-        assert gradient is not None
-        place = _place_of(gradient)
-        # A copy in the parameter's layout is of the values that the gradient had then.
-        copied = place is not None and place[0] != block.gradient.data_ptr()
-        if gradient is not layer.gradient or place != layer.gradient_place or copied:
-            block.gradient, block.row = _dense_gradient(param, gradient), None
-            layer.gradient, layer.gradient_place = gradient, place
+        _renew_gradient(layer, block)
     return block
+
+
+def _renew_gradient(layer: Layer, block: Block) -> None:
+    """Let the block have the gradient of this step, which is mostly like the last one's."""
+    gradient, before = layer.param.grad, layer.gradient_place
+    assert gradient is not None
+    place = _place_of(gradient)
+    # A copy in the parameter's layout is of the values that the gradient had then.
+    copied = before is None or before[0] != block.gradient.data_ptr()
+    if gradient is layer.gradient and place == before and not copied:
+        return
+    alike = place is not None and before is not None and place[1:] == before[1:]
+    if alike and not copied and block.row and gradient.dtype == block.gradient.dtype:
+        assert place is not None
+        block.gradient = gradient.as_strided(block.gradient.shape, block.gradient.stride())
+        block.row = (block.row[0], place[0], *block.row[2:])
+    else:
+        block.gradient, block.row = _dense_gradient(layer.param, gradient), None
+    layer.gradient, layer.gradient_place = gradient, place
 
 
 def _has_other_state(
     layer: Layer, block: Block, states: MutableMapping[Tensor, dict[str, Any]]
 ) -> bool:
     """Whether somebody has given the layer other state, or moved its buffer or master."""
-    if block.state and states.get(layer.param) is not block.state:
+    state = block.state
+    if state and states.get(layer.param) is not state:
         return True
-    for name, then, address in zip(_STATE, layer.state, layer.addresses, strict=True):
-        now = block.state.get(name)
-        if now is not then or (now is not None and now.data_ptr() != address):
-            return True
-    return False
+    (buffer, master), (buffer_at, master_at) = layer.state, layer.addresses
+    if state.get("momentum_buffer") is not buffer or state.get("master_weight") is not master:
+        return True
+    return (buffer is not None and buffer.data_ptr() != buffer_at) or (
+        master is not None and master.data_ptr() != master_at
+    )
 
 
 def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 
 from hvd_lars.launchers import run_here
 
-HANG_GUARD = 600
+HANG_GUARD = 1800
 RANK_TESTS = [
     "tests/contract",
     "tests/test_ranks.py",

@@ -24,7 +24,8 @@ class Block:
     group: dict[str, Any]
     state: dict[str, Any]
     norm_part: tuple[int, int]  # begin and end of the elements whose squares this rank sums
-    row: tuple[int, ...] | None = None  # what a kernel made of it; None since a tensor changed
+    # The native kernel's Layer: addresses of the four tensors, sizes, …; None since one changed.
+    row: tuple[int, ...] | None = None
 
     @property
     def is_flat(self) -> bool:
