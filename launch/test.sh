@@ -9,4 +9,5 @@ export PATH="$bin:$PATH"
 ruff check .
 ruff format --check --quiet .
 mypy
-python -m pytest
+# Two tests at a time: a third of the suite waits for timeouts, launchers and schedulers.
+python -m pytest -n 2 --dist worksteal

@@ -60,9 +60,12 @@ class Job:
         return [(e["world_size"], e["step"]) for e in events if e["event"] in ("start", "resume")]
 
     def wait_for_attempt(self, number, size):
+        """Until at least so many attempts began, the last of them with ``size`` workers.
+
+        A lost worker may be back so soon that the others never went on without it.
+        """
         deadline = time.monotonic() + HANG_GUARD
         while time.monotonic() < deadline and self.process.poll() is None:
-            # A lost worker may be back so soon that the others never went on without it.
             found = self.sizes()
             if len(found) >= number and found[-1][0] == size:
                 wait_for_step(self.process, self.run, found[-1][1] + 2)
@@ -89,15 +92,14 @@ def test_workers_are_lost_and_join_and_the_run_is_what_it_would_have_been(tmp_pa
     before = job.last_step()
     victim = sorted(ranks_under(job.process).items())[placement == "sharded"][1]
     victim.send_signal(signal.SIGKILL)
-    went_on = job.wait_for_attempt(2, 1)
+    went_on = job.wait_for_attempt(2, 2)  # the driver starts another in its place
     assert went_on % COMMIT == 0
     assert went_on > before - COMMIT
-    job.wait_for_attempt(3, 2)  # the driver starts another in its place
     job.set_hosts("localhost", "127.0.0.1", "127.1")
     joined_at = job.last_step()
-    assert job.wait_for_attempt(4, 3) >= joined_at - COMMIT
+    assert job.wait_for_attempt(3, 3) >= joined_at - COMMIT
     output = job.stop()
-    assert [size for size, _ in job.sizes()] == [2, 1, 2, 3]
+    assert [size for size, _ in job.sizes()] in ([2, 1, 2, 3], [2, 2, 3])
     steps = job.last_step()
     assert [r["step"] for r in records_of(job.run, "train")] == list(range(1, steps + 1)), output
 
@@ -124,8 +126,7 @@ def test_a_worker_alone_is_joined_by_one_that_is_stopped_killed_and_replaced(tmp
     job.set_hosts("localhost", "127.0.0.1")
     job.wait_for_attempt(2, 2)
     ranks_under(job.process)[1].send_signal(signal.SIGSTOP)
-    job.wait_for_attempt(3, 1)
-    job.wait_for_attempt(4, 2)
+    job.wait_for_attempt(3, 2)
     output = job.stop()
     assert "stopped (SIGSTOP) while the others had to leave:" in output
     assert "rank 1 (host " in output
