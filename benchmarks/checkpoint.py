@@ -26,7 +26,7 @@ import torch
 from report import print_head
 from safetensors.torch import load_file
 
-from hvd_lars.launchers import run_here, this_python
+from hvd_lars.launchers.local import run_here, this_python
 
 NETWORKS = {"ResNet-50": "resnet50", "AlexNet": "alexnet"}
 

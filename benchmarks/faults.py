@@ -31,7 +31,7 @@ from pathlib import Path
 import psutil
 from report import print_head
 
-from hvd_lars.launchers import find_program, launcher_environment, local_command, this_python
+from hvd_lars.launchers.local import find_program, launcher_environment, local_command, this_python
 
 SUPERVISE = str(Path(__file__).parents[1] / "launch/supervise")
 SLOW = 300  # seconds, before a job counts as hung
@@ -271,7 +271,7 @@ def rank_with(fault: str, arguments: list[str]) -> None:
     import torch
 
     from hvd_lars.cli import main
-    from hvd_lars.trainer import Trainer
+    from hvd_lars.train.trainer import Trainer
 
     take_step = Trainer.train_step
     marker = Path(next(a for a in arguments if a.startswith("run.dir="))[8:]).with_name("done")

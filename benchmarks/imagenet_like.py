@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hvd_lars.data.shard_writer import pack
-from hvd_lars.launchers import local_command, this_python
-from hvd_lars.run_folder import environment_facts
+from hvd_lars.data.shards.writer import pack
+from hvd_lars.launchers.local import local_command, this_python
+from hvd_lars.state.run_folder import environment_facts
 
 CLASSES = 1000
 

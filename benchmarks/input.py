@@ -37,7 +37,7 @@ from torchvision import datasets, transforms
 from hvd_lars.data import Augment, FolderImages, Images, ShardImages, list_folder, load_shards
 from hvd_lars.data.images import IMAGENET_COLOURS
 from hvd_lars.data.loader import stream
-from hvd_lars.data.shard_writer import pack
+from hvd_lars.data.shards.writer import pack
 from hvd_lars.data.source import Request
 
 BATCH = 32

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from hvd_lars.assemble import build_run
 from hvd_lars.comm import Communicator, connect, detect_launch
-from hvd_lars.config_file import load_config
-from hvd_lars.run_folder import environment_facts
+from hvd_lars.config.file import load_config
+from hvd_lars.state.run_folder import environment_facts
 
 SMALL, SMALL_RATE = 32, 0.04
 TUNING_SHORT, TUNING_FULL, HELD_OUT = range(1), range(3), range(101, 106)

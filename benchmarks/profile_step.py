@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from hvd_lars.assemble.training import make_trainer
 from hvd_lars.comm import connect, detect_launch
-from hvd_lars.config_file import load_config
-from hvd_lars.stopwatch import PARTS
+from hvd_lars.config.file import load_config
+from hvd_lars.runtime.stopwatch import PARTS
 
 STEPS, TOP = 10, 14
 SETTINGS = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hvd_lars.run_folder import environment_facts
+from hvd_lars.state.run_folder import environment_facts
 
 
 def print_head(title: str, packages: list[str]) -> None:

@@ -39,7 +39,7 @@ from hvd_lars import LARS, parameter_groups
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.horovod import HorovodCommunicator
 from hvd_lars.comm.mpi import MpiCommunicator
-from hvd_lars.launchers import run_here, this_python
+from hvd_lars.launchers.local import run_here, this_python
 from hvd_lars.optim import Replicated, Sharded
 
 NETWORKS = {"ResNet-50": ("resnet50", 64), "AlexNet": ("alexnet", 64)}

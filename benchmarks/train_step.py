@@ -36,14 +36,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import get_model
 
 from hvd_lars import LARS, parameter_groups
-from hvd_lars.allocator import keep_freed_memory
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.horovod import HorovodCommunicator
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.comm.mpi import MpiCommunicator
-from hvd_lars.launchers import run_here, this_python
+from hvd_lars.launchers.local import run_here, this_python
 from hvd_lars.models import build_model
 from hvd_lars.optim import Replicated, Sharded
+from hvd_lars.runtime.allocator import keep_freed_memory
 
 Step = Callable[[], None]
 # network: batch a rank, channels, side, classes, steps a job
@@ -65,7 +65,7 @@ def make_model(name: str) -> nn.Module:
 def our_step(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, comm: Communicator, kind: type
 ) -> Step:
-    """As hvd_lars.trainer takes it."""
+    """As hvd_lars.train.trainer takes it."""
     placement = kind(model.parameters(), comm, early_norms=True)
     groups = parameter_groups(model, 1e-4)
     optimizer = LARS(groups, lr=1e-3, trust_coefficient=0.001, placement=placement)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hvd_lars.config import json_schema
+from hvd_lars.config.schema import json_schema
 
 HEAD = """# Configs
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from hvd_lars.launchers import run_here, run_in_terminal, this_python
+from hvd_lars.launchers.local import run_here, run_in_terminal, this_python
 
 PICTURES = Path(__file__).parent / "pictures"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hvd_lars.config import Config
-from hvd_lars.config_file import bundled_configs, load_config
+from hvd_lars.config.file import bundled_configs, load_config
+from hvd_lars.config.schema import Config
 
 HEAD = """# Recipes
 

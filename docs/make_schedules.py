@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from hvd_lars.schedules import constant_warmup, gradual_warmup, multistep, poly
+from hvd_lars.train.schedules import constant_warmup, gradual_warmup, multistep, poly
 
 PICTURE = Path(__file__).parent / "pictures/schedules.png"
 TOTAL, WARMUP, TARGET = 900, 50, 16.0

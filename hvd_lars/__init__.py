@@ -11,8 +11,8 @@ __all__ = ["LARS", "Replicated", "Sharded", "connect", "parameter_groups", "watc
 
 if TYPE_CHECKING:
     from hvd_lars.comm import connect
+    from hvd_lars.health.watchdog import watching
     from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
-    from hvd_lars.watchdog import watching
 
 
 def __getattr__(name: str) -> Any:
@@ -22,9 +22,9 @@ def __getattr__(name: str) -> Any:
 
         return hvd_lars.comm.connect
     if name == "watching":
-        import hvd_lars.watchdog
+        import hvd_lars.health.watchdog
 
-        return hvd_lars.watchdog.watching
+        return hvd_lars.health.watchdog.watching
     if name in __all__:
         import hvd_lars.optim
 

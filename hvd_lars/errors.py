@@ -1,4 +1,4 @@
-"""Errors that a user can mend; imports nothing of hvd_lars."""
+"""Errors that a user can mend."""
 
 from __future__ import annotations
 

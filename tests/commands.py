@@ -6,7 +6,7 @@ import time
 
 import psutil
 
-from hvd_lars.launchers import launcher_environment, local_command, this_python
+from hvd_lars.launchers.local import launcher_environment, local_command, this_python
 
 HANG_GUARD = 1800
 

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from hvd_lars.allocator import keep_freed_memory
+from hvd_lars.runtime.allocator import keep_freed_memory
 torch.set_num_threads(1)
 if {keep}:
     keep_freed_memory()

@@ -7,7 +7,7 @@ import torch
 from tiny import assert_same_parameters, one_device, tiny_trainer
 from torch import nn
 
-from hvd_lars.batch_norm import span_ranks
+from hvd_lars.models.batch_norm import span_ranks
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4)
 CASES = [

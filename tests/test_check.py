@@ -11,11 +11,11 @@ from test_image_folder import make_folder
 from torch import nn
 
 from hvd_lars.cli.check import check, curve, parse_bytes
-from hvd_lars.config_file import bundled_configs, load_config
-from hvd_lars.data.shard_writer import pack
+from hvd_lars.config.file import bundled_configs, load_config
+from hvd_lars.data.shards.writer import pack
 from hvd_lars.errors import UserError
-from hvd_lars.memory import footprint
 from hvd_lars.models import build_model
+from hvd_lars.models.footprint import footprint
 
 
 def planned(capsys, *arguments, ranks=64, memory=None):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from hvd_lars.config import json_schema
-from hvd_lars.config_file import bundled_configs, dump_config, find_config, load_config
+from hvd_lars.config.file import bundled_configs, dump_config, find_config, load_config
+from hvd_lars.config.schema import json_schema
 from hvd_lars.errors import UserError
 
 MINIMAL = """

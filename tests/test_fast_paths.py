@@ -6,11 +6,11 @@ from tiny import assert_same_parameters, tiny_model, tiny_trainer
 
 from hvd_lars.assemble import choices, placing
 from hvd_lars.comm.compressed import CompressedReducer
-from hvd_lars.config import Comm, Optimizer
-from hvd_lars.config_file import load_config
+from hvd_lars.config.file import load_config
+from hvd_lars.config.schema import Comm, Optimizer
 from hvd_lars.errors import UserError
 from hvd_lars.optim import Replicated, Sharded
-from hvd_lars.replicas import named_state, verify_agreement
+from hvd_lars.state.replicas import named_state, verify_agreement
 
 pytestmark = pytest.mark.ranks(1, 2, 3)
 

@@ -23,16 +23,16 @@ from PIL import Image
 from safetensors.torch import save
 from test_image_folder import make_folder
 
-from hvd_lars import checkpoint_files, run_folder
-from hvd_lars.config import Config
-from hvd_lars.config_file import bundled_configs, find_config, load_config
+from hvd_lars.config.file import bundled_configs, find_config, load_config
+from hvd_lars.config.schema import Config
 from hvd_lars.data import FolderImages, ShardImages, list_folder, load_shards
 from hvd_lars.data.decoding import Picture, to_bytes
 from hvd_lars.data.identity import made_identity
-from hvd_lars.data.shard_index import scan_tar
-from hvd_lars.data.shard_writer import pack
+from hvd_lars.data.shards.index import scan_tar
+from hvd_lars.data.shards.writer import pack
 from hvd_lars.errors import UserError
-from hvd_lars.progress import Progress
+from hvd_lars.state import checkpoint_files, run_folder
+from hvd_lars.state.progress import Progress
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "150"))
 often = settings(

@@ -2,14 +2,14 @@
 
 import pytest
 
-from hvd_lars.comm.launcher import (
+from hvd_lars.errors import UserError
+from hvd_lars.launchers.environment import (
     ALONE,
     Launch,
     check_backend_agrees,
     choose_backend,
     detect_launch,
 )
-from hvd_lars.errors import UserError
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hvd_lars.liveness import Judge, Place, describe
+from hvd_lars.health.heartbeats import Judge, Place, describe
 
 
 def judge_of(ranks=3, rank_timeout=10.0, stall_timeout=60.0):

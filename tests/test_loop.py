@@ -5,17 +5,17 @@ import pytest
 import torch
 from tiny import assert_same_parameters, one_device, tiny_loop, tiny_trainer
 
-from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.data.source import Unreadable
 from hvd_lars.errors import UserError
-from hvd_lars.evaluation import evaluate
+from hvd_lars.health.agreement import Votes
+from hvd_lars.health.stop_requests import StopRequests
 from hvd_lars.optim import Replicated, Sharded
-from hvd_lars.precision import LossScale
-from hvd_lars.progress import Progress
-from hvd_lars.replicas import ReplicasDifferError, named_state, verify_agreement
-from hvd_lars.stopping import StopRequests
-from hvd_lars.votes import Votes
+from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.state.progress import Progress
+from hvd_lars.state.replicas import ReplicasDifferError, named_state, verify_agreement
+from hvd_lars.train.evaluation import evaluate
+from hvd_lars.train.precision import LossScale
 
 pytestmark = pytest.mark.ranks(1, 2, 3)
 

@@ -6,12 +6,12 @@ from tiny import tiny_loop, tiny_model, tiny_trainer
 from torch import nn
 
 from hvd_lars.assemble.network import build_network
-from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.config import Model
-from hvd_lars.config_data import ImageFolderData, Resize, SyntheticData
+from hvd_lars.config.data import ImageFolderData, Resize, SyntheticData
+from hvd_lars.config.schema import Model
 from hvd_lars.errors import UserError
 from hvd_lars.models import batch_norms, build_model, zero_last_gammas
+from hvd_lars.state.checkpoint import Checkpointer
 
 CPU = torch.device("cpu")
 DATA = SyntheticData(name="synthetic", image_size=64)

@@ -12,12 +12,17 @@ from tiny import (
     tiny_trainer,
 )
 
-from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.data.sampler import accumulation
-from hvd_lars.evaluation import evaluate
 from hvd_lars.optim import LARS, Replicated, parameter_groups
-from hvd_lars.progress import Progress
-from hvd_lars.replicas import ReplicasDifferError, average_buffers, named_state, verify_agreement
+from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.state.progress import Progress
+from hvd_lars.state.replicas import (
+    ReplicasDifferError,
+    average_buffers,
+    named_state,
+    verify_agreement,
+)
+from hvd_lars.train.evaluation import evaluate
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4)
 

@@ -9,8 +9,8 @@ from torch.nn.utils import parameters_to_vector
 
 from hvd_lars.assemble import build_run
 from hvd_lars.comm import detect_launch
-from hvd_lars.config_file import bundled_configs, load_config
-from hvd_lars.replicas import named_state, verify_agreement
+from hvd_lars.config.file import bundled_configs, load_config
+from hvd_lars.state.replicas import named_state, verify_agreement
 
 STEPS = 3  # a warmup from 0 and a zero-initialised gamma each hold a branch still for one step
 

@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.models import get_model
 
 from hvd_lars.errors import UserError
-from hvd_lars.memory import footprint
 from hvd_lars.models import recompute_blocks
+from hvd_lars.models.footprint import footprint
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("resnet50", 16), ("vit_b_16", 12)])

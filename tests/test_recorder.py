@@ -15,7 +15,7 @@ from hvd_lars import LARS, parameter_groups
 from hvd_lars.data import GlobalBatches
 from hvd_lars.metrics import JsonLines
 from hvd_lars.optim import Replicated, Sharded
-from hvd_lars.recorder import hosts_of
+from hvd_lars.train.recorder import hosts_of
 
 pytestmark = pytest.mark.ranks(1, 2, 3)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvd_lars.assemble.recorded import read_run
-from hvd_lars.config_file import dump_config, load_config
+from hvd_lars.config.file import dump_config, load_config
 from hvd_lars.errors import UserError
 from hvd_lars.report import write_report
 from hvd_lars.report.charts import Series, heat_map, line_chart

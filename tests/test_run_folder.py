@@ -7,7 +7,7 @@ import time
 import pytest
 
 from hvd_lars.errors import UserError
-from hvd_lars.run_folder import create_run_folder
+from hvd_lars.state.run_folder import create_run_folder
 
 
 def _claim(place, wanted, gate, found):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hvd_lars.durations import Duration
-from hvd_lars.schedules import (
+from hvd_lars.settings.durations import Duration
+from hvd_lars.train.schedules import (
     constant,
     constant_warmup,
     cosine,

@@ -6,10 +6,10 @@ from tiny import RATES, TinySource, assert_same_parameters, one_device, tiny_mod
 from torch import nn
 from torch.nn import functional
 
-from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
-from hvd_lars.progress import Progress
-from hvd_lars.replicas import named_state, verify_agreement
+from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.state.progress import Progress
+from hvd_lars.state.replicas import named_state, verify_agreement
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4, 5, 8)
 

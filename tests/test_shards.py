@@ -32,12 +32,12 @@ from hvd_lars.data import (
     load_shards,
     shard_source,
 )
-from hvd_lars.data.shard_cache import verify
-from hvd_lars.data.shard_index import scan_tar
-from hvd_lars.data.shard_source import compare
-from hvd_lars.data.shard_writer import pack
+from hvd_lars.data.shards.cache import verify
+from hvd_lars.data.shards.index import scan_tar
+from hvd_lars.data.shards.origins import compare
+from hvd_lars.data.shards.writer import pack
 from hvd_lars.errors import UserError
-from hvd_lars.launchers import this_python
+from hvd_lars.launchers.local import this_python
 
 QUIET = lambda done, total: None  # noqa: E731
 
@@ -114,7 +114,7 @@ def test_packing_again_gives_the_same_bytes_whatever_the_workers(folder, packed,
 
 
 def test_an_interrupted_pack_goes_on(folder, packed, tmp_path, monkeypatch):
-    from hvd_lars.data import shard_writer
+    from hvd_lars.data.shards import writer as shard_writer
 
     wanted = contents(packed)
     target = tmp_path / "torn"
@@ -557,7 +557,7 @@ def test_a_hostile_index_reads_nothing_else(packed, arrays):
 
 
 def test_open_files_are_not_sent_to_workers_and_few_suffice(packed, monkeypatch):
-    from hvd_lars.data import shards
+    from hvd_lars.data.shards import reader as shards
 
     store = ShardImages(packed, load(packed).train)
     store.open(0)

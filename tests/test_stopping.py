@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.stopping import StopRequests
-from hvd_lars.votes import Votes
+from hvd_lars.health.agreement import Votes
+from hvd_lars.health.stop_requests import StopRequests
 
 
 def agreed(stops):

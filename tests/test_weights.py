@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hvd_lars import LARS
-from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.errors import UserError
 from hvd_lars.models import build_model, load_weights
-from hvd_lars.progress import Progress
+from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.state.progress import Progress
 
 
 def prefixed(prefix, state):

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from hvd_lars.assemble.training import make_average
-from hvd_lars.batch_norm import span_ranks
-from hvd_lars.checkpoint import Checkpointer
 from hvd_lars.data.identity import made_identity
 from hvd_lars.data.sampler import GlobalBatches
-from hvd_lars.durations import Intervals
-from hvd_lars.loop import Loop
+from hvd_lars.models.batch_norm import span_ranks
 from hvd_lars.optim import LARS, Replicated, parameter_groups
-from hvd_lars.trainer import Trainer
+from hvd_lars.settings.durations import Intervals
+from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.train.loop import Loop
+from hvd_lars.train.trainer import Trainer
 
 GLOBAL_BATCH = 59  # divided by 1, 2, 3, 4 ranks and again by 2 and 5 it is uneven every time
 RATES = [2.0, 3.0, 0.5, 4.0, 0.0, 1.0, 8.0, 0.1]

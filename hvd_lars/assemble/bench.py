@@ -1,4 +1,4 @@
-"""How fast a config trains on made-up images; imports the rest of assemble, config and comm."""
+"""How fast a config trains on made-up images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from scipy import stats
 from hvd_lars.assemble.sources import shape_of
 from hvd_lars.assemble.training import make_trainer
 from hvd_lars.comm.base import Communicator
-from hvd_lars.comm.launcher import Launch
-from hvd_lars.config import Config
-from hvd_lars.config_data import Cifar10Data, Cifar100Data, Images, SyntheticData
-from hvd_lars.config_optimizer import Schedule
-from hvd_lars.durations import Duration
+from hvd_lars.config.data import Cifar10Data, Cifar100Data, Images, SyntheticData
+from hvd_lars.config.optimizer import Schedule
+from hvd_lars.config.schema import Config
+from hvd_lars.launchers.environment import Launch
 from hvd_lars.optim import Sharded
-from hvd_lars.stopwatch import PARTS, Stopwatch
-from hvd_lars.trainer import Trainer
+from hvd_lars.runtime.stopwatch import PARTS, Stopwatch
+from hvd_lars.settings.durations import Duration
+from hvd_lars.train.trainer import Trainer
 
 # A step reads weights and gradients for the norms, then reads them and momentum and writes both.
 BYTES_A_PARAMETER = 28

@@ -1,7 +1,4 @@
-"""What a run would be, without running it: plan, optimizer groups, memory, warnings.
-
-Imports the rest of assemble, memory, optim and config.
-"""
+"""What a run would be, without running it: plan, optimizer groups, memory, warnings."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from hvd_lars.assemble.plan import Plan, make_plan
 from hvd_lars.assemble.sources import build_source, place_of
 from hvd_lars.assemble.training import optimizer_groups
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.config import Config, Data, Model
-from hvd_lars.config_data import Images
-from hvd_lars.config_optimizer import Optimizer
-from hvd_lars.memory import Footprint, footprint
+from hvd_lars.config.data import Images
+from hvd_lars.config.optimizer import Optimizer
+from hvd_lars.config.schema import Config, Data, Model
 from hvd_lars.models import batch_norms
+from hvd_lars.models.footprint import Footprint, footprint
 
 # Keys that change nothing in what is computed; all others belong to a recipe.
 _FREE = ("recipe", "run", "comm", "checkpoint")

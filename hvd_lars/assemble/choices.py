@@ -1,4 +1,4 @@
-"""What a config leaves to measurement, settled before training; imports config, comm and optim.
+"""What a config leaves to measurement, settled before training.
 
 A run keeps what was chosen in its ``config.yaml``: another choice has other bits.
 """
@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from hvd_lars.assemble.placing import place
 from hvd_lars.comm.base import Communicator
-from hvd_lars.config import Config
+from hvd_lars.config.schema import Config
 from hvd_lars.errors import UserError
 from hvd_lars.optim import LARS, Placement
 from hvd_lars.optim.kernels import KernelName, choose_kernel, why_not_native
-from hvd_lars.terminal import tell
+from hvd_lars.runtime.terminal import tell
 
 _TRIALS = 5
 _BUCKETS = (1.0, 5.0, 25.0, 100.0)  # MiB

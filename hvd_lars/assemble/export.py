@@ -1,4 +1,4 @@
-"""Weights of a run for other programs; imports config, checkpoint_files, network and sources."""
+"""Weights of a run for other programs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hvd_lars
-from hvd_lars import checkpoint_files, run_folder
 from hvd_lars.assemble.network import build_network, shapes_of
 from hvd_lars.assemble.sources import normalisation_of
-from hvd_lars.config import Config
-from hvd_lars.config_data import Images
+from hvd_lars.config.data import Images
+from hvd_lars.config.schema import Config
 from hvd_lars.errors import UserError
-from hvd_lars.files import let_umask_decide, sync
+from hvd_lars.runtime.files import let_umask_decide, sync
+from hvd_lars.state import checkpoint_files, run_folder
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".onnx")
 

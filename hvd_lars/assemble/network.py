@@ -1,7 +1,4 @@
-"""From the config's model section to a network that takes the images.
-
-Imports plan, sources, models, config and errors.
-"""
+"""From the config's model section to a network that takes the images."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from torch import nn
 
 from hvd_lars.assemble.plan import Plan
 from hvd_lars.assemble.sources import shape_of
-from hvd_lars.config import Config, Data, Model
-from hvd_lars.config_data import Images as ImagesSection
+from hvd_lars.config.data import Images as ImagesSection
+from hvd_lars.config.schema import Config, Data, Model
 from hvd_lars.errors import UserError
 from hvd_lars.models import (
     batch_norms,

@@ -1,4 +1,4 @@
-"""The placement that a config names; imports config, comm and optim."""
+"""The placement that a config names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import nn
 
 from hvd_lars.comm.base import Communicator, Reducer
 from hvd_lars.comm.compressed import CompressedReducer
-from hvd_lars.config import Comm
-from hvd_lars.config_optimizer import Optimizer
+from hvd_lars.config.optimizer import Optimizer
+from hvd_lars.config.schema import Comm
 from hvd_lars.errors import UserError
 from hvd_lars.optim import Placement, Replicated, Sharded
 

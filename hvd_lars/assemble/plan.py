@@ -1,7 +1,4 @@
-"""What a config comes to in steps, for a data set's size and a number of ranks.
-
-Imports config, durations, schedules, data.sampler, trainer's Intervals and errors.
-"""
+"""What a config comes to in steps, for a data set's size and a number of ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +6,11 @@ import math
 from dataclasses import asdict, dataclass
 
 from hvd_lars.assemble.sources import mixes_pairs
-from hvd_lars.config import Config
+from hvd_lars.config.schema import Config
 from hvd_lars.data.sampler import accumulation, smallest_micro_batch
-from hvd_lars.durations import Duration, Intervals
 from hvd_lars.errors import UserError
-from hvd_lars.schedules import (
+from hvd_lars.settings.durations import Duration, Intervals
+from hvd_lars.train.schedules import (
     Schedule,
     constant,
     constant_warmup,

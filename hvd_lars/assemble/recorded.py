@@ -1,4 +1,4 @@
-"""What a run recorded, read back for a report; imports run_folder, config_file, plan and errors."""
+"""What a run recorded, read back for a report."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd_lars import run_folder
 from hvd_lars.assemble.plan import make_plan
-from hvd_lars.config import Config
-from hvd_lars.config_file import load_config
+from hvd_lars.config.file import load_config
+from hvd_lars.config.schema import Config
 from hvd_lars.errors import UserError
+from hvd_lars.state import run_folder
 
 Record = dict[str, Any]
 

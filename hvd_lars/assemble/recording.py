@@ -1,4 +1,4 @@
-"""Where a run's records go; imports config, metrics and run_folder."""
+"""Where a run's records go."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hvd_lars import run_folder
-from hvd_lars.config import Config
+from hvd_lars.config.schema import Config
 from hvd_lars.metrics import Bar, Console, JsonLines, Sink, make_logger
+from hvd_lars.state import run_folder
 
 
 def make_sinks(config: Config, folder: Path, total_steps: int, alone: bool) -> list[Sink]:

@@ -1,7 +1,4 @@
-"""Whether a run may go on under a config, with its data, and from where.
-
-Imports config, checkpoint, data and run_folder.
-"""
+"""Whether a run may go on under a config, with its data, and from where."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd_lars import run_folder
 from hvd_lars.assemble.recording import leaves
-from hvd_lars.config import Config
-from hvd_lars.config_file import load_config
+from hvd_lars.config.file import load_config
+from hvd_lars.config.schema import Config
 from hvd_lars.data.identity import DataIdentity, differences
 from hvd_lars.errors import UserError
-from hvd_lars.files import expand_user
-from hvd_lars.terminal import warn
+from hvd_lars.runtime.files import expand_user
+from hvd_lars.runtime.terminal import warn
+from hvd_lars.state import run_folder
 
 # What may differ between two parts of one run: where it runs, what it keeps, and how it rounds.
 _FREE = (

@@ -1,4 +1,4 @@
-"""From the config's data section to a source of images; imports data, comm, config, errors."""
+"""From the config's data section to a source of images."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 from hvd_lars.comm.agree import on_each_node, on_root
 from hvd_lars.comm.base import Communicator
-from hvd_lars.config import Config, Data
-from hvd_lars.config_data import (
+from hvd_lars.config.data import (
     AugmentSettings,
     Cifar10Data,
     Cifar100Data,
@@ -19,9 +18,10 @@ from hvd_lars.config_data import (
     ShardsData,
     SyntheticData,
 )
-from hvd_lars.config_data import (
+from hvd_lars.config.data import (
     Images as ImagesSection,
 )
+from hvd_lars.config.schema import Config, Data
 from hvd_lars.data import (
     CIFAR_COLOURS,
     CIFAR_FOLDERS,
@@ -44,8 +44,8 @@ from hvd_lars.data.images import IMAGENET_COLOURS, ImageStore
 from hvd_lars.data.loader import shared_bytes
 from hvd_lars.data.warps import WarpedImages
 from hvd_lars.errors import UserError
-from hvd_lars.files import expand_user
-from hvd_lars.terminal import warn
+from hvd_lars.runtime.files import expand_user
+from hvd_lars.runtime.terminal import warn
 
 
 def build_source(config: Config, comm: Communicator, gpu: bool = False) -> Source:

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from hvd_lars import run_folder
-from hvd_lars.allocator import keep_freed_memory
 from hvd_lars.assemble.choices import settle
 from hvd_lars.assemble.network import build_network, check_batch_norm, shapes_of
 from hvd_lars.assemble.placing import place
@@ -27,29 +25,31 @@ from hvd_lars.assemble.resuming import (
     stored_data,
 )
 from hvd_lars.assemble.sources import build_source, mixes_pairs, workers_of
-from hvd_lars.batch_norm import span_ranks
-from hvd_lars.checkpoint import Checkpointer, find_checkpoint, look_for_checkpoint, restore
-from hvd_lars.checkpoint_files import Found, choose
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
-from hvd_lars.comm.launcher import ALONE, Launch
-from hvd_lars.commits import Commits
-from hvd_lars.config import Config
-from hvd_lars.config_file import dump_config
-from hvd_lars.config_optimizer import Optimizer
+from hvd_lars.config.file import dump_config
+from hvd_lars.config.optimizer import Optimizer
+from hvd_lars.config.schema import Config
 from hvd_lars.data import GlobalBatches, Source
 from hvd_lars.errors import UserError
-from hvd_lars.evaluation import Evaluation, evaluate
-from hvd_lars.files import expand_user
-from hvd_lars.loop import Loop
+from hvd_lars.health.agreement import Votes
+from hvd_lars.health.stop_requests import StopRequests
+from hvd_lars.launchers.environment import ALONE, Launch
 from hvd_lars.metrics import check_loggers
 from hvd_lars.models import check_model_name, load_weights
+from hvd_lars.models.batch_norm import span_ranks
 from hvd_lars.optim import LARS, Placement, Sharded, parameter_groups
-from hvd_lars.profiling import Profile
-from hvd_lars.stopping import StopRequests
-from hvd_lars.terminal import tell
-from hvd_lars.trainer import Trainer
-from hvd_lars.votes import Votes
+from hvd_lars.runtime.allocator import keep_freed_memory
+from hvd_lars.runtime.files import expand_user
+from hvd_lars.runtime.terminal import tell
+from hvd_lars.state import run_folder
+from hvd_lars.state.checkpoint import Checkpointer, find_checkpoint, look_for_checkpoint, restore
+from hvd_lars.state.checkpoint_files import Found, choose
+from hvd_lars.state.snapshots import Commits
+from hvd_lars.train.evaluation import Evaluation, evaluate
+from hvd_lars.train.loop import Loop
+from hvd_lars.train.profiling import Profile
+from hvd_lars.train.trainer import Trainer
 
 
 def choose_device(comm: Communicator) -> torch.device:

@@ -1,4 +1,4 @@
-"""The command ``hvd-lars``; imports everything, late."""
+"""The command ``hvd-lars``."""
 
 from hvd_lars.cli.main import main
 

@@ -1,13 +1,53 @@
-"""``hvd-lars bench``: how fast a config trains, and where the time goes; imports assemble."""
+"""``hvd-lars bench``: how fast a config trains, and where the time goes."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hvd_lars.assemble.bench import Bench
-from hvd_lars.run_folder import environment_facts
+from hvd_lars.cli.command import add_config
+from hvd_lars.config.file import load_config
+from hvd_lars.errors import UserError
+from hvd_lars.state.run_folder import environment_facts
+
+if TYPE_CHECKING:
+    from hvd_lars.assemble.bench import Bench
+    from hvd_lars.comm import Communicator, Launch
+    from hvd_lars.config.schema import Config
+
+NAME, HELP = "bench", "measure images/s on made-up images, and where a step's time goes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, overrides, and how much is measured."""
+    add_config(parser, default="digits")
+    for name, default, text in (
+        ("--windows", 10, "measurements, whose spread gives the interval"),
+        ("--steps", 10, "steps a window"),
+        ("--accumulate", 1, "micro-batches a rank and step"),
+    ):
+        parser.add_argument(name, type=int, default=default, metavar="N", help=text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The config with its overrides."""
+    return load_config(options.config, options.overrides)
+
+
+def run(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
+    """Measure; rank 0 prints."""
+    from hvd_lars.assemble.bench import bench
+
+    for name, least in (("windows", 2), ("steps", 1), ("accumulate", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name}: found {getattr(options, name)}; must be {least} or more")
+    found = bench(config, comm, launch, options.windows, options.steps, options.accumulate)
+    if comm.rank == 0:
+        print_bench(options.config, found, options.json)
+    return 0
 
 
 def facts(found: Bench) -> dict[str, Any]:

@@ -1,24 +1,54 @@
-"""``hvd-lars check``: plans of one or many configs, printed; imports assemble, late."""
+"""``hvd-lars check``: plans of one or many configs, printed."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import os
 import re
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from hvd_lars.config_file import load_config
+from hvd_lars.config.file import load_config
 from hvd_lars.errors import UserError
 
 if TYPE_CHECKING:
     from hvd_lars.assemble.check import Report
-    from hvd_lars.config import Config
-    from hvd_lars.schedules import Schedule
+    from hvd_lars.config.schema import Config
+    from hvd_lars.train.schedules import Schedule
 
+NAME, HELP = "check", "print the plans of configs without training"
 _UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BARS = "▁▂▃▄▅▆▇█"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Configs, overrides of all of them, and what is planned for."""
+    parser.add_argument(
+        "configs",
+        metavar="CONFIG",
+        nargs="+",
+        help="a YAML file, a bundled config's name, or key.sub=value for all of them",
+    )
+    parser.set_defaults(overrides=[])
+    parser.add_argument(
+        "--device-memory", metavar="80GB", help="warn where a rank would need more than this"
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan for")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plans."""
+    # An override is what has a key before its equals sign; a file may hold one in its name.
+    overrides = [t for t in options.configs if "=" in t and not os.path.exists(t)]
+    overrides += options.overrides
+    configs = [text for text in options.configs if text not in overrides]
+    if not configs:
+        raise UserError("check: no config is given, only overrides")
+    return check(configs, overrides, options.ranks, options.device_memory, options.json)
 
 
 def check(

@@ -1,4 +1,4 @@
-"""``hvd-lars train`` where workers come and go; imports assemble, commits and cli.train.
+"""``hvd-lars train`` where workers come and go.
 
 Horovod's driver (``horovodrun --min-np``) starts workers, finds out which are lost and gives the
 others new ranks.  All that training is made of is then built anew, and goes on from the newest
@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 
 from hvd_lars.cli.train import train
 from hvd_lars.comm import Communicator, Launch, connect
-from hvd_lars.commits import Commits
-from hvd_lars.config import Config
+from hvd_lars.config.schema import Config
+from hvd_lars.state.snapshots import Commits
 
 
 def is_elastic(environment: Mapping[str, str]) -> bool:

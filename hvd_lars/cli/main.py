@@ -1,13 +1,9 @@
-"""The command ``hvd-lars``: what starts it, and train, eval and bench over the ranks.
-
-Imports everything, late: a mistyped config is answered before torch is loaded.
-"""
+"""The command ``hvd-lars``: what starts it, and train, eval and bench over the ranks."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import signal
 import sys
@@ -16,17 +12,14 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from hvd_lars.cli.parser import parse
-from hvd_lars.cli.tools import TOOLS
+from hvd_lars.cli.parser import ON_RANKS, TOOLS, parse
 from hvd_lars.errors import UserError
-from hvd_lars.process import flush_output, prepare
-from hvd_lars.rank_errors import speak_as, voice
-from hvd_lars.run_folder import ANYWHERE, config_of
-from hvd_lars.terminal import answer, warn
+from hvd_lars.runtime.process import flush_output, prepare
+from hvd_lars.runtime.rank_stderr import speak_as, voice
+from hvd_lars.runtime.terminal import warn
 
 if TYPE_CHECKING:
     from hvd_lars.comm import Communicator, Launch
-    from hvd_lars.config import Config
 
 _USER_ERROR = 2
 _READER_GONE = 141  # as a shell reports SIGPIPE
@@ -57,13 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(options: argparse.Namespace) -> int:
     """The exit code of a command, but for mistakes and Ctrl-C, which end the process here."""
     try:
-        if options.command in ("train", "eval", "bench"):
+        if options.command in ON_RANKS:
             from hvd_lars.comm import detect_launch
 
             launch = detect_launch(os.environ)
             speak_as(launch.rank)
             return _run_on_ranks(options, launch)
-        return TOOLS[options.command](options)
+        return TOOLS[options.command].run(options)
     except UserError as error:
         message = str(error)
     except BrokenPipeError:
@@ -87,35 +80,21 @@ def _interrupted() -> NoReturn:
 
 def _run_on_ranks(options: argparse.Namespace, launch: Launch) -> int:
     """Join the ranks and train, evaluate or measure; returns the exit code."""
-    # Read before torch is imported: most mistakes are in the config.
-    if options.command != "eval":
-        quiet = ["run.console=none"] if getattr(options, "quiet", False) else []
-        config = _config(options.config, [*options.overrides, *quiet])
-    else:
-        config = _config(config_of(options.run_folder), [*ANYWHERE, *options.overrides])
+    command, training = ON_RANKS[options.command], options.command == "train"
+    config = command.read_config(options)
     from hvd_lars.cli.elastic import is_elastic, train_elastic
     from hvd_lars.comm import connect
 
-    if options.command == "train" and config.train.profile is not None:
-        from hvd_lars.profiling import prepare_timeline
+    if training and config.train.profile is not None:
+        from hvd_lars.train.profiling import prepare_timeline
 
         prepare_timeline()
-    if options.command == "train" and is_elastic(os.environ):
+    if training and is_elastic(os.environ):
         return train_elastic(options, config, _guarded)
     groups = config.model.bn_sync_ranks > 1
     parts = options.command != "eval" and config.optimizer.placement != "replicated"
     comm = connect(config.comm.backend, config.run.expect_world_size, groups, parts)
-
-    def work() -> int:
-        if options.command == "train":
-            from hvd_lars.cli.train import train
-
-            return train(options, config, comm, launch)
-        if options.command == "bench":
-            return _bench(options, config, comm, launch)
-        return _evaluate(options, config, comm, launch)
-
-    return _guarded(comm, work)
+    return _guarded(comm, lambda: command.run(options, config, comm, launch))
 
 
 def _guarded(
@@ -123,8 +102,8 @@ def _guarded(
 ) -> int:
     """Work on this rank; whatever goes wrong here ends all ranks, but for what is ``passed``."""
     from hvd_lars.data import WorkerLostError
-    from hvd_lars.recorder import settle_warnings
-    from hvd_lars.replicas import ReplicasDifferError
+    from hvd_lars.state.replicas import ReplicasDifferError
+    from hvd_lars.train.recorder import settle_warnings
 
     speak_as(comm.rank)  # an elastic job's ranks change
     why = None
@@ -151,38 +130,6 @@ def _guarded(
         comm.abort(why)
     comm.close()
     return code
-
-
-def _config(name: str, overrides: list[str]) -> Config:
-    from hvd_lars.config_file import load_config
-
-    return load_config(name, overrides)
-
-
-def _bench(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
-    from hvd_lars.assemble.bench import bench
-    from hvd_lars.cli.bench import print_bench
-
-    for name, least in (("windows", 2), ("steps", 1), ("accumulate", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name}: found {getattr(options, name)}; must be {least} or more")
-    found = bench(config, comm, launch, options.windows, options.steps, options.accumulate)
-    if comm.rank == 0:
-        print_bench(options.config, found, options.json)
-    return 0
-
-
-def _evaluate(
-    options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch
-) -> int:
-    from hvd_lars.assemble import evaluate_run
-    from hvd_lars.metrics import finite
-
-    result, average = evaluate_run(options.run_folder, config, comm, launch, options.checkpoint)
-    record = result.record() | ({} if average is None else average.record("ema_"))
-    if comm.rank == 0:
-        answer(json.dumps(finite(record)))
-    return 0
 
 
 def _fail_together(message: str) -> NoReturn:

@@ -1,20 +1,43 @@
-"""``hvd-lars pack``: an image folder into tar shards, with a progress bar; imports data."""
+"""``hvd-lars pack``: an image folder into tar shards, with a progress bar."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hvd_lars.data import shard_writer
-from hvd_lars.data.shard_cache import verify as verify_shards
-from hvd_lars.data.shard_source import compare
 from hvd_lars.errors import UserError
-from hvd_lars.terminal import warn
+from hvd_lars.runtime.terminal import warn
 
+NAME, HELP = "pack", "write an image folder as tar shards; run again, it goes on where it was"
 Progress = Callable[[int, int], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder, its shards, and how they are written."""
+    parser.add_argument(
+        "source", metavar="SRC", help="root/train/CLASS/image, root/val/CLASS/image"
+    )
+    parser.add_argument("target", metavar="DST", type=Path, help="folder of the shards")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
+    parser.add_argument(
+        "--shard-samples", type=int, default=4096, metavar="N", help="images a shard; default 4096"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="then read every shard and compare checksums"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Pack."""
+    return pack(
+        options.source, options.target, options.workers, options.shard_samples, options.verify
+    )
 
 
 def pack(source: str, target: Path, workers: int, shard_samples: int, verify: bool) -> int:
@@ -23,6 +46,10 @@ def pack(source: str, target: Path, workers: int, shard_samples: int, verify: bo
     Raises:
         UserError: an option or a folder is not what it should be.
     """
+    from hvd_lars.data.shards import writer as shard_writer
+    from hvd_lars.data.shards.cache import verify as verify_shards
+    from hvd_lars.data.shards.origins import compare
+
     for option, value in (("--workers", workers), ("--shard-samples", shard_samples)):
         if value < 1:
             raise UserError(f"{option}: found {value}; must be 1 or more")

@@ -1,19 +1,48 @@
-"""``hvd-lars train``; imports assemble, stopping and watchdog."""
+"""``hvd-lars train``."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hvd_lars.assemble import Resume, build_run
-from hvd_lars.comm import Communicator, Launch
-from hvd_lars.commits import Commits
-from hvd_lars.config import Config
-from hvd_lars.stopping import STOP_FILE
-from hvd_lars.terminal import tell
-from hvd_lars.watchdog import Watchdog
+from hvd_lars.cli.command import add_config
+from hvd_lars.config.file import load_config
+from hvd_lars.runtime.terminal import tell
 
+if TYPE_CHECKING:
+    from hvd_lars.comm import Communicator, Launch
+    from hvd_lars.config.schema import Config
+    from hvd_lars.state.snapshots import Commits
+
+NAME, HELP = "train", "train, on every rank that the launcher starts"
 _REQUEUE = 75  # EX_TEMPFAIL
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, overrides, and where a run goes on from."""
+    add_config(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on in run.dir from its newest checkpoint, or begin there if it has none",
+    )
+    parser.add_argument(
+        "--resume-from", type=Path, metavar="PATH", help="start from a run or a checkpoint of it"
+    )
+    parser.add_argument("--quiet", action="store_true", help="same as run.console=none")
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The config with its overrides."""
+    quiet = ["run.console=none"] if options.quiet else []
+    return load_config(options.config, [*options.overrides, *quiet])
+
+
+def run(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
+    """Train; returns the exit code."""
+    return train(options, config, comm, launch)
 
 
 def train(
@@ -28,6 +57,10 @@ def train(
 
     ``commits`` and ``after_commit`` are of an elastic job, as ``build_run`` takes them.
     """
+    from hvd_lars.assemble import Resume, build_run
+    from hvd_lars.health.stop_requests import STOP_FILE
+    from hvd_lars.health.watchdog import Watchdog
+
     resume = None
     if options.resume or options.resume_from is not None:
         keys = tuple(text.partition("=")[0] for text in options.overrides)

@@ -1,10 +1,10 @@
 """Sums over ranks: one protocol, three final classes, and what the launcher says.
 
-Imports errors only.  ``connect`` picks the class; torch is imported with the first backend.
+``connect`` picks the class; torch is imported with the first backend.
 """
 
 from hvd_lars.comm.base import Communicator, Pending
 from hvd_lars.comm.connect import connect
-from hvd_lars.comm.launcher import Launch, detect_launch
+from hvd_lars.launchers.environment import Launch, detect_launch
 
 __all__ = ["Communicator", "Launch", "Pending", "connect", "detect_launch"]

@@ -1,4 +1,4 @@
-"""Some ranks act, all ranks learn how it went; imports base and errors."""
+"""Some ranks act, all ranks learn how it went."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The communicator protocol; imports nothing of hvd_lars.
+"""The communicator protocol.
 
 Collectives only sum: dividing by the global batch is the caller's arithmetic.  Every rank calls
 the same collectives in the same order.  After a sum all ranks hold the same bits.

@@ -1,4 +1,4 @@
-"""Gradients summed over ranks as float16; imports base."""
+"""Gradients summed over ranks as float16."""
 
 from __future__ import annotations
 

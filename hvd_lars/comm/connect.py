@@ -1,4 +1,4 @@
-"""From the launcher's variables to a working communicator; imports launcher and the backends."""
+"""From the launcher's variables to a working communicator."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import socket
 
 from hvd_lars.comm.base import Communicator
-from hvd_lars.comm.launcher import check_backend_agrees, choose_backend, detect_launch
 from hvd_lars.errors import UserError
+from hvd_lars.launchers.environment import check_backend_agrees, choose_backend, detect_launch
 
 
 def connect(

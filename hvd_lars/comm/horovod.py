@@ -1,4 +1,4 @@
-"""Horovod as a communicator: MPI or Gloo on CPU, NCCL on GPU; imports base, local and mpi."""
+"""Horovod as a communicator: MPI or Gloo on CPU, NCCL on GPU."""
 
 from __future__ import annotations
 

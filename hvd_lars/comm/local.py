@@ -1,4 +1,4 @@
-"""One process: every collective is the identity; imports base."""
+"""One process: every collective is the identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MPI through mpi4py as a communicator, for sites without Horovod; imports base."""
+"""MPI through mpi4py as a communicator, for sites without Horovod."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Images: sources, and which samples make up a global batch.
-
-Imports errors and files only; rank and size come in as ints.
-"""
+"""Images: sources, and which samples make up a global batch."""
 
 from hvd_lars.data.augment import Augment
 from hvd_lars.data.cifar import CIFAR_COLOURS, CIFAR_FOLDERS, load_cifar
@@ -12,9 +9,9 @@ from hvd_lars.data.images import Images
 from hvd_lars.data.listing import list_folder
 from hvd_lars.data.loader import WorkerLostError, stream
 from hvd_lars.data.sampler import GlobalBatches
-from hvd_lars.data.shard_cache import cached_root, copy_shards
-from hvd_lars.data.shard_index import load_shards
-from hvd_lars.data.shards import ShardImages
+from hvd_lars.data.shards.cache import cached_root, copy_shards
+from hvd_lars.data.shards.index import load_shards
+from hvd_lars.data.shards.reader import ShardImages
 from hvd_lars.data.source import Request, Source
 from hvd_lars.data.synthetic import Synthetic
 

@@ -1,4 +1,4 @@
-"""What may happen to training images; imports nothing of hvd_lars."""
+"""What may happen to training images."""
 
 from __future__ import annotations
 

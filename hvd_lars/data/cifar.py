@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from torchvision's files on disk; imports decoding and errors."""
+"""CIFAR-10 and CIFAR-100 from torchvision's files on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures cut to the side that a network takes; imports augment and decoding."""
+"""Pictures cut to the side that a network takes."""
 
 from __future__ import annotations
 

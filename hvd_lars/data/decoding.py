@@ -1,4 +1,4 @@
-"""Image files as pixels, decoded when it is known how large they need be; imports errors."""
+"""Image files as pixels, decoded when it is known how large they need be."""
 
 from __future__ import annotations
 

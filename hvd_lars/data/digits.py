@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, enlarged by random warps; imports warps."""
+"""scikit-learn's handwritten digits, enlarged by random warps."""
 
 from __future__ import annotations
 

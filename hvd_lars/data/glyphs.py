@@ -1,4 +1,4 @@
-"""Drawn signs, generated: harder than the digits, and as small; imports warps."""
+"""Drawn signs, generated: harder than the digits, and as small."""
 
 from __future__ import annotations
 

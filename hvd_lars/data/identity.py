@@ -1,4 +1,4 @@
-"""What a run remembers of the data that it saw; imports nothing of hvd_lars."""
+"""What a run remembers of the data that it saw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images of an ImageNet-like folder; imports decoding, listing and errors."""
+"""The images of an ImageNet-like folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Photographs, wherever they lie: decoded, cropped, augmented, normalised.
-
-Imports augment, crops, decoding, identity, mixing, randomness, source and errors.
-"""
+"""Photographs, wherever they lie: decoded, cropped, augmented, normalised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images an ImageNet-like folder holds; imports identity, naming and errors.
+"""Which images an ImageNet-like folder holds.
 
 Scanned by one rank and remembered: a million files are not listed by every rank at every start.
 """
@@ -29,7 +29,7 @@ from hvd_lars.data.naming import (
 )
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
-from hvd_lars.files import expand_user
+from hvd_lars.runtime.files import expand_user
 
 Paths = np.ndarray[tuple[int], np.dtype[np.bytes_]]
 _SPLITS = ("train", "val")

@@ -1,7 +1,4 @@
-"""Batches in a given order, made by worker processes ahead of time.
-
-Imports source, worker_processes, errors and rank_errors.
-"""
+"""Batches in a given order, made by worker processes ahead of time."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from hvd_lars.data.source import Batch, Request, Source, Unreadable
 from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
-from hvd_lars.rank_errors import speak_as, voice
+from hvd_lars.runtime.rank_stderr import speak_as, voice
 
 
 class WorkerLostError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Mixup and cutmix within pairs of neighbours; imports source and randomness.
+"""Mixup and cutmix within pairs of neighbours.
 
 torchvision's MixUp and CutMix roll a batch and draw once for all of it, so an image would depend
 on who else is in its micro-batch.  Here samples 2k and 2k+1 of the global batch mix with each

@@ -1,4 +1,4 @@
-"""Which file names are of images, and which are of nobody's making; imports nothing of hvd_lars."""
+"""Which file names are of images, and which are of nobody's making."""
 
 from __future__ import annotations
 

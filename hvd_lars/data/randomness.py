@@ -1,4 +1,4 @@
-"""Random numbers that depend on (seed, epoch, sample) alone; imports nothing of hvd_lars."""
+"""Random numbers that depend on (seed, epoch, sample) alone."""
 
 from __future__ import annotations
 

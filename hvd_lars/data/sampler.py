@@ -1,4 +1,4 @@
-"""Which samples make up a global batch, and which of them a rank takes; imports source."""
+"""Which samples make up a global batch, and which of them a rank takes."""
 
 from __future__ import annotations
 

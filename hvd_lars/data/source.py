@@ -1,4 +1,4 @@
-"""What the trainer asks of a data set; imports identity."""
+"""What the trainer asks of a data set."""
 
 from __future__ import annotations
 

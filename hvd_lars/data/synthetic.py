@@ -1,4 +1,4 @@
-"""Random images that need no files; imports identity, source, randomness."""
+"""Random images that need no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small grey images, enlarged by random warps; imports identity, source, randomness."""
+"""Small grey images, enlarged by random warps."""
 
 from __future__ import annotations
 

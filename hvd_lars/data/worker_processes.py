@@ -1,4 +1,4 @@
-"""Processes that come from a fork server end with who asked for them; imports nothing of hvd_lars.
+"""Processes that come from a fork server end with who asked for them.
 
 A worker's parent is the fork server, which lives as long as its workers do: left alone, both would
 outlive a process that is killed.

@@ -1,4 +1,4 @@
-"""A progress bar in a terminal; imports nothing of hvd_lars."""
+"""A progress bar in a terminal."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Other programs that take a run's records: TensorBoard, MLflow, Weights & Biases.
 
-Imports sinks, errors and terminal.  Each is an extra of setup.py, and imported when asked for.
+Each is an extra of setup.py, and imported when asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, final
 
 from hvd_lars.errors import UserError
 from hvd_lars.metrics.sinks import Sink
-from hvd_lars.terminal import warn
+from hvd_lars.runtime.terminal import warn
 
 LOGGERS = ("tensorboard", "mlflow", "wandb")  # the names of their packages, too
 

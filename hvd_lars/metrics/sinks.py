@@ -1,4 +1,4 @@
-"""Where records of a run go: a file of JSON lines, the terminal; imports terminal."""
+"""Where records of a run go: a file of JSON lines, the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
 
-from hvd_lars.terminal import tell, warn
+from hvd_lars.runtime.terminal import tell, warn
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Networks by name, and what recipes change in them; imports errors only."""
+"""Networks by name, and what recipes change in them."""
 
+from hvd_lars.models.activation_checkpointing import recompute_blocks
 from hvd_lars.models.build import build_model, check_model_name, model_names
 from hvd_lars.models.options import (
     batch_norms,
@@ -7,7 +8,6 @@ from hvd_lars.models.options import (
     set_batch_norm_momentum,
     zero_last_gammas,
 )
-from hvd_lars.models.recompute import recompute_blocks
 from hvd_lars.models.weights import Taken, load_weights
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The two AlexNets that the large-batch papers trained; imports nothing of hvd_lars."""
+"""The two AlexNets that the large-batch papers trained."""
 
 from __future__ import annotations
 

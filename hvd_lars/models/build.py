@@ -1,4 +1,4 @@
-"""From a name in the config to a network; imports the networks and errors."""
+"""From a name in the config to a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes to a fresh network that recipes ask for; imports errors."""
+"""Changes to a fresh network that recipes ask for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An AlexNet-shaped network for small grey images; imports nothing of hvd_lars."""
+"""An AlexNet-shaped network for small grey images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors by name from the files that people keep weights in; imports errors and files.
+"""Tensors by name from the files that people keep weights in.
 
 No code in a file is run: what is not a tensor or a plain value becomes an object that does nothing.
 """
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hvd_lars.errors import UserError
-from hvd_lars.files import expand_user
+from hvd_lars.runtime.files import expand_user
 
 _FOLDER_FILES = ("state.safetensors", "model.safetensors", "pytorch_model.bin")  # ours, the Hub's
 _KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")

@@ -1,4 +1,4 @@
-"""Starting from somebody's weights; imports options, weight_files and errors."""
+"""Starting from somebody's weights."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The LARS optimizer and where its blocks live; imports comm.base only."""
+"""The LARS optimizer and where its blocks live."""
 
+from hvd_lars.optim.distributed.placement import Placement
+from hvd_lars.optim.distributed.replicated import Replicated
+from hvd_lars.optim.distributed.sharded import Sharded
 from hvd_lars.optim.groups import parameter_groups
 from hvd_lars.optim.lars import LARS
-from hvd_lars.optim.placement import Placement
-from hvd_lars.optim.replicated import Replicated
-from hvd_lars.optim.sharded import Sharded
 
 __all__ = ["LARS", "Placement", "Replicated", "Sharded", "parameter_groups"]

@@ -1,7 +1,4 @@
-"""Which tensors of a model are adapted and decayed, and what a group may hold.
-
-Imports nothing of hvd_lars.
-"""
+"""Which tensors of a model are adapted and decayed, and what a group may hold."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """LARS, layer-wise adaptive rate scaling: the mathematics of a step.
 
 Where gradients come from (one device, or the sum over ranks) is the placement's affair, how a step
-is computed the kernel's.  Imports groups, kernels, layers and placement.
+is computed the kernel's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hvd_lars.optim.buckets import placed_already
+from hvd_lars.optim.distributed.buckets import placed_already
+from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.groups import check_group, check_ours
 from hvd_lars.optim.kernels import KernelName, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold
@@ -30,7 +31,6 @@ from hvd_lars.optim.layers import (
     signature,
 )
 from hvd_lars.optim.measured import LayerNorms, first_not_finite, kept_sums, layer_norms
-from hvd_lars.optim.placement import Placement
 
 LrPosition = Literal["momentum", "update"]
 Denominator = Literal["separate", "combined"]

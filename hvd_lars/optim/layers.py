@@ -1,7 +1,4 @@
-"""The layers of a step: what is updated, and every layer's trust ratio.
-
-Imports kernels, norms, placement and ratios.
-"""
+"""The layers of a step: what is updated, and every layer's trust ratio."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.kernels import Block, Kernel
 from hvd_lars.optim.norms import flat, in_layout_of, is_dense
-from hvd_lars.optim.placement import Placement
 from hvd_lars.optim.ratios import trust_ratios
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides

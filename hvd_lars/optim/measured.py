@@ -1,4 +1,4 @@
-"""What a step found out about its layers; imports layers."""
+"""What a step found out about its layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums of squares of tensors, and tensors as flat memory; imports nothing of hvd_lars."""
+"""Sums of squares of tensors, and tensors as flat memory."""
 
 from __future__ import annotations
 

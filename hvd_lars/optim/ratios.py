@@ -1,4 +1,4 @@
-"""Trust ratios from norms; imports nothing of hvd_lars."""
+"""Trust ratios from norms."""
 
 from __future__ import annotations
 

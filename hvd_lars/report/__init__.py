@@ -1,4 +1,4 @@
-"""One page about runs; imports assemble and errors."""
+"""One page about runs."""
 
 from hvd_lars.report.page import write_report
 

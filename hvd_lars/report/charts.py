@@ -1,4 +1,4 @@
-"""Charts as SVG that goes into a page, in the page's own colours; imports nothing of hvd_lars.
+"""Charts as SVG that goes into a page, in the page's own colours.
 
 Text and lines take their colours from CSS classes and variables, so that a page in the dark is
 readable, too; a chart is as wide as the page and has no script.

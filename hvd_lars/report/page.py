@@ -1,7 +1,4 @@
-"""The page: what stands on it, in which order.
-
-Imports charts, assemble and errors.
-"""
+"""The page: what stands on it, in which order."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from commands import HANG_GUARD, hvd_lars, records_of
 
-from hvd_lars.launchers import run_here, this_python
-from hvd_lars.stopwatch import PARTS
+from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.runtime.stopwatch import PARTS
 
 
 @pytest.mark.parametrize("placement", ["replicated", "sharded"])

@@ -8,7 +8,7 @@ import pytest
 from commands import HANG_GUARD, hvd_lars, records_of
 from test_image_folder import make_folder
 
-from hvd_lars.launchers import run_here, this_python
+from hvd_lars.launchers.local import run_here, this_python
 
 
 def training(images, run, *options):

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 
-from hvd_lars.launchers import launcher_environment, this_python
+from hvd_lars.launchers.local import launcher_environment, this_python
 
 
 def doctor(**environment):

@@ -10,7 +10,7 @@ import torch
 from commands import HANG_GUARD, hvd_lars, ranks_under, records_of, wait_for_step
 from safetensors.torch import load_file
 
-from hvd_lars.launchers import find_program, launcher_environment, this_python
+from hvd_lars.launchers.local import find_program, launcher_environment, this_python
 
 # The rate of a step does not depend on the run's length, which the test does not know.
 OPTIONS = [

@@ -20,12 +20,12 @@ from test_image_folder import make_folder, source_of
 
 from hvd_lars.assemble import evaluate_run
 from hvd_lars.assemble.export import export
-from hvd_lars.comm.launcher import ALONE
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.config_file import load_config
+from hvd_lars.config.file import load_config
 from hvd_lars.data import Request
 from hvd_lars.errors import UserError
-from hvd_lars.run_folder import config_of
+from hvd_lars.launchers.environment import ALONE
+from hvd_lars.state.run_folder import config_of
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -10,9 +10,9 @@ import yaml
 from commands import hvd_lars, records_of
 from reference.mpijob import validate
 
-from hvd_lars.cli.launch import KINDS, start_of
 from hvd_lars.errors import UserError
-from hvd_lars.launchers import local_command
+from hvd_lars.launchers.local import local_command
+from hvd_lars.launchers.submit import KINDS, start_of
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ROOT = ["--allow-run-as-root"] if os.geteuid() == 0 else []

@@ -13,7 +13,7 @@ import pytest
 from commands import HANG_GUARD, records_of
 from test_image_folder import make_folder
 
-from hvd_lars.launchers import launcher_environment, local_command, this_python
+from hvd_lars.launchers.local import launcher_environment, local_command, this_python
 
 PYTHON = sys.executable
 SHORT = ["train.duration=2 steps", "schedule.warmup_duration=1 steps"]

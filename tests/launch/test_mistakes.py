@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hvd_lars.launchers import run_here, this_python
+from hvd_lars.launchers.local import run_here, this_python
 from launch.test_training import HANG_GUARD, hvd_lars
 
 CORRUPT = "train: {duration: [\n"
@@ -142,7 +142,7 @@ def test_a_rank_that_raises_ends_the_others(tmp_path):
     program = tmp_path / "broken.py"
     program.write_text("""
 import sys
-from hvd_lars import trainer
+from hvd_lars.train import trainer
 step = trainer.Trainer.train_step
 def breaks(self, number, batches):
     if number == 3 and self.comm.rank == 1:

@@ -9,7 +9,7 @@ import mpi4py
 import pytest
 from commands import HANG_GUARD, records_of
 
-from hvd_lars.launchers import launcher_environment
+from hvd_lars.launchers.local import launcher_environment
 
 SCRIPT = Path(__file__).parents[2] / "launch/mpirun.sh"
 

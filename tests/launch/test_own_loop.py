@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import HANG_GUARD
 
-from hvd_lars.launchers import run_here
+from hvd_lars.launchers.local import run_here
 
 PAGE = (Path(__file__).parents[2] / "docs/own-loop.md").read_text()
 PROGRAMS = dict(re.findall(r'```python title="(\w+\.py)"\n(.*?)```', PAGE, re.DOTALL))

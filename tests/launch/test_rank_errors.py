@@ -9,8 +9,8 @@ from contextlib import suppress
 import pytest
 from commands import HANG_GUARD
 
-from hvd_lars.launchers import run_here
-from hvd_lars.rank_errors import RankErrors
+from hvd_lars.launchers.local import run_here
+from hvd_lars.runtime.rank_stderr import RankErrors
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_what_waits_comes_before_anything_else_that_is_said(show):
 
 def test_what_waits_is_not_lost_at_the_end():
     program = (
-        "import warnings; from hvd_lars.rank_errors import speak_as;"
+        "import warnings; from hvd_lars.runtime.rank_stderr import speak_as;"
         "speak_as(2); warnings.warn('late')"
     )
     found = subprocess.run(
@@ -121,7 +121,7 @@ def test_what_waits_is_not_lost_at_the_end():
 
 PROGRAM = """
 import sys, warnings
-from hvd_lars import trainer
+from hvd_lars.train import trainer
 import hvd_lars.cli
 sys.modules["hvd_lars.cli.main"]._GRACE_SECONDS = 60.0
 step = trainer.Trainer.train_step

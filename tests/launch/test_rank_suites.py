@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hvd_lars.launchers import run_here
+from hvd_lars.launchers.local import run_here
 
 HANG_GUARD = 1800
 RANK_TESTS = [
@@ -89,7 +89,7 @@ def check_suite(request, launcher, backend, ranks, tests=RANK_TESTS):
 def test_suite_alone(request, monkeypatch):
     import subprocess
 
-    from hvd_lars.launchers import this_python
+    from hvd_lars.launchers.local import this_python
 
     program = this_python("-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *RANK_TESTS)
     monkeypatch.setenv("HVD_LARS_TEST_BACKEND", "local")

@@ -17,7 +17,7 @@ from commands import HANG_GUARD, hvd_lars, kill_everything, records_of, start, w
 from safetensors.torch import load_file
 from test_image_folder import make_folder
 
-from hvd_lars.launchers import launcher_environment, local_command, run_here, this_python
+from hvd_lars.launchers.local import launcher_environment, local_command, run_here, this_python
 
 STEPS = [
     "train.duration=20 steps", "schedule.warmup_duration=2 steps", "train.log_every=3 steps",

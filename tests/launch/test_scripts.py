@@ -12,7 +12,7 @@ import psutil
 import pytest
 from commands import HANG_GUARD, records_of, wait_for_step
 
-from hvd_lars.launchers import launcher_environment
+from hvd_lars.launchers.local import launcher_environment
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from commands import HANG_GUARD, hvd_lars
 
-from hvd_lars.launchers import run_here, run_in_terminal, this_python
+from hvd_lars.launchers.local import run_here, run_in_terminal, this_python
 
 SHORT = ["train.duration=40 steps", "schedule.warmup_duration=10 steps",
          "train.eval_every=20 steps"]  # fmt: skip

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from commands import HANG_GUARD, records_of
 
-from hvd_lars.launchers import launcher_environment
+from hvd_lars.launchers.local import launcher_environment
 
 SCRIPT = Path(__file__).parents[2] / "launch/slurm.sbatch"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")

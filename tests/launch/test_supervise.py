@@ -10,7 +10,7 @@ import psutil
 import pytest
 from commands import HANG_GUARD, ranks_under, records_of, wait_for_step
 
-from hvd_lars.launchers import launcher_environment, local_command, this_python
+from hvd_lars.launchers.local import launcher_environment, local_command, this_python
 
 SUPERVISE = str(Path(__file__).parents[2] / "launch/supervise")
 TRAIN = this_python(

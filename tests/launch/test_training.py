@@ -9,8 +9,8 @@ import torch
 from commands import HANG_GUARD, hvd_lars, records_of
 from test_image_folder import make_folder
 
-from hvd_lars.launchers import run_here, this_python
-from hvd_lars.stopwatch import PARTS
+from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.runtime.stopwatch import PARTS
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The arithmetic of a step over many layers, in several ways that agree; imports nothing above.
+"""The arithmetic of a step over many layers, in several ways that agree.
 
 ``native`` is this package's own code (C++ on CPU, Triton on a GPU), ``fused`` torch's fused SGD
 with LARS folded into its coefficients, ``eager`` plain torch.  :func:`choose_kernel` is the one

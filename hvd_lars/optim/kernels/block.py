@@ -1,4 +1,4 @@
-"""What a kernel works on; imports nothing of hvd_lars."""
+"""What a kernel works on."""
 
 from __future__ import annotations
 

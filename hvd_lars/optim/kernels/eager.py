@@ -1,4 +1,4 @@
-"""The update in plain torch operations; imports block and norms.
+"""The update in plain torch operations.
 
 On CPU a loop over the layers with rates on the host.  Elsewhere ``torch._foreach_*`` over all
 layers of a kind with rates that stay on the device, so that no step waits for it.

@@ -1,4 +1,4 @@
-"""LARS in one pass of torch's fused SGD on CPU; imports block, eager and norms.
+"""LARS in one pass of torch's fused SGD on CPU.
 
 ``torch._fused_sgd_`` knows v ← μ'v + (1 − d)(g + βw), w ← w − γ'v with one γ' a call and no rate
 inside the buffer.  With v = a·n, a one number a layer, and s = γλ:

@@ -1,4 +1,4 @@
-"""The Triton kernels over lists of tensors; imports block, eager, norms and triton_kernels.
+"""The Triton kernels over lists of tensors.
 
 Nothing here waits for the device: tables of addresses go there once and stay while the tensors do,
 so a step can be captured in a CUDA graph after one or two that were not.

@@ -1,4 +1,4 @@
-"""The C++ kernels of native.cpp through ctypes; imports block, eager and norms.
+"""The C++ kernels of native.cpp through ctypes.
 
 setup.py builds them where there is a compiler.  They use the OpenMP runtime that torch has loaded
 already, so that the two share one set of threads.

@@ -1,4 +1,4 @@
-"""The two passes over memory of a LARS step on a GPU, in Triton; imports nothing of hvd_lars.
+"""The two passes over memory of a LARS step on a GPU, in Triton.
 
 A program takes one chunk of a layer; a table on the device says which, and where its tensors lie,
 so that one launch serves all layers.  Sums of squares: a program writes the sum of its chunk, and

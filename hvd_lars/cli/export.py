@@ -1,0 +1,38 @@
+"""``hvd-lars export``: a run's weights for other programs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hvd_lars.cli.command import add_run_folder
+from hvd_lars.config.file import load_config
+from hvd_lars.errors import UserError
+from hvd_lars.state.run_folder import ANYWHERE, config_of
+
+NAME, HELP = "export", "write a run's weights for other programs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run folder, a checkpoint of it, and the file to write."""
+    add_run_folder(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE",
+        help="weights.safetensors, weights.pth, or model.onnx (with the extra [onnx])",
+    )  # fmt: skip
+    parser.add_argument(
+        "--average", action="store_true", help="the average that model.ema_decay keeps"
+    )
+    parser.add_argument("--onnx", action="store_true", help="FILE is to be an .onnx file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the file and say what it holds."""
+    config = load_config(config_of(options.run_folder), ANYWHERE)
+    if options.onnx and options.output.suffix != ".onnx":
+        raise UserError(f"--onnx: -o {options.output}: must end in .onnx")
+    from hvd_lars.assemble.export import export
+
+    chosen = options.checkpoint, options.average
+    print(export(options.run_folder, config, options.output, *chosen))
+    return 0

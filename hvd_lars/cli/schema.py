@@ -1,0 +1,31 @@
+"""``hvd-lars schema``: the JSON schema of configs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from hvd_lars.errors import UserError
+
+NAME, HELP = "schema", "write the JSON schema of configs, for editors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where it goes."""
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of the terminal")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print or write it."""
+    from hvd_lars.config.schema import json_schema
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if options.output is None:
+        print(text, end="")
+        return 0
+    try:
+        options.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{options.output}: cannot be written: {error.strerror}") from None
+    return 0

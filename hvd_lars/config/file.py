@@ -1,0 +1,269 @@
+"""From a YAML file and command-line overrides to a Config, or every mistake in it at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hvd_lars.config.schema import Config
+from hvd_lars.errors import UserError
+from hvd_lars.runtime.files import expand_user
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            problem = None
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be plain text"
+            elif key_node.tag != "tag:yaml.org,2002:merge" and key_node.value in seen:
+                problem = f"key {key_node.value!r} is given twice"
+            if problem:
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, problem, mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _bundled_folder() -> Path:
+    """The configs inside a wheel; in a checkout they stand beside the package."""
+    folder = _PACKAGE / "configs"
+    return folder if folder.is_dir() else _PACKAGE.parent / "configs"
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The configs that come with hvd_lars, by bare name."""
+    return {path.stem: path for path in sorted(_bundled_folder().glob("*.yaml"))}
+
+
+def _find_base(path: Path, name: str) -> Path:
+    """The file that ``extends: name`` in ``path`` means: beside it, or among the bundled ones."""
+    beside, bundled = path.parent / name, _bundled_folder() / name
+    return bundled if bundled.is_file() and not beside.is_file() else beside
+
+
+def find_config(name: str) -> Path:
+    """The file that CONFIG means: a path, or the bare name of a bundled config.
+
+    Raises:
+        UserError: there is neither; the nearest bundled names are given.
+    """
+    path = expand_user(name, "CONFIG")
+    bundled = bundled_configs()
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise UserError(f"{name}: is a folder; a YAML file or a bundled config is needed")
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    if name in bundled:
+        return bundled[name]
+    near = difflib.get_close_matches(path.stem, bundled, n=3)
+    hint = f"nearest: {', '.join(near)}" if near else f"such as digits; there are {len(bundled)}"
+    raise UserError(f"{name}: no such file, nor a bundled config ({hint})")
+
+
+def parse_yaml(text: str | bytes, source: str) -> Any:
+    """One YAML document; UserError names the source, line and column of what is wrong."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain values only
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise UserError(f"{source}:{place} not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read CONFIG and apply ``key.sub=value`` overrides, whose values are YAML.
+
+    Raises:
+        UserError: one line for every mistake in the file and the overrides.
+    """
+    path = find_config(name)
+    tree = _read(path)
+    own, base_path, base = tree, path, dict[Any, Any]()
+    if isinstance(tree.get("extends"), str):
+        base_path = _find_base(path, tree.pop("extends"))
+        if not base_path.is_file():
+            raise UserError(f"{path}: extends: {base_path}: no such file, nor a bundled one")
+        base = _read(base_path)
+        if "extends" in base:
+            raise UserError(f"{base_path}: extends: a file that is extended extends none itself")
+        own, tree = tree, _merge(base, tree)
+    # A data set of another kind has other keys: choosing it comes first.
+    overrides = sorted(overrides, key=lambda text: not text.startswith("data.name="))
+    overridden = {_override(tree, text) for text in overrides}
+    if "data.name" in overridden:
+        overridden.add("data")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for detail in error.errors(include_url=False):
+            key, message = _explain(detail)  # type: ignore[arg-type]
+            # A section's own error may come from any override inside the section.
+            given = any(
+                f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden
+            )
+            file = base_path if _holds(base, key) and not _holds(own, key) else path
+            lines.append(f"{'command line' if given else file}: {message}")
+        raise UserError("\n".join(lines)) from None
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds."""
+    try:
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else _SHORT.repr(tree)
+        sections = ", ".join(Config.model_fields)
+        raise UserError(f"{path}: found {found}; the sections {sections} are allowed")
+    return tree
+
+
+def _merge(base: dict[Any, Any], tree: dict[Any, Any]) -> dict[Any, Any]:
+    """Keys of ``base`` where ``tree`` has none; of another kind of data, what it shares."""
+    merged = dict(base)
+    for key, value in tree.items():
+        below = base.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            if key == "data" and value.get("name", below.get("name")) != below.get("name"):
+                below = _kept(below, value["name"])
+            value = _merge(below, value)
+        merged[key] = value
+    return merged
+
+
+def _kept(section: dict[Any, Any], name: object) -> dict[Any, Any]:
+    """What a data section keeps when its kind changes: all between a folder and its shards."""
+    same = {section.get("name"), name} <= {"imagefolder", "shards"}
+    odd = ("cache_dir", "train_shards", "val_shards")
+    return {k: v for k, v in section.items() if same and not (name == "imagefolder" and k in odd)}
+
+
+def _holds(tree: dict[Any, Any], key: str) -> bool:
+    """Whether a dotted key, or all of it but a missing last part, stands in the tree."""
+    node: Any = tree
+    for name in key.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return False
+        node = node[name]
+    return True
+
+
+def _override(tree: dict[Any, Any], text: str) -> str:
+    """Set one ``key.sub=value`` in the tree; returns the key."""
+    key, equals, value = text.partition("=")
+    names = key.split(".")
+    if not equals or not all(map(str.isidentifier, names)):
+        raise UserError(f"command line: {text!r} is not an override; write key.sub=value")
+    node = tree
+    for name in names[:-1]:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise UserError(f"command line: {key}: {name} is a value, not a section")
+    found = parse_yaml(value, f"command line: {key}")
+    if key == "extends":
+        raise UserError("command line: extends: only a file can extend another")
+    if key == "data.name" and node.get("name") != found:
+        kept = _kept(node, found)
+        node.clear()
+        node.update(kept)
+    node[names[-1]] = found
+    return key
+
+
+def _explain(detail: dict[str, Any]) -> tuple[str, str]:
+    """Key path, and a line that says what was found there and what is allowed."""
+    # A tagged union puts the tag into the path (data.digits.copies): the file has none there.
+    parts = [_printable(str(part)) for part in detail["loc"]]
+    if len(parts) > 1 and parts[0] == "data":
+        del parts[1]
+    key = ".".join(parts)
+    kind, context = detail["type"], detail.get("ctx", {})
+    found = f"found {_SHORT.repr(detail['input'])}"
+    if kind == "extra_forbidden":
+        allowed = _fields_at(detail["loc"][:-1])
+        near = difflib.get_close_matches(parts[-1], allowed, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return key, f"{key}: unknown key; {hint}allowed: {', '.join(allowed)}"
+    if kind == "invalid_key":
+        return key, f"{key}: found a key that is not text"
+    if kind == "missing":
+        return key, f"{key}: missing; it is required"
+    if kind == "union_tag_invalid":
+        tags = context["expected_tags"].replace("'", "")
+        return f"{key}.name", f"{key}.name: found {context['tag']!r}; allowed: {tags}"
+    if kind == "union_tag_not_found":
+        return f"{key}.name", f"{key}.name: missing; it is required"
+    if kind == "value_error":
+        return key, f"{key}: {context['error']}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return key, f"{key}: {found}; it is a section of keys and values"
+    message = detail["msg"].removeprefix("Input should be ")
+    return key, f"{key}: {found}; must be {message}"
+
+
+def _printable(key: str) -> str:
+    """The key on one line, whatever it is made of."""
+    return key if key.isprintable() else repr(key)
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    """Names that are allowed in the section at a pydantic error location."""
+    model: type[BaseModel] = Config
+    candidates: list[type[BaseModel]] = [Config]
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            candidates = _models_in(field.annotation)
+            model = candidates[0]
+        else:  # the tag of the data union, or a place in a list
+            model = next((m for m in candidates if part == _tag_of(m)), model)
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models of an annotation: itself, or the members of a union."""
+    members = getattr(annotation, "__args__", (annotation,))
+    return [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+
+
+def _tag_of(model: type[BaseModel]) -> str | None:
+    """The value of ``name`` that selects a member of a tagged union."""
+    field = model.model_fields.get("name")
+    return getattr(field.annotation, "__args__", (None,))[0] if field else None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that ``load_config`` reads to the same values."""
+    tree = config.model_dump(mode="json", exclude={"extends"})
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,93 @@
+"""Shards compared with their checksums, and a node's own copy of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from hvd_lars.data.shards.index import DATASET, ShardSet, read_manifest
+from hvd_lars.errors import UserError
+from hvd_lars.runtime.files import expand_user, sha256_of
+
+
+def cached_root(shards: ShardSet, cache_dir: str) -> Path:
+    """Where the copy of this data set lies; another set or version has another place."""
+    facts = [str(Path(shards.root).resolve()), shards.version]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return expand_user(cache_dir, "data.cache_dir") / f"shards-{key}"
+
+
+def copy_shards(shards: ShardSet, cache_dir: str, threads: int = 4) -> None:
+    """Copy the shards that the node does not have; a shard is there whole or not at all.
+
+    Raises:
+        UserError: there is no room, the folder cannot be written, or a copy is not what
+            dataset.json says.
+    """
+    target = cached_root(shards, cache_dir)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        left = {
+            name: size
+            for name, size in shards.bytes.items()
+            if not (target / name).is_file() or (target / name).stat().st_size != size
+        }
+        needed, free = sum(left.values()), shutil.disk_usage(target).free
+        if needed > free:
+            raise UserError(
+                f"data.cache_dir: {cache_dir}: {needed / 1e9:.1f} GB are needed, "
+                f"{free / 1e9:.1f} GB are free"
+            )
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda name: _copy(shards, name, target / name), left))
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {error.filename or cache_dir}: {error.strerror or error}"
+        ) from None
+
+
+def _copy(shards: ShardSet, name: str, target: Path) -> None:
+    source = Path(shards.root, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(source, draft)
+        wanted = shards.sha256.get(name)
+        if wanted is not None and sha256_of(draft) != wanted:
+            raise UserError(f"{source}: damaged: its copy has not the SHA-256 of dataset.json")
+        draft.rename(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def verify(folder: Path, threads: int, progress: Callable[[int, int], None]) -> int:
+    """Read every shard and compare its SHA-256 with dataset.json; returns how many there are.
+
+    Args:
+        folder: what ``hvd-lars pack`` wrote.
+        threads: shards read at once.
+        progress: called with the number of shards that were read and of all shards.
+
+    Raises:
+        UserError: a line for every shard that is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    entries = manifest["train"] + manifest["val"]
+    problems = []
+    with ThreadPoolExecutor(threads) as pool:
+        sums = {pool.submit(sha256_of, folder / entry["name"]): entry for entry in entries}
+        for done, future in enumerate(as_completed(sums), start=1):
+            path, error = folder / sums[future]["name"], future.exception()
+            if isinstance(error, OSError):
+                problems.append(f"{path}: cannot be read: {error.strerror}")
+            elif future.result() != sums[future]["sha256"]:
+                problems.append(f"{path}: damaged: not the SHA-256 that {DATASET} says")
+            progress(done, len(entries))
+    if problems:
+        raise UserError("\n".join([*sorted(problems), "remove these and pack again"]))
+    return len(entries)

@@ -1,0 +1,87 @@
+"""Requests to stop a run, which ranks agree on (votes.py) before any of them acts.
+
+A request reaches one rank (a signal, a file, the clock), and a rank that stopped by itself would
+leave the others waiting in a collective.  So each rank casts a vote with every step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import final
+
+import torch
+from torch import Tensor
+
+STOP_FILE = "STOP file"
+REQUEUE_FILE = "STOP file that says requeue"
+# Where several were asked for, the last of them is what is told.
+REASONS = (STOP_FILE, REQUEUE_FILE, "run.max_hours", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM")
+_SIGNALS = {
+    signal.SIGUSR1: "SIGUSR1",
+    signal.SIGHUP: "SIGHUP",
+    signal.SIGINT: "SIGINT",
+    signal.SIGTERM: "SIGTERM",
+}
+_LOOK_EVERY = 1.0  # seconds between looks at the file system
+
+
+def _wish_in(stop_file: Path) -> str:
+    try:
+        with stop_file.open("rb") as file:
+            return REQUEUE_FILE if file.read(7) == b"requeue" else STOP_FILE
+    except OSError:  # a link to nowhere is a request, too
+        return STOP_FILE
+
+
+@final
+class StopRequests:
+    """What this rank knows of requests to stop.
+
+    Args:
+        stop_file: its existence is a request, "requeue" in it another one; looked for on the rank
+            that is given one.
+        max_seconds: a request once so many seconds have passed; infinity for none.
+    """
+
+    def __init__(self, stop_file: Path | None = None, max_seconds: float = float("inf")) -> None:
+        self.stop_file, self._deadline = stop_file, time.monotonic() + max_seconds
+        self._next_look = 0.0
+        self._asked: set[str] = set()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM, SIGUSR1, Ctrl-C and the end of a terminal (SIGHUP) as requests inside.
+
+        A second Ctrl-C interrupts.  SIGHUP stays ignored where it is, as under nohup.
+        """
+        numbers = set(_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def votes(self) -> Tensor:
+        """(len(REASONS),) float64 for a sum over the ranks."""
+        now = time.monotonic()
+        if now >= self._deadline:
+            self._asked.add("run.max_hours")
+        if self.stop_file is not None and now >= self._next_look:
+            self._next_look = now + _LOOK_EVERY
+            if os.path.lexists(self.stop_file):
+                self._asked.add(_wish_in(self.stop_file))
+        return torch.tensor([float(reason in self._asked) for reason in REASONS]).double()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and "SIGINT" in self._asked:
+            raise KeyboardInterrupt
+        self._asked.add(_SIGNALS[signal.Signals(number)])

@@ -1,0 +1,313 @@
+"""A watch over the ranks beside the collectives, which cannot tell a slow rank from a lost one.
+
+Every rank sends a datagram a second to rank 0, which answers.  A process that stopped (SIGSTOP, a
+machine that hangs) sends nothing; a rank that waits for ever sends, but gets nowhere.  Either
+ends the job with a line that names the ranks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, final
+
+import torch
+
+from hvd_lars.comm.base import Communicator
+from hvd_lars.health.heartbeats import Judge, Place, describe, process_state
+from hvd_lars.optim.distributed.placement import Placement
+from hvd_lars.runtime.terminal import warn
+
+_BEAT = 1.0  # seconds; more where rank 0 would have more than 256 datagrams a second to read
+_MEETING = 5.0  # seconds that training waits for the first datagrams, which take milliseconds
+_SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
+_STACKS_AFTER = 3.0  # seconds that ranks have to send their stacks
+
+
+@final
+class Watchdog:
+    """Ends the job when a rank is lost; :meth:`watching` is collective at its beginning.
+
+    Args:
+        comm: the ranks.
+        place: asks this rank where it is; called from a thread.
+        rank_timeout: seconds without a sign of life from a rank's process.
+        stall_timeout: seconds in which no rank gets on.
+        replaceable: the others go on without a rank whose process ends (an elastic job): kill a
+            silent one on this machine, and only that.
+        section: what the two times are keys of, in messages.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        place: Callable[[], Place],
+        rank_timeout: float,
+        stall_timeout: float,
+        replaceable: bool = False,
+        section: str = "run.",
+    ) -> None:
+        self._section = section
+        self._comm, self._place, self._replaceable = comm, place, replaceable
+        self._judge = Judge(rank_timeout, stall_timeout, time.monotonic())
+        self._over, self._met = threading.Event(), threading.Event()
+        self._leaving = False
+        self._main = threading.main_thread().ident
+        self._beat = min(max(_BEAT, comm.size / 256), rank_timeout / 4)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch inside; nothing is watched where there is one rank."""
+        if self._comm.size == 1:
+            yield
+            return
+        host = self._comm.broadcast_object(socket.gethostname())
+        same = torch.tensor(float(host == socket.gethostname()))
+        self._comm.start_all_reduce_sum(same, "watchdog").wait()
+        one_host = int(same.item()) == self._comm.size
+        link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        link.bind(("127.0.0.1" if one_host else "", 0))
+        link.settimeout(_BEAT / 10)
+        addresses = [] if self._comm.rank else _addresses(one_host)
+        mine = (addresses, link.getsockname()[1], secrets.token_hex(16))
+        addresses, port, token = self._comm.broadcast_object(mine)
+        targets = [] if self._comm.rank == 0 else [(address, port) for address in addresses]
+        thread = threading.Thread(target=self._work, args=(link, targets, token), daemon=True)
+        thread.start()
+        self._met.wait(_MEETING)
+        try:
+            yield
+        except BaseException:
+            self._leaving = True  # not before it is known that nobody is left behind
+            if self._replaceable:
+                thread.join(self._judge.rank_timeout + _MEETING)
+            raise
+        finally:
+            self._over.set()
+            thread.join()
+            link.close()
+
+    def _work(self, link: socket.socket, targets: list[tuple[str, int]], token: str) -> None:
+        """Send, listen and judge until the run is over."""
+        peers: dict[int, tuple[str, int]] = {}
+        next_beat, alarm, warned = 0.0, float("inf"), False
+        started = time.monotonic()
+        while not self._over.is_set():
+            now = time.monotonic()
+            if now >= next_beat:
+                next_beat = now + (self._beat if self._met.is_set() else _BEAT / 10)
+                wanted = alarm < float("inf")
+                sign = self._sign(token, wanted)
+                for target in targets or list(peers.values()):
+                    _send(link, target, sign)
+            answer = _receive(link, token)
+            if answer is not None:
+                sign, target = answer
+                alarm = self._take(sign, target, peers, alarm)
+                if targets:
+                    targets = [target]  # the address of rank 0 that works from here
+            now = time.monotonic()
+            if self._leaving and self._is_last(now):
+                break
+            self._look_after_myself(now)
+            expected = 1 if targets else self._comm.size - 1
+            heard = len(self._judge.ranks) - (not targets)
+            if heard >= expected:
+                self._met.set()
+            elif not warned and not self._met.is_set() and now > started + _MEETING:
+                warned = True
+                self._warn(expected - heard)
+            silent, stalled = self._judge.look(now)
+            if silent:
+                self._end(silent)
+            elif stalled and self._comm.rank == 0:  # who has the whole picture
+                alarm = min(alarm, now)  # first ask for stacks
+                if now > alarm + _STACKS_AFTER:
+                    self._end([])
+        for target in targets or peers.values():
+            for _ in range(3):
+                _send(link, target, self._sign(token, False))
+
+    def _is_last(self, now: float) -> bool:
+        """Whether no other rank of this machine can still be in the attempt that failed.
+
+        A stopped process notices nothing, and Horovod's driver would wait for it.
+        """
+        mine = socket.gethostname()
+        here = {
+            r: k for r, k in self._judge.ranks.items() if k.host == mine and k.pid != os.getpid()
+        }
+        for rank, known in here.items():
+            if (state := process_state(known.pid)) is None:
+                self._judge.ranks.pop(rank)
+            elif state == "T":
+                self._replace([rank], "stopped (SIGSTOP) while the others had to leave:")
+        return not here
+
+    def _look_after_myself(self, now: float) -> None:
+        if self._comm.rank == 0:
+            self._judge.hear(0, socket.gethostname(), os.getpid(), self._place(), now)
+
+    def _sign(self, token: str, alarm: bool) -> dict[str, Any]:
+        """This rank's sign of life; with its stack where rank 0 asks for it, or asks."""
+        sign: dict[str, Any] = {
+            "token": token, "rank": self._comm.rank, "host": socket.gethostname(),
+            "pid": os.getpid(), "place": self._place(),
+        }  # fmt: skip
+        if self._leaving or self._over.is_set():
+            sign["bye"] = True
+        elif alarm and self._comm.rank == 0:
+            sign["alarm"] = True
+        elif alarm:
+            sign["stack"], sign["waits"] = self._stack()
+        return sign
+
+    def _take(
+        self,
+        sign: dict[str, Any],
+        target: tuple[str, int],
+        peers: dict[int, tuple[str, int]],
+        alarm: float,
+    ) -> float:
+        rank = int(sign["rank"])
+        if sign.get("bye"):
+            self._judge.ranks.pop(rank, None)  # but it may wait for our own good-bye
+            return alarm
+        now = time.monotonic()
+        known = self._judge.hear(rank, sign["host"], sign["pid"], Place(*sign["place"]), now)
+        known.stack, known.waits = sign.get("stack", ""), sign.get("waits", False)
+        if self._comm.rank == 0:
+            peers[rank] = target
+        elif sign.get("alarm"):
+            return min(alarm, now)
+        return alarm
+
+    def _stack(self) -> tuple[str, bool]:
+        """The main thread's innermost frames, and whether it waits for other ranks."""
+        frame = sys._current_frames().get(self._main or 0)
+        found = traceback.extract_stack(frame)
+        waits = any("hvd_lars/comm/" in entry.filename for entry in found)
+        lines = [f"{e.filename}:{e.lineno} {e.name}" for e in found[-8:]]
+        return "\n".join(lines), waits
+
+    def _warn(self, missing: int) -> None:
+        who = f"{missing} ranks" if self._comm.rank == 0 else "rank 0"
+        warn(
+            f"rank {self._comm.rank} has no datagrams from {who} (a firewall?): a rank that hangs "
+            f"is only noticed by {self._comm.backend} itself"
+        )
+
+    def _end(self, silent: list[int]) -> None:
+        """Say which ranks are lost and end the job, or only those that can be replaced."""
+        if self._comm.rank != 0:  # rank 0 is the lost one: somebody speaks, and ends the others
+            time.sleep(min(0.5 * self._comm.rank, 10.0))
+            if self._over.is_set():
+                return
+        known = self._judge.ranks
+        if silent:
+            seconds = self._judge.rank_timeout
+            self._replace(
+                silent, f"no sign of life for {seconds:g} s ({self._section}rank_timeout) from:"
+            )
+            return
+        known[0].stack, known[0].waits = self._stack()
+        lost = [rank for rank in sorted(known) if not known[rank].waits]
+        who = "not waiting for others, so others wait for:"
+        if not lost:
+            lost, who = sorted(known), "each waits for the others, at another point of the program:"
+        seconds = self._judge.stall_timeout
+        line = f"no rank got on for {seconds:g} s ({self._section}stall_timeout)"
+        self._replace(lost[:8], f"{line}\n{who}")
+
+    def _replace(self, lost: list[int], why: str) -> None:
+        """End the job, or kill ranks on this machine where others can take over."""
+        known = self._judge.ranks
+        reason = "\n".join([why, *(describe(rank, known[rank]) for rank in lost)])
+        if not self._replaceable:
+            self._comm.abort(reason)
+        here = [rank for rank in lost if known[rank].host == socket.gethostname()]
+        end = "killed, for others to take over" if here else "on another machine: left to Horovod"
+        warn(f"{reason}\n  {end}")
+        for rank in lost:  # told once
+            pid = known.pop(rank).pid
+            if rank in here:
+                with suppress(OSError):  # it is gone already
+                    os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def watching(
+    comm: Communicator,
+    placement: Placement,
+    rank_timeout: float = 120.0,
+    stall_timeout: float = 1800.0,
+) -> Iterator[None]:
+    """End the job, with a line that names the ranks, when one of them is lost inside.
+
+    For one's own loop: a rank that stopped, that waits for ever, or that takes more steps than
+    the others, for which they do not come.  Collective at its beginning and end.
+
+    Args:
+        comm: the ranks.
+        placement: whose steps are counted.
+        rank_timeout: seconds without a sign of life from a rank's process.
+        stall_timeout: seconds in which no rank gets on; longer than anything that all wait for.
+    """
+    gradients, ended = placement.gradients, False
+
+    def place() -> Place:
+        doing = "the end of its loop" if ended else gradients.watch.current or "its own code"
+        return Place(gradients.steps, doing, gradients.watch.changes)
+
+    with Watchdog(comm, place, rank_timeout, stall_timeout, section="").watching():
+        yield
+        ended = True
+        comm.barrier()
+
+
+def _addresses(one_host: bool) -> list[str]:
+    """Where other ranks may reach this machine, likeliest first."""
+    if one_host:
+        return ["127.0.0.1"]
+    found = [str(entry[4][0]) for entry in _resolve(socket.gethostname())]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, interface in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                asked = struct.pack("256s", interface.encode()[:15])
+                found.append(socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, asked)[20:24]))
+    return list(dict.fromkeys(address for address in found if not address.startswith("127.")))
+
+
+def _resolve(host: str) -> list[Any]:
+    try:
+        return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_DGRAM)
+    except OSError:
+        return []
+
+
+def _send(link: socket.socket, target: tuple[str, int], sign: dict[str, Any]) -> None:
+    with suppress(OSError):  # a network that is down for now: silence is what counts
+        link.sendto(json.dumps(sign).encode(), target)
+
+
+def _receive(link: socket.socket, token: str) -> tuple[dict[str, Any], tuple[str, int]] | None:
+    """The next sign of one of our own ranks; None after a tenth of a beat without one."""
+    try:
+        data, sender = link.recvfrom(65_535)
+        sign = json.loads(data)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(sign, dict) or sign.get("token") != token:
+        return None
+    return sign, sender

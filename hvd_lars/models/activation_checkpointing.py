@@ -1,0 +1,73 @@
+"""Residual blocks whose activations are computed again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from hvd_lars.errors import UserError
+
+
+def recompute_blocks(model: nn.Module) -> int:
+    """Keep only the inputs of residual blocks for backward; returns how many blocks there are.
+
+    Blocks are the modules that stand in an ``nn.Sequential`` or ``nn.ModuleList`` and hold two
+    layers with weights or more: those of torchvision's and timm's ResNets and transformers.
+    BatchNorm's running statistics count a batch once, in forward.
+
+    Raises:
+        UserError: the network has no such block.
+
+    Source:
+        Chen et al. 2016, arXiv 1604.06174.
+    """
+    blocks = list(_blocks(model))
+    if not blocks:
+        raise UserError("model.checkpoint_blocks: the network has no blocks of several layers")
+    for block in blocks:
+        block.forward = MethodType(_forward, block)  # a deep copy's is bound to the copy
+    return len(blocks)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost blocks."""
+    for child in module.children():
+        listed = isinstance(module, (nn.Sequential, nn.ModuleList))
+        plain = isinstance(child, (nn.Sequential, nn.ModuleList))
+        weighted = sum(1 for m in child.modules() if m._parameters.get("weight") is not None)
+        if listed and not plain and weighted > 1:
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A block's own forward pass, its activations forgotten while it trains."""
+    forward = type(block).forward
+    if not block.training:
+        return forward(block, *args, **kwargs)
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _frozen_statistics(norms)
+
+    return checkpoint(forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+@contextmanager
+def _frozen_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Let BatchNorms count their batch in copies of their running statistics."""
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)

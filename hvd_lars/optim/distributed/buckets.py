@@ -1,0 +1,391 @@
+"""Gradients in flat buckets that are handed over as backward fills them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from hvd_lars.comm.base import Communicator, Pending, check_reducible
+from hvd_lars.optim.distributed.absent import AbsentGradient
+from hvd_lars.optim.distributed.layout import check_same_layout
+from hvd_lars.optim.distributed.shard_plan import fill_buckets
+from hvd_lars.optim.kernels import Kernel
+from hvd_lars.optim.norms import is_dense
+from hvd_lars.runtime.stopwatch import Stopwatch
+
+_LATE = (
+    "a gradient arrived after those of its step were summed over the ranks: wrap all but the last "
+    "backward of a step in placement.gradients.no_sync(), and begin the next step with "
+    "optimizer.zero_grad()"
+)
+_UNZEROED = (
+    "backward() before optimizer.zero_grad(): it added to gradients that were summed over the "
+    "ranks for the last step"
+)
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Gradients of some parameters in one piece of memory, reduced as one message."""
+
+    params: list[nn.Parameter]
+    starts: list[int]  # of each parameter in flat
+    flat: Tensor  # (numel,), padded with zeros
+    views: list[Tensor]
+    absent: list[AbsentGradient] = field(
+        default_factory=list
+    )  # of the collective that is not in place
+    fresh: set[int] = field(default_factory=set)  # positions whose view is of this window
+    missing: set[int] = field(default_factory=set)  # positions whose gradient is still to come
+    pending: Pending | None = None
+    sums: Tensor | None = None  # (len(params),) early sums of squares
+    version: int = -1  # of what they were taken from
+
+
+@final
+class GradientBuckets:
+    """Collects ``param.grad`` as views of flat buckets and starts a collective for each full one.
+
+    A bucket starts from a hook in backward as soon as it and those before it are full, in an order
+    that is the same on all ranks: the reverse of the parameters', about that in which backward
+    finishes them.  ``backward()`` returns when all are complete; a rank that has no backward pass
+    in a window joins in :meth:`finish`.
+
+    Args:
+        params: parameters to train; those that need no gradient are left out.
+        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        comm: the ranks.
+        name: of the placement, the same on all ranks.
+        multiple: buckets are padded to a multiple of this many elements.
+        start: begins the collective of the bucket at a position.
+        parts: of a bucket, what early sums of squares are taken from, a tensor for each parameter.
+        in_place: the collective leaves the sums in the bucket; else ``param.grad`` is an
+            :class:`AbsentGradient` until the step.
+        early_norms: sum the squares of each bucket's parts as its reduction completes.
+
+    Raises:
+        ValueError: no parameter, one that is not dense in memory or in a placement already, or
+            ranks whose parameters differ in shape, strides, dtype or order; on every rank then.
+        TypeError: a parameter's dtype cannot be summed over ranks.
+    """
+
+    _alive: ClassVar[weakref.WeakSet[GradientBuckets]] = weakref.WeakSet()
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        comm: Communicator,
+        name: str,
+        bucket_bytes: int,
+        multiple: int,
+        start: Callable[[int], Pending],
+        parts: Callable[[int], list[Tensor]],
+        in_place: bool,
+        early_norms: bool,
+    ) -> None:
+        trained = [param for param in params if param.requires_grad]
+        if not trained:
+            raise ValueError("no parameter requires a gradient")
+        for param in trained:
+            if not is_dense(param):
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} has strides {param.stride()}, "
+                    f"which leave gaps in memory"
+                )
+        if (twice := placed_already(trained)) is not None:
+            raise ValueError(
+                f"a parameter of shape {tuple(twice.shape)} is in another placement already: make "
+                f"one placement of all parameters, and give it to every optimizer"
+            )
+        check_same_layout(trained, comm)
+        self.buckets = list(_make_buckets(trained, bucket_bytes, multiple))
+        self.place: dict[Tensor, tuple[int, int]] = {}  # bucket and position in it
+        self._order: dict[Tensor, int] = {}
+        self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order
+        hook, handles = _hook_of(self), []
+        for b, bucket in enumerate(self.buckets):
+            check_reducible(bucket.flat, "gradients")
+            _take_rank_0s(bucket, comm)
+            for i, param in enumerate(bucket.params):
+                self.place[param] = (b, i)
+                self._order[param] = len(self._order)
+                handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            if not in_place:
+                bucket.absent = [view.as_subclass(AbsentGradient) for view in bucket.views]
+        weakref.finalize(self, _remove, handles)
+        self._alive.add(self)
+        self._comm, self._name, self._early_norms = comm, name, early_norms
+        self._start, self._parts, self._in_place = start, parts, in_place
+        self._synchronizing, self._used, self._spent = True, False, False
+        self._kernel: Kernel | None = None
+        self.steps = 0  # that have used the sums
+        self.votes: Tensor | None = None  # (n,) float64 that the next completed sums carry along …
+        self.counted: Tensor | None = None  # … and what they came to over the ranks
+        self.watch = (
+            Stopwatch()
+        )  # its part "communication" is the time spent waiting for other ranks
+        self.zero()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only accumulate: for all but a window's last micro-batch."""
+        self._synchronizing = False
+        try:
+            yield
+        finally:
+            self._synchronizing = True
+
+    def zero(self) -> None:
+        """Begin a new window.
+
+        Gradients are None until backward makes them: it then hands its own tensor over, to be
+        copied, which moves fewer bytes than to zero a bucket and add to it.
+        """
+        for bucket in self.buckets:
+            if bucket.pending is not None:  # of a backward pass that failed half-way
+                bucket.pending.wait()
+                bucket.pending = None
+        self._forget_gradients()
+        self._begin_window()
+        self._reduced = self._used = False
+
+    def finish(self) -> None:
+        """Start the buckets that backward did not fill, then complete all of them in order.
+
+        Raises:
+            RuntimeError: the gradients were used by a step already, or somebody has replaced one
+                since they were summed.
+        """
+        if self._reduced:
+            self._check_not_replaced()
+            return
+        if self._used and (not self._in_place or self._holds_views()):
+            raise RuntimeError(
+                "step() without a backward pass since the last one: it was called twice, or by "
+                "two optimizers over one placement; a window begins with optimizer.zero_grad()"
+            )
+        for bucket in self.buckets[self._next :]:
+            for i, param in enumerate(bucket.params):
+                self._check_fresh(bucket, i, param)
+                _adopt(bucket, i, param)
+        with self.watch.part("communication"):
+            while self._next < len(self.buckets):
+                self._start_next()
+            self._complete(only_done=False)
+        if not self._in_place:
+            for bucket in self.buckets:
+                for param, absent in zip(bucket.params, bucket.absent, strict=True):
+                    param.grad = absent
+        self._begin_window()
+        self._reduced, self._used, self._spent = True, False, False
+
+    def end_step(self) -> None:
+        """The sums have been used."""
+        if not self._in_place:
+            self._forget_gradients()
+        self._reduced, self._used, self._spent = False, True, True
+        self.steps += 1
+
+    def sum_early(self, kernel: Kernel | None) -> None:
+        """The kernel that may sum squares from the next window on; None: none may."""
+        self._kernel = kernel if self._early_norms else None
+
+    def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
+        """Those sums for this step, of the norm parts: (len(params),), float64.
+
+        None where they were not taken or somebody has edited the gradients since.
+        """
+        if self._kernel is None or any(
+            bucket.sums is None or bucket.version != bucket.flat._version for bucket in self.buckets
+        ):
+            return None
+        together = torch.cat([bucket.sums for bucket in self.buckets if bucket.sums is not None])
+        if self._asked is None or self._asked[0] is not params:
+            index = torch.tensor([self._order[param] for param in params], device=together.device)
+            self._asked = (params, index)
+        return together[self._asked[1]]
+
+    def complete_sums(self, sums: Tensor) -> Tensor:
+        """Sum (n,) float64 over the ranks in place and return them; the same bits on each rank."""
+        count, votes = len(sums), self.votes
+        if votes is not None:
+            sums, self.votes = torch.cat([sums, votes.to(sums.device)]), None
+        with self.watch.part("communication"):
+            self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
+        if votes is not None:
+            self.counted = sums[count:]
+        return sums[:count]
+
+    def _holds_views(self) -> bool:
+        return any(
+            param.grad is view
+            for bucket in self.buckets
+            for param, view in zip(bucket.params, bucket.views, strict=True)
+        )
+
+    def _check_not_replaced(self) -> None:
+        for bucket in self.buckets:
+            for param, view in zip(bucket.params, bucket.views, strict=True):
+                if param.grad is not view if self._in_place else _is_new(param.grad):
+                    raise RuntimeError(
+                        f"param.grad of a parameter of shape {tuple(param.shape)} was replaced "
+                        f"after backward had summed it over the ranks: "
+                        + (
+                            "write into it in place"
+                            if self._in_place
+                            else "no rank holds the whole gradient under Sharded; use Replicated"
+                        )
+                    )
+
+    def _forget_gradients(self) -> None:
+        for bucket in self.buckets:
+            for param in bucket.params:
+                param.grad = None
+
+    def _begin_window(self) -> None:
+        self._next = 0  # the first bucket that was not started yet
+        self._completed = 0
+        self._callback_queued = False
+        for bucket in self.buckets:
+            bucket.missing = set(range(len(bucket.params)))
+            bucket.fresh.clear()
+
+    def _on_gradient(self, param: Tensor) -> None:
+        """Autograd's hook: the gradient of ``param`` for this backward pass is complete."""
+        b, i = self.place[param]
+        bucket = self.buckets[b]
+        self._check_fresh(bucket, i, param)
+        if b < self._next:
+            raise RuntimeError(_LATE)
+        self._used = self._reduced = False
+        _adopt(bucket, i, param)
+        if not self._synchronizing:
+            return
+        if not self._callback_queued:
+            self._callback_queued = True
+            engine = torch.autograd.Variable._execution_engine  # as FSDP does
+            engine.queue_callback(self.finish)
+        bucket.missing.discard(i)
+        while self._next < len(self.buckets) and not self.buckets[self._next].missing:
+            with self.watch.part("communication"):
+                self._start_next()
+                self._complete(only_done=True)
+
+    def _check_fresh(self, bucket: Bucket, i: int, param: Tensor) -> None:
+        """Raise RuntimeError where ``param.grad`` has sums of an earlier window in it."""
+        stale = param.grad is bucket.views[i] or isinstance(param.grad, AbsentGradient)
+        if stale and i not in bucket.fresh:
+            raise RuntimeError(_UNZEROED if self._spent else _LATE)
+
+    def _start_next(self) -> None:
+        bucket = self.buckets[self._next]
+        bucket.sums = None
+        bucket.pending = self._start(self._next)
+        self._next += 1
+
+    def _complete(self, only_done: bool) -> None:
+        """Wait for started buckets in order, and sum one's squares while the next is reduced."""
+        while self._completed < self._next:
+            bucket = self.buckets[self._completed]
+            assert bucket.pending is not None
+            if only_done and not bucket.pending.done():
+                return
+            bucket.pending.wait()
+            bucket.pending = None
+            if self._kernel is not None:
+                with torch.no_grad():
+                    bucket.sums = self._kernel.sums_of_squares(self._parts(self._completed))
+                bucket.version = bucket.flat._version
+            self._completed += 1
+
+
+@torch.no_grad()
+def _take_rank_0s(bucket: Bucket, comm: Communicator) -> None:
+    """Every rank starts from rank 0's parameters; by way of the bucket's memory."""
+    if comm.size == 1:
+        return
+    for param, view in zip(bucket.params, bucket.views, strict=True):
+        view.copy_(param)
+    comm.broadcast(bucket.flat)
+    for param, view in zip(bucket.params, bucket.views, strict=True):
+        param.copy_(view)
+    bucket.flat.zero_()
+
+
+def placed_already(params: Sequence[Tensor]) -> Tensor | None:
+    """The first parameter that a placement which is still in use has; None where none has."""
+    found = _placed(params)
+    if found is not None:
+        gc.collect()  # a placement that was dropped is part of a cycle
+        found = _placed(params)
+    return found
+
+
+def _placed(params: Sequence[Tensor]) -> Tensor | None:
+    places = [buckets.place for buckets in GradientBuckets._alive]
+    return next((p for p in params for place in places if p in place), None)
+
+
+def _hook_of(buckets: GradientBuckets) -> Callable[[Tensor], None]:
+    """Autograd's hook, which does not keep alive a placement that nobody else holds."""
+    reference = weakref.ref(buckets)
+
+    def hook(param: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._on_gradient(param)
+
+    return hook
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _is_new(gradient: Tensor | None) -> bool:
+    return gradient is not None and not isinstance(gradient, AbsentGradient)
+
+
+def _adopt(bucket: Bucket, i: int, param: Tensor) -> None:
+    """Make ``param.grad`` the bucket's view, with what backward or somebody else put there."""
+    view = bucket.views[i]
+    bucket.fresh.add(i)
+    if param.grad is view:
+        return
+    if param.grad is None:
+        view.zero_()
+    elif param.grad.data_ptr() != view.data_ptr() or param.grad.stride() != view.stride():
+        if param.grad.is_sparse:
+            raise RuntimeError(
+                f"gradients are reduced dense; a parameter of shape {tuple(param.shape)} has a "
+                f"sparse one"
+            )
+        view.copy_(param.grad)
+    param.grad = view
+
+
+def _make_buckets(params: list[nn.Parameter], bucket_bytes: int, multiple: int) -> Iterator[Bucket]:
+    """Buckets in reverse order of the parameters, one dtype and device each."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for param in reversed(params):
+        kinds.setdefault((param.dtype, param.device), []).append(param)
+    for (dtype, device), members in kinds.items():
+        sizes = [param.numel() * param.element_size() for param in members]
+        for positions in fill_buckets(sizes, bucket_bytes):
+            inside = [members[p] for p in positions]
+            numel = sum(param.numel() for param in inside)
+            flat = torch.zeros(-(-numel // multiple) * multiple, dtype=dtype, device=device)
+            views, starts, start = [], [], 0
+            for param in inside:
+                views.append(flat.as_strided(param.shape, param.stride(), start))
+                starts.append(start)
+                start += param.numel()
+            yield Bucket(inside, starts, flat, views)

@@ -1,0 +1,122 @@
+"""Every rank holds everything.
+
+On 2 ranks with 2 buckets:
+
+    backward:  … grad of the last layers ready → bucket 0 starts; … first layers → bucket 1 starts
+    step:                │ rank 0: Σ² of ▓▓░░ ▓▓░░ │ sums over ranks │ rank 0: update ▓▓▓▓ ▓▓▓▓
+    (sums are there)     │ rank 1: Σ² of ░░▓▓ ░░▓▓ │ 2·layers values │ rank 1: update ▓▓▓▓ ▓▓▓▓
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import final
+
+from torch import Tensor, nn
+
+from hvd_lars.comm.base import Communicator, Pending, Reducer
+from hvd_lars.optim.distributed.buckets import GradientBuckets
+from hvd_lars.optim.distributed.placement import check_placed, check_unmoved
+from hvd_lars.optim.distributed.shard_plan import overlap, part_of
+from hvd_lars.optim.norms import flat
+
+
+@final
+class Replicated:
+    """Every rank holds all parameters and momentum; gradients are all-reduced in flat buckets.
+
+    ``param.grad`` are views of the buckets.  A bucket's all-reduce starts in backward as soon as it
+    is full (:class:`GradientBuckets` has the order).  ``backward()`` returns when all are summed,
+    so that clipping and ``torch.amp.GradScaler`` see the whole gradient; a rank that has no
+    backward pass in a window joins in ``LARS.step``.  Gradients are summed, not averaged: scale
+    each rank's loss by 1 / global batch.  A parameter that got no gradient in a window has a
+    gradient of zero.
+
+    Every rank's parameters become rank 0's when the placement is made.
+
+    Args:
+        params: parameters to train; those that need no gradient are left out.
+        comm: the ranks.
+        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        early_norms: sum the squares of each bucket as its reduction completes, for a step that
+            then reads the gradients once less.  Nothing may edit gradients between backward and
+            step: torch does not count the edits of ``GradScaler``.
+        gradients_through: sums the buckets in place of ``comm``, such as a CompressedReducer.
+
+    Raises:
+        ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
+            in shape, strides, dtype or order; on every rank then.
+        TypeError: a parameter's dtype cannot be summed over ranks.
+    """
+
+    _instances = itertools.count()  # all ranks make the same placements in the same order
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        comm: Communicator,
+        bucket_bytes: int = 25 * 2**20,
+        early_norms: bool = False,
+        gradients_through: Reducer | None = None,
+    ) -> None:
+        self._reducer: Reducer = gradients_through or comm
+        # Rank 0 says: a rank that joined later has not made as many.
+        self._name = f"gradients.{comm.broadcast_object(next(Replicated._instances))}"
+        self.gradients = GradientBuckets(
+            params,
+            comm,
+            self._name,
+            bucket_bytes,
+            multiple=1,
+            start=self._start,
+            parts=self._norm_parts,
+            in_place=True,
+            early_norms=early_norms,
+        )
+        self._owned: dict[Tensor, tuple[int, int]] = {}
+        for bucket in self.gradients.buckets:
+            begin, end = part_of(bucket.flat.numel(), comm.rank, comm.size)
+            for param, start in zip(bucket.params, bucket.starts, strict=True):
+                self._owned[param] = overlap(start, param.numel(), begin, end)
+
+    def publish_parameters(self) -> None:
+        """Every rank has updated every parameter: only the window ends."""
+        self.gradients.end_step()
+
+    def complete_parameters(self) -> None:
+        """Nothing to wait for."""
+
+    def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole parameter and its gradient, in memory order."""
+        b, i = self.gradients.place[param]
+        view = self.gradients.buckets[b].views[i]
+        check_unmoved(param, view, moved=False)
+        return flat(param), flat(view)
+
+    def norm_part(self, param: Tensor) -> tuple[int, int]:
+        """This rank's share of ``param``; ValueError where it is not among the parameters."""
+        check_placed(param, self._owned)
+        return self._owned[param]
+
+    def whole(self, param: Tensor, part: Tensor) -> Tensor:
+        """``part`` itself, which is the whole."""
+        return part.view_as(param)
+
+    def part(self, param: Tensor, whole: Tensor) -> Tensor:
+        """``whole`` itself."""
+        return whole
+
+    def _start(self, b: int) -> Pending:
+        return self._reducer.start_all_reduce_sum(
+            self.gradients.buckets[b].flat, f"{self._name}.{b}"
+        )
+
+    def _norm_parts(self, b: int) -> list[Tensor]:
+        bucket = self.gradients.buckets[b]
+        return [
+            bucket.flat[start + begin : start + end]
+            for start, (begin, end) in zip(
+                bucket.starts, (self._owned[param] for param in bucket.params), strict=True
+            )
+        ]

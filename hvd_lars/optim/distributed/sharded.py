@@ -1,0 +1,193 @@
+"""Each rank updates 1 / size of everything.
+
+On 2 ranks with one bucket of two layers, the second across the border:
+
+    parameters      ▓▓▓▓▓▓▓▓▒▒▒▒│▒▒▒▒▒▒▒▒▒▒▒▒    both ranks hold all of them
+    backward:       reduce-scatter of the gradients
+    rank 0 holds    ▓▓▓▓▓▓▓▓▒▒▒▒                 sums of its part, sums Σ² of both layers' shares
+    rank 1 holds                 ▒▒▒▒▒▒▒▒▒▒▒▒    sums of its part, sums Σ² of its share
+    step:           2·layers values summed over the ranks; each updates its part
+    publish:        all-gather of the parameters, in place, beside the next forward on request
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from hvd_lars.comm.base import Communicator, Pending
+from hvd_lars.optim.distributed.buckets import GradientBuckets
+from hvd_lars.optim.distributed.forward_reads import ForwardReads
+from hvd_lars.optim.distributed.placement import check_placed, check_unmoved
+from hvd_lars.optim.distributed.shard_plan import overlap
+from hvd_lars.optim.norms import flat
+
+
+@dataclass(slots=True)
+class _Share:
+    """This rank's part of a parameter."""
+
+    begin: int  # elements of the parameter, in memory order
+    end: int
+    weight: Tensor  # (end - begin,), a view of the parameter's own memory
+    gradient: Tensor  # (end - begin,)
+    whole: Tensor  # the parameter as it lies in its bucket
+
+
+@final
+class Sharded:
+    """Every rank holds the parameters; momentum and the update are divided evenly over the ranks.
+
+    Gradients are reduce-scattered in flat buckets, padded to a multiple of the ranks, while
+    backward goes on (:class:`GradientBuckets`); layers may cross the borders.  After the step the
+    parameters are all-gathered.  The same bytes go over the wire as for an all-reduce; a rank's
+    momentum and time of the update are 1 / size of a whole.  ``param.grad`` is None once it has
+    been summed, since no rank holds the whole gradient: clipping by norm and
+    ``torch.amp.GradScaler`` need :class:`Replicated`.
+
+    The parameters' memory moves into the buckets: make the placement after the model is on its
+    device, and before anything keeps a reference to ``param.data``.  ``LARS.state_dict`` holds this
+    rank's part of the momentum; :meth:`LARS.momentum` gives whole ones.
+
+    Every rank's parameters become rank 0's when the placement is made.
+
+    Args:
+        params: parameters to train; those that need no gradient are left out.
+        comm: the ranks.
+        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        early_norms: sum the squares of each bucket as its reduction completes.
+
+    Raises:
+        ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
+            in shape, strides, dtype or order; on every rank then.
+        TypeError: a parameter's dtype cannot be summed over ranks.
+
+    Source:
+        Rajbhandari et al. 2020, arXiv 1910.02054 (stage 1), with norms of whole layers.
+    """
+
+    _instances = itertools.count()  # all ranks make the same placements in the same order
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        comm: Communicator,
+        bucket_bytes: int = 25 * 2**20,
+        early_norms: bool = False,
+    ) -> None:
+        self._comm = comm
+        # Rank 0 says: a rank that joined later has not made as many.
+        self._name = f"shards.{comm.broadcast_object(next(Sharded._instances))}"
+        self.gradients = GradientBuckets(
+            params,
+            comm,
+            self._name,
+            bucket_bytes,
+            multiple=comm.size,
+            start=self._start,
+            parts=self._norm_parts,
+            in_place=False,
+            early_norms=early_norms,
+        )
+        self._weights: list[Tensor] = []  # by bucket: (numel,), all parameters
+        self._shards: list[Tensor] = []  # by bucket: (numel / size,), summed gradients
+        self._shares: dict[Tensor, _Share] = {}
+        self._gathering: dict[int, Pending] = {}  # by bucket
+        self._reads: ForwardReads | None = None
+        for bucket in self.gradients.buckets:
+            weights = torch.zeros_like(bucket.flat)
+            part = weights.numel() // comm.size
+            shard = weights.new_zeros(part)
+            first = comm.rank * part
+            for param, start in zip(bucket.params, bucket.starts, strict=True):
+                view = weights.as_strided(param.shape, param.stride(), start)
+                param.data = view.copy_(param.detach())
+                begin, end = overlap(start, param.numel(), first, first + part)
+                self._shares[param] = _Share(
+                    begin,
+                    end,
+                    weights[start + begin : start + end],
+                    shard[start + begin - first : start + end - first]
+                    if begin < end
+                    else shard[:0],
+                    view,
+                )
+            self._weights.append(weights)
+            self._shards.append(shard)
+
+    def gather_during_forward(self, model: nn.Module) -> None:
+        """Return from a step at once, and wait for parameters before the part that reads them.
+
+        The first forward shows which parts it calls.  Whoever reads parameters other than by
+        calling ``model`` asks for :meth:`complete_parameters` first.  Not for a model that
+        ``torch.compile`` runs.
+        """
+        self._reads = ForwardReads(model, self._complete)
+
+    def publish_parameters(self) -> None:
+        """All-gather every bucket's parameters in place; those that forward reads first, first."""
+        with self.gradients.watch.part("communication"):
+            for b in reversed(range(len(self._weights))):
+                name = f"{self._name}.parameters.{b}"
+                self._gathering[b] = self._comm.start_all_gather(self._weights[b], name)
+        for param in self._shares:  # autograd must see that they have changed
+            torch.autograd.graph.increment_version(param)
+        self.gradients.end_step()
+        if self._reads is None or not self._reads.learn():
+            self.complete_parameters()
+
+    def complete_parameters(self) -> None:
+        """Wait until every parameter is whole."""
+        self._complete(self._shares)
+
+    def _complete(self, params: Iterable[Tensor]) -> None:
+        if not self._gathering:
+            return
+        with self.gradients.watch.part("communication"):
+            for param in params:
+                place = self.gradients.place.get(param)
+                gathering = None if place is None else self._gathering.pop(place[0], None)
+                if gathering is not None:
+                    gathering.wait()
+
+    def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of the parameter and of its summed gradient."""
+        share = self._shares[param]
+        moved = param.data_ptr() != share.whole.data_ptr()
+        check_unmoved(param, share.whole, moved)
+        return share.weight, share.gradient
+
+    def norm_part(self, param: Tensor) -> tuple[int, int]:
+        """All of this rank's part; ValueError where it is not among the parameters."""
+        check_placed(param, self._shares)
+        share = self._shares[param]
+        return 0, share.end - share.begin
+
+    def whole(self, param: Tensor, part: Tensor) -> Tensor:
+        """Every rank's part put together; collective."""
+        share = self._shares[param]
+        everything = part.new_zeros(param.numel())
+        everything[share.begin : share.end] = flat(part)
+        self._comm.start_all_reduce_sum(everything, f"{self._name}.whole").wait()
+        return everything.as_strided(param.shape, param.stride())
+
+    def part(self, param: Tensor, whole: Tensor) -> Tensor:
+        """This rank's part of ``whole``, which has the parameter's shape."""
+        share = self._shares[param]
+        laid_out = torch.empty_like(param, dtype=whole.dtype).copy_(whole)
+        if share.end - share.begin == param.numel():
+            return laid_out
+        return flat(laid_out)[share.begin : share.end].clone()
+
+    def _start(self, b: int) -> Pending:
+        return self._comm.start_reduce_scatter_sum(
+            self.gradients.buckets[b].flat, self._shards[b], f"{self._name}.gradients.{b}"
+        )
+
+    def _norm_parts(self, b: int) -> list[Tensor]:
+        return [self._shares[param].gradient for param in self.gradients.buckets[b].params]

@@ -1,0 +1,63 @@
+"""Files that must survive a crash or be what they were."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import IO, final
+
+from hvd_lars.errors import UserError
+
+
+def expand_user(path: str | Path, key: str) -> Path:
+    """The path with ``~`` as the user's home; UserError names the key where there is no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no HOME, and a user whom the system does not know
+        raise UserError(
+            f"{key}: {path}: this user has no home folder; set HOME, or write the path without ~"
+        ) from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def let_umask_decide(path: Path) -> None:
+    """Give a file the mode that a new one gets: some writers make theirs private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@final
+class HashingWriter:
+    """A file that is only written to, with the SHA-256 of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest, self.position = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        """Write and hash."""
+        self.digest.update(data)
+        self.position += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self.position

@@ -1,0 +1,44 @@
+"""Kinds of fields that the config's sections are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
+
+from hvd_lars.settings.durations import Duration
+
+
+def _schema(units: str, *examples: str) -> WithJsonSchema:
+    pattern = rf"^\s*[0-9.]+([eE][+-]?[0-9]+)?\s*({units})s?\s*$"
+    return WithJsonSchema({"type": "string", "pattern": pattern, "examples": [*examples]})
+
+
+DurationField = Annotated[
+    Duration,
+    BeforeValidator(lambda v: v if isinstance(v, Duration) else Duration.parse(v)),
+    PlainSerializer(str),
+    _schema("epoch|step|sample", "5 epochs", "600 steps", "1.28e6 samples"),
+]
+# The same, or minutes by the clock.
+PeriodField = Annotated[
+    Duration,
+    BeforeValidator(lambda v: v if isinstance(v, Duration) else Duration.parse(v, minutes=True)),
+    PlainSerializer(str),
+    _schema("epoch|step|sample|minute", "5 epochs", "600 steps", "30 minutes"),
+]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -1,0 +1,192 @@
+"""The folder of one run: its config, environment and data, its records and checkpoints.
+
+Its functions run on rank 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hvd_lars.errors import UserError
+from hvd_lars.runtime.files import expand_user, sync
+
+CONFIG, ENVIRONMENT, METRICS, LAYERS, CHECKPOINTS, STOP, DATA = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "layers.jsonl",
+    "checkpoints",
+    "STOP",
+    "data.json",
+)
+
+
+def refuse_other_run(wanted: str) -> Path:
+    """The folder that ``run.dir`` names; UserError where it holds a run already."""
+    folder = expand_user(wanted, "run.dir")
+    if (folder / METRICS).exists() or (folder / CONFIG).exists():
+        raise UserError(
+            f"run.dir: {folder} holds a run already; name another folder, or --resume it"
+        )
+    return folder
+
+
+def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Path:
+    """Make and return the run's folder: ``wanted``, or one of its own, ``runs/<name>-<time>``.
+
+    It is this run's alone: of two that start at once, one makes the folder or the file that
+    claims it.
+
+    Raises:
+        UserError: it cannot be written, or holds a run already and is not to be used ``again``.
+    """
+    unnamed = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = expand_user(wanted, "run.dir") if wanted else unnamed
+    try:
+        if wanted is None:
+            folder = _make_new(unnamed)
+        elif not again:
+            refuse_other_run(wanted)
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+        if wanted is not None and not again:
+            (folder / CONFIG).touch(exist_ok=False)
+    except FileExistsError as error:
+        if Path(error.filename or "").name == CONFIG:  # another run was quicker
+            refuse_other_run(str(wanted))
+        raise UserError(f"run.dir: {folder} cannot be written: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(f"run.dir: {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def _make_new(folder: Path) -> Path:
+    """Make ``folder``, or with a number behind its name where another run has taken that."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        found = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            found.mkdir()
+        except FileExistsError:
+            continue
+        return found
+    raise AssertionError("there is always a next number")
+
+
+# Overrides of a run's config: how many ranks trained, and over what, does not bind who reads it.
+ANYWHERE = ("comm.backend=auto", "run.expect_world_size=null")
+
+
+def config_of(folder: Path) -> str:
+    """Path of a run's config; UserError where the folder holds no run."""
+    require_run(folder)
+    return str(folder / CONFIG)
+
+
+def require_run(folder: Path) -> None:
+    """Raise UserError where the folder holds no run."""
+    if not (folder / CONFIG).is_file():
+        reason = f"no {CONFIG} in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: not a run folder: {reason}")
+
+
+def describe_run(
+    folder: Path,
+    config_yaml: str,
+    data: dict[str, Any],
+    ranks: dict[str, Any],
+    device: str,
+    threads: int,
+) -> None:
+    """Write the resolved config, which data it trains on, and what it runs on."""
+    _replace(folder / CONFIG, config_yaml)
+    _replace(folder / DATA, json.dumps(data) + "\n")
+    facts = environment_facts() | {"device": device, "threads": threads} | ranks
+    _replace(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """The whole text in place of what was there, or what was there."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Cut what was recorded to what is of steps up to ``step``; torn lines go, too."""
+    for path in (folder / METRICS, folder / LAYERS):
+        if path.exists():
+            _cut(path, step)
+
+
+def _cut(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            if line.endswith(b"\n") and int(record["step"]) <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    draft = path.with_suffix(".tmp")
+    draft.write_bytes(b"".join(kept))
+    sync(draft)
+    draft.rename(path)
+
+
+def environment_facts() -> dict[str, Any]:
+    """Machine, versions and command line, for environment.json and ``doctor``."""
+    packages = ("hvd_lars", "torch", "torchvision", "horovod", "mpi4py", "numpy", "pydantic")
+    return {
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` where files differ; None outside a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git on this machine
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

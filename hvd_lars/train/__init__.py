@@ -1,0 +1,4 @@
+"""The training loop: steps, evaluation, records, schedules, precision and profiling.
+
+Takes plain arguments; only ``assemble`` knows the config.
+"""

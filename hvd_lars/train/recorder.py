@@ -1,0 +1,179 @@
+"""What a run records of its steps, its layers and its ranks."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvd_lars.comm.base import Communicator
+from hvd_lars.metrics import Sink
+from hvd_lars.runtime.rank_stderr import voice
+from hvd_lars.runtime.terminal import warn
+from hvd_lars.state.progress import Progress
+from hvd_lars.train.trainer import Trainer
+
+_SLOW, _WINDOWS = 1.5, 3  # times the median, in so many log windows in a row
+_NAME = 64  # bytes of a host's name
+
+
+@final
+class Recorder:
+    """Collects over a log window; every method but ``record`` and ``pause`` is collective.
+
+    Args:
+        trainer: whose steps they are.
+        sinks: take the records; empty but on rank 0.
+        layers_every: steps between records of all layers' norms; 0 for none.
+    """
+
+    def __init__(self, trainer: Trainer, sinks: Sequence[Sink] = (), layers_every: int = 0) -> None:
+        self._trainer, self._comm = trainer, trainer.comm
+        self.sinks, self.layers_every = sinks, layers_every
+        self._loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+        self._names: dict[Tensor, str] = {
+            param: name for name, param in trainer.model.named_parameters()
+        }
+        self._hosts: list[str] = []
+        self._slow: Counter[int] = Counter()  # windows in a row, by rank
+        self._started = 0.0
+
+    def record(self, kind: str, step: int, **fields: object) -> None:
+        """Give a record to the sinks."""
+        epoch = round(step / self._trainer.batches.steps_per_epoch, 4)
+        for sink in self.sinks:
+            sink.write({"kind": kind, "step": step, "epoch": epoch, **fields})
+
+    def begin(self) -> None:
+        """The run begins, or goes on."""
+        step = self._trainer.progress.step
+        self._hosts = hosts_of(self._comm)
+        settle_warnings(self._comm)
+        event = "resume" if step else "start"
+        self.record("event", step, event=event, world_size=self._comm.size, hosts=self._hosts)
+        self._started = time.perf_counter()
+
+    def resume(self, progress: Progress) -> None:
+        """Go on in the middle of a window."""
+        self._loss.fill_(progress.loss_of(self._comm.rank, self._comm.size))
+
+    def pause(self, seconds: float) -> None:
+        """Something else than training took these."""
+        self._started += seconds
+
+    def losses(self) -> list[float]:
+        """The window's sum of losses so far, by rank."""
+        losses = torch.zeros(self._comm.size, dtype=torch.float64)
+        losses[self._comm.rank] = self._loss.item()
+        self._comm.start_all_reduce_sum(losses, "window_losses").wait()
+        return losses.tolist()
+
+    def step_taken(self, loss: Tensor | None) -> None:
+        """A step is done; its share of the loss, or None where it was left out."""
+        if loss is not None:
+            self._loss += loss
+            self._trainer.progress.window_steps += 1
+        step = self._trainer.progress.step
+        if self.layers_every and step % self.layers_every == 0:
+            self._log_layers(step)
+
+    def log_window(self) -> None:
+        """Record the means since the last log line; the loss is summed over the ranks."""
+        trainer, progress = self._trainer, self._trainer.progress
+        steps, size, rank = progress.window_steps, self._comm.size, self._comm.rank
+        took = {part: s / max(steps, 1) for part, s in trainer.watch.seconds.items()}
+        # The loss, then by rank the seconds that others do not cause, and what it warned of.
+        sums = torch.zeros(1 + 3 * size, dtype=torch.float64)
+        sums[0] = self._loss.item()
+        sums[1 + rank] = took["data"]
+        sums[1 + size + rank] = took["forward"] + took["backward"] + took["optimizer"]
+        sums[1 + 2 * size + rank] = _sample()
+        self._comm.start_all_reduce_sum(sums, "window").wait()
+        seconds = time.perf_counter() - self._started
+        data, busy, warned = sums[1:].view(3, size).tolist()
+        _settle(self._comm, warned)
+        ranks = {"rank_data_seconds": data, "rank_busy_seconds": busy} if size > 1 else {}
+        self.record(
+            "train",
+            progress.step,
+            samples=progress.samples,
+            loss=sums[0].item() / steps if steps else float("nan"),
+            lr=trainer.schedule(progress.step - 1),
+            images_per_second=steps * trainer.batches.global_batch / seconds,
+            step_seconds=seconds / max(steps, 1),
+            **{f"{part}_seconds": value for part, value in took.items()},
+            **ranks,
+            **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
+        )
+        self._look_for_stragglers([d + b for d, b in zip(data, busy, strict=True)])
+        trainer.watch.reset()
+        self._loss.zero_()
+        progress.window_steps, self._started = 0, time.perf_counter()
+
+    def _log_layers(self, step: int) -> None:
+        """Norms that the step computed anyway, by name of the parameter."""
+        if not self.sinks:
+            return
+        rows = self._trainer.optimizer.layer_norms()
+        names = [self._names[row.param] for row in rows]
+        columns = {
+            "weight_norm": [row.weight for row in rows],
+            "gradient_norm": [row.gradient for row in rows],
+            "trust_ratio": [row.ratio for row in rows],
+            "rate": [row.rate for row in rows],
+        }
+        table = {key: dict(zip(names, values, strict=True)) for key, values in columns.items()}
+        self.record("layers", step, lr=self._trainer.schedule(step - 1), **table)
+
+    def _look_for_stragglers(self, seconds: list[float]) -> None:
+        """Name a rank that takes longer than the others, once, when it has for a while."""
+        usual = statistics.median_low(seconds)
+        slow = {rank for rank, took in enumerate(seconds) if took > _SLOW * usual}
+        self._slow = Counter({rank: self._slow[rank] + 1 for rank in slow})
+        for rank in sorted(slow):
+            if self._slow[rank] == _WINDOWS and self.sinks:
+                host = self._hosts[rank] if rank < len(self._hosts) else "?"
+                warn(
+                    f"rank {rank} on {host} takes {1e3 * seconds[rank]:,.0f} ms a step without "
+                    f"waiting for others, the median rank {1e3 * usual:,.0f} ms"
+                )
+                step = self._trainer.progress.step
+                self.record("event", step, event="straggler", rank=rank, host=host)
+
+
+def hosts_of(comm: Communicator) -> list[str]:
+    """The machine of every rank, by rank; collective."""
+    table = torch.zeros(comm.size, _NAME, dtype=torch.int32)
+    name = socket.gethostname().encode()[:_NAME]
+    table[comm.rank, : len(name)] = torch.tensor(list(name), dtype=torch.int32)
+    comm.start_all_reduce_sum(table, "hosts").wait()
+    return [bytes(filter(None, row)).decode(errors="replace") for row in table.tolist()]
+
+
+def settle_warnings(comm: Communicator) -> None:
+    """Show what this rank warned of and rank 0 did not; collective."""
+    warned = torch.zeros(comm.size, dtype=torch.float64)
+    warned[comm.rank] = _sample()
+    comm.start_all_reduce_sum(warned, "warnings").wait()
+    _settle(comm, warned.tolist())
+
+
+def _sample() -> int:
+    own = voice()
+    return 0 if own is None else own.sample()
+
+
+def _settle(comm: Communicator, digests: list[float]) -> None:
+    """``digests`` are of all ranks, so all know whether rank 0 has to say what it gave."""
+    own = voice()
+    given = [] if own is None else own.sampled()
+    if len(set(digests)) > 1:
+        given = comm.broadcast_object(given)
+    if own is not None:
+        own.settle(set(given))
