@@ -85,16 +85,21 @@ def exposed(params: list[nn.Parameter]) -> Step:
     gradients = [param.grad for param in params]
     placement = Replicated(params, connect("local"), early_norms=True)
     optimizer = LARS(groups_of(params), lr=0.1, weight_decay=1e-4, placement=placement)
-    for param, gradient in zip(params, gradients, strict=True):
-        param.grad = gradient
-    optimizer.step()  # from here on the placement takes the sums early
+
+    def before() -> None:
+        optimizer.zero_grad()
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+        placement.gradients.finish()
 
     def step() -> None:
         started = time.perf_counter()
         optimizer.step()
         step.seconds = time.perf_counter() - started  # type: ignore[attr-defined]
 
-    step.before = placement.gradients.finish  # type: ignore[attr-defined]
+    before()
+    optimizer.step()  # from here on the placement takes the sums early
+    step.before = before  # type: ignore[attr-defined]
     return step
 
 

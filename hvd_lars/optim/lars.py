@@ -54,12 +54,12 @@ class _Step:
     state: object  # the optimizer's, which the layers' blocks are of
     sums: list[Tensor | None]  # by device: of squares of this rank's parts, (layers,), float64
     versions: list[list[int]]
+    state_ids: list[int]  # of the optimizer's dictionaries, which blocks keep alive
 
     def untouched(self) -> list[bool]:
         """By device, whether nobody has edited or moved a weight, as far as torch counts."""
         return [
-            [layer.param._version for layer in device.layers] == versions
-            and all(layer.is_in_place() for layer in device.layers)
+            [layer.param._version for layer in device.layers] == versions and device.in_place()
             for device, versions in zip(self.devices, self.versions, strict=True)
         ]
 
@@ -236,7 +236,8 @@ class LARS(Optimizer):
             if not placed:
                 self._check_not_placed()
             devices = layers_of(self.param_groups, placed, checked)
-            last = _Step(now, devices, self.state, [None] * len(devices), [[]] * len(devices))
+            count = len(devices)
+            last = _Step(now, devices, self.state, [None] * count, [[]] * count, [])
         self._last, self._finite = None, None  # until this step is complete
         self._step_on(last)
         if self.placement is not None:
@@ -244,6 +245,7 @@ class LARS(Optimizer):
         last.versions = [
             [layer.param._version for layer in device.layers] for device in last.devices
         ]
+        last.state_ids = list(map(id, self.state.values()))
         self._last = last
 
     def _check_not_placed(self) -> None:
@@ -363,10 +365,14 @@ class LARS(Optimizer):
         unscale = 1.0 / (self.loss_scale or 1.0)
         updates = []
         self._measured = measured_of = []
+        same_states = list(map(id, self.state.values())) == last.state_ids
         for here, sums, untouched in zip(last.devices, last.sums, last.untouched(), strict=True):
             known = sums if untouched else None
             kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
-            blocks = [block_of(each, self.state, self.placement, untouched) for each in here.layers]
+            blocks = [
+                block_of(layer, self.state, self.placement, untouched, same_states)
+                for layer in here.layers
+            ]
             if kernel.name != "fused":  # another kernel may have taken the step before
                 for block in blocks:
                     unfold(block.state)

@@ -36,13 +36,11 @@ class Layer:
     place: _Place | None = None
     gradient: Tensor | None = None
     gradient_place: _Place | None = None
-    state: tuple[Tensor | None, Tensor | None] = (None, None)  # momentum buffer, master weight
-    addresses: tuple[int, ...] = (0, 0)  # of both
-
-    def is_in_place(self) -> bool:
-        """Whether the parameter lies where it lay when the block was made."""
-        param = self.param
-        return self.place == (param.data_ptr(), param.shape, param.stride())
+    copied: bool = False  # the block has a copy of the gradient, in the parameter's layout
+    buffer: Tensor | None = None
+    buffer_at: int = 0
+    master: Tensor | None = None
+    master_at: int = 0
 
 
 @dataclass(slots=True)
@@ -54,6 +52,14 @@ class Layers:
     adapted: list[Tensor]  # their parameters
     places: Tensor  # (sources,) the same, on the device
     ratio_of: Tensor  # (layers,) where in the sources' ratios, followed by 1, each layer's stands
+
+    def in_place(self) -> bool:
+        """Whether every parameter lies where it lay when its block was made."""
+        for layer in self.layers:
+            param = layer.param
+            if layer.place != (param.data_ptr(), param.shape, param.stride()):
+                return False
+        return True
 
     @property
     def device(self) -> torch.device:
@@ -134,56 +140,82 @@ def block_of(
     states: MutableMapping[Tensor, dict[str, Any]],
     placement: Placement | None,
     untouched: bool,
+    same_states: bool,
 ) -> Block:
     """What a kernel updates of a layer; makes the state it needs, and a new block where needed.
 
-    ``untouched``: nobody has edited or moved a parameter of its device since the last step.
+    Args:
+        layer: the layer.
+        states: the optimizer's state.
+        placement: where the gradient is summed.
+        untouched: nobody has edited or moved a parameter of its device since the last step.
+        same_states: nobody has put another dictionary into ``states``.
     """
-    param, block = layer.param, layer.block
-    if block is None or not untouched or _has_other_state(layer, block, states):
+    block = layer.block
+    if (
+        block is None
+        or not untouched
+        or _has_other_state(layer, block.state)
+        or (not same_states and block.state and states.get(layer.param) is not block.state)
+    ):
         layer.block = block = _make_block(layer, states, placement)
-        layer.place = _place_of(param)
-        layer.state = block.state.get("momentum_buffer"), block.state.get("master_weight")
-        layer.addresses = tuple(0 if t is None else t.data_ptr() for t in layer.state)
+        layer.place = _place_of(layer.param)
+        layer.buffer = block.state.get("momentum_buffer")
+        layer.buffer_at = _address(layer.buffer)
+        layer.master = block.state.get("master_weight") if block.copy is not None else None
+        layer.master_at = _address(layer.master)
         if placement is None:
-            layer.gradient, layer.gradient_place = param.grad, _place_of(param.grad)
+            _note_gradient(layer, block, layer.param.grad)
     elif placement is None:
-        _renew_gradient(layer, block)
+        gradient = layer.param.grad
+        assert gradient is not None
+        if (
+            gradient is not layer.gradient
+            or layer.copied  # of the values that it had then
+            or (gradient.data_ptr(), gradient.shape, gradient.stride()) != layer.gradient_place
+        ):
+            _renew_gradient(layer, block, gradient)
     return block
 
 
-def _renew_gradient(layer: Layer, block: Block) -> None:
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _has_other_state(layer: Layer, state: dict[str, Any]) -> bool:
+    """Whether somebody has replaced or moved the layer's buffer or master."""
+    buffer: Tensor | None = state.get("momentum_buffer")
+    if buffer is not layer.buffer or (buffer is not None and buffer.data_ptr() != layer.buffer_at):
+        return True
+    if layer.master is None:
+        return False
+    master: Tensor | None = state.get("master_weight")
+    return master is not layer.master or layer.master.data_ptr() != layer.master_at
+
+
+def _renew_gradient(layer: Layer, block: Block, gradient: Tensor) -> None:
     """Let the block have the gradient of this step, which is mostly like the last one's."""
-    gradient, before = layer.param.grad, layer.gradient_place
-    assert gradient is not None
-    place = _place_of(gradient)
-    # A copy in the parameter's layout is of the values that the gradient had then.
-    copied = before is None or before[0] != block.gradient.data_ptr()
-    if gradient is layer.gradient and place == before and not copied:
-        return
-    alike = place is not None and before is not None and place[1:] == before[1:]
-    if alike and not copied and block.row and gradient.dtype == block.gradient.dtype:
-        assert place is not None
+    place, before = _place_of(gradient), layer.gradient_place
+    if (
+        place is not None
+        and before is not None
+        and place[1:] == before[1:]
+        and not layer.copied
+        and block.row
+        and gradient.dtype == block.gradient.dtype
+    ):
         block.gradient = gradient.as_strided(block.gradient.shape, block.gradient.stride())
         block.row = (block.row[0], place[0], *block.row[2:])
-    else:
-        block.gradient, block.row = _dense_gradient(layer.param, gradient), None
-    layer.gradient, layer.gradient_place = gradient, place
+        layer.gradient, layer.gradient_place = gradient, place
+        return
+    block.gradient, block.row = _dense_gradient(layer.param, gradient), None
+    _note_gradient(layer, block, gradient)
 
 
-def _has_other_state(
-    layer: Layer, block: Block, states: MutableMapping[Tensor, dict[str, Any]]
-) -> bool:
-    """Whether somebody has given the layer other state, or moved its buffer or master."""
-    state = block.state
-    if state and states.get(layer.param) is not state:
-        return True
-    (buffer, master), (buffer_at, master_at) = layer.state, layer.addresses
-    if state.get("momentum_buffer") is not buffer or state.get("master_weight") is not master:
-        return True
-    return (buffer is not None and buffer.data_ptr() != buffer_at) or (
-        master is not None and master.data_ptr() != master_at
-    )
+def _note_gradient(layer: Layer, block: Block, gradient: Tensor | None) -> None:
+    layer.gradient, layer.gradient_place = gradient, _place_of(gradient)
+    place = layer.gradient_place
+    layer.copied = place is None or place[0] != block.gradient.data_ptr()
 
 
 def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
