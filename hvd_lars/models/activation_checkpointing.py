@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from hvd_lars.errors import UserError
+from hvd_lars.runtime.torch_internals import replace_forward, statistics_in_copies
 
 
 def recompute_blocks(model: nn.Module) -> int:
@@ -31,7 +31,7 @@ def recompute_blocks(model: nn.Module) -> int:
     if not blocks:
         raise UserError("model.checkpoint_blocks: the network has no blocks of several layers")
     for block in blocks:
-        block.forward = MethodType(_forward, block)  # a deep copy's is bound to the copy
+        replace_forward(block, _forward)
     return len(blocks)
 
 
@@ -40,7 +40,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         listed = isinstance(module, (nn.Sequential, nn.ModuleList))
         plain = isinstance(child, (nn.Sequential, nn.ModuleList))
-        weighted = sum(1 for m in child.modules() if m._parameters.get("weight") is not None)
+        weighted = sum("weight" in dict(m.named_parameters(recurse=False)) for m in child.modules())
         if listed and not plain and weighted > 1:
             yield child
         else:
@@ -55,19 +55,6 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _frozen_statistics(norms)
+        return nullcontext(), statistics_in_copies(norms)
 
     return checkpoint(forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-@contextmanager
-def _frozen_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Let BatchNorms count their batch in copies of their running statistics."""
-    kept = [dict(norm._buffers) for norm in norms]
-    for norm, buffers in zip(norms, kept, strict=True):
-        norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)

@@ -6,8 +6,6 @@ is computed the kernel's.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -31,18 +29,11 @@ from hvd_lars.optim.layers import (
     signature,
 )
 from hvd_lars.optim.measured import LayerNorms, first_not_finite, kept_sums, layer_norms
+from hvd_lars.runtime import torch_internals
 
 LrPosition = Literal["momentum", "update"]
 Denominator = Literal["separate", "combined"]
 ZeroNorm = Literal["unit", "skip", "coast"]
-
-# Without torch's decorator, which imports torch._dynamo: 1.5 s of every start.
-_add_param_group = inspect.unwrap(Optimizer.add_param_group)
-_zero_grad = inspect.unwrap(Optimizer.zero_grad)
-_state_dict = inspect.unwrap(Optimizer.state_dict)
-_load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
-_before_loading = inspect.unwrap(Optimizer.register_load_state_dict_pre_hook)
-_after_loading = inspect.unwrap(Optimizer.register_load_state_dict_post_hook)
 
 
 @dataclass
@@ -59,17 +50,9 @@ class _Step:
     def untouched(self) -> list[bool]:
         """By device, whether nobody has edited or moved a weight, as far as torch counts."""
         return [
-            [layer.param._version for layer in device.layers] == versions and device.in_place()
+            device.versions() == versions and device.in_place()
             for device, versions in zip(self.devices, self.versions, strict=True)
         ]
-
-
-def _uncompiled(step: Callable[[], None]) -> None:
-    """Take a step as it is, also inside torch.compile: it works on addresses, which graphs lack."""
-    torch.compiler.disable(step)()  # type: ignore[no-untyped-call]
-
-
-_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class LARS(Optimizer):
@@ -186,7 +169,7 @@ class LARS(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, after checking its hyper-parameters and tensors."""
-        _add_param_group(self, param_group)
+        torch_internals.add_param_group(self, param_group)
         count = sum(len(group["params"]) for group in self.param_groups)
         try:
             check_group(param_group, count)
@@ -200,7 +183,7 @@ class LARS(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; under a placement its flat buffers are kept and zeroed."""
         if self.placement is None:
-            _zero_grad(self, set_to_none)
+            torch_internals.zero_grad(self, set_to_none)
         else:
             self.placement.gradients.zero()
 
@@ -219,10 +202,7 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if "torch._dynamo" in sys.modules:
-            _uncompiled(self._take_step)
-        else:
-            self._take_step()
+        torch_internals.run_uncompiled(self._take_step)
         return loss
 
     def _take_step(self) -> None:
@@ -242,9 +222,7 @@ class LARS(Optimizer):
         self._step_on(last)
         if self.placement is not None:
             self.placement.publish_parameters()
-        last.versions = [
-            [layer.param._version for layer in device.layers] for device in last.devices
-        ]
+        last.versions = [device.versions() for device in last.devices]
         last.state_ids = list(map(id, self.state.values()))
         self._last = last
 
@@ -283,7 +261,7 @@ class LARS(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; momentum is v, whichever kernel wrote it."""
         self.unfold_momentum()
-        state: dict[str, Any] = _state_dict(self)
+        state: dict[str, Any] = torch_internals.state_dict(self)
         return state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -312,9 +290,12 @@ class LARS(Optimizer):
             self._keep_precision(loaded[-1])
 
         # Ours is the last of the hooks before, and the first of those after.
-        ours = [_before_loading(self, before), _after_loading(self, after, prepend=True)]
+        ours = [
+            torch_internals.before_loading(self, before),
+            torch_internals.after_loading(self, after, prepend=True),
+        ]
         try:
-            _load_state_dict(self, state_dict)
+            torch_internals.load_state_dict(self, state_dict)
         finally:
             for handle in ours:
                 handle.remove()

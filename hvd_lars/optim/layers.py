@@ -13,6 +13,7 @@ from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.kernels import Block, Kernel
 from hvd_lars.optim.norms import flat, in_layout_of, is_dense
 from hvd_lars.optim.ratios import trust_ratios
+from hvd_lars.runtime.torch_internals import versions_of
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 
@@ -52,6 +53,10 @@ class Layers:
     adapted: list[Tensor]  # their parameters
     places: Tensor  # (sources,) the same, on the device
     ratio_of: Tensor  # (layers,) where in the sources' ratios, followed by 1, each layer's stands
+
+    def versions(self) -> list[int]:
+        """How often each parameter was written, as far as torch counts."""
+        return versions_of([layer.param for layer in self.layers])
 
     def in_place(self) -> bool:
         """Whether every parameter lies where it lay when its block was made."""

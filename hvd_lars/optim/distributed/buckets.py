@@ -19,6 +19,7 @@ from hvd_lars.optim.distributed.shard_plan import fill_buckets
 from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.runtime.stopwatch import Stopwatch
+from hvd_lars.runtime.torch_internals import at_end_of_backward, versions_of
 
 _LATE = (
     "a gradient arrived after those of its step were summed over the ranks: wrap all but the last "
@@ -202,8 +203,10 @@ class GradientBuckets:
 
         None where they were not taken or somebody has edited the gradients since.
         """
+        written = versions_of(bucket.flat for bucket in self.buckets)
         if self._kernel is None or any(
-            bucket.sums is None or bucket.version != bucket.flat._version for bucket in self.buckets
+            bucket.sums is None or bucket.version != version
+            for bucket, version in zip(self.buckets, written, strict=True)
         ):
             return None
         together = torch.cat([bucket.sums for bucket in self.buckets if bucket.sums is not None])
@@ -270,8 +273,7 @@ class GradientBuckets:
             return
         if not self._callback_queued:
             self._callback_queued = True
-            engine = torch.autograd.Variable._execution_engine  # as FSDP does
-            engine.queue_callback(self.finish)
+            at_end_of_backward(self.finish)
         bucket.missing.discard(i)
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             with self.watch.part("communication"):
@@ -302,7 +304,7 @@ class GradientBuckets:
             if self._kernel is not None:
                 with torch.no_grad():
                     bucket.sums = self._kernel.sums_of_squares(self._parts(self._completed))
-                bucket.version = bucket.flat._version
+                (bucket.version,) = versions_of([bucket.flat])
             self._completed += 1
 
 

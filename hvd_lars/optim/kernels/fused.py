@@ -23,6 +23,7 @@ from torch import Tensor
 from hvd_lars.optim.kernels.block import Block, is_skipped, rates
 from hvd_lars.optim.kernels.eager import update_on_host
 from hvd_lars.optim.norms import sums_of_squares
+from hvd_lars.runtime import torch_internals
 
 _SCALE = "momentum_scale"
 
@@ -102,7 +103,7 @@ def _update(block: Block, ratio: float, unscale: float) -> None:
         block.state[_SCALE] = new
         momentum, dampening, lr = momentum * old / new, 1.0 - scale / new, new * outside
         first = momentum == 0.0  # torch takes momentum 0 for "no buffer"
-    torch._fused_sgd_(
+    torch_internals.fused_sgd_(
         [block.weight],
         [block.gradient if unscale == 1.0 else block.gradient * unscale],
         [] if block.buffer is None else [block.buffer],
