@@ -98,10 +98,10 @@ def overflowing(trainer, largest):
     """Let gradients overflow as long as the loss is scaled by more than ``largest``."""
     step = trainer.optimizer.step
 
-    def overflow():
+    def overflow(**options):
         if trainer.loss_scale.value > largest:
             trainer.placement.gradients.buckets[0].flat.fill_(torch.inf)
-        step()
+        step(**options)
 
     trainer.optimizer.step = overflow
 

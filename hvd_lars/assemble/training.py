@@ -154,25 +154,20 @@ def build_run(
         return str(folder)
 
     folder = Path(on_root(comm, make_folder))
-    stops = _stop_requests(config, folder if comm.rank == 0 else None, commits)
+    if comm.rank == 0:
+        run_folder.forget_after(folder, 0 if progress is None else progress.step)
+    commit = None
     if commits is not None:
         commits.announce((config, str(folder)))
-    loop = _make_loop(trainer, config, folder, comm, stops)
-    if config.train.profiled_steps is not None:
-        loop.profile = Profile(*config.train.profiled_steps, folder / "profile", comm)
-    if commits is not None:
 
         def commit() -> None:
             commits.keep(*state, trainer.progress, (config, str(folder)))
             after_commit()
 
-        loop.commit = commit
+    stops = _stop_requests(config, folder if comm.rank == 0 else None, commits)
+    loop = _make_loop(trainer, config, folder, comm, stops, commit, launch is ALONE)
     if progress is not None:
         loop.resume(progress)
-    if comm.rank == 0:
-        run_folder.forget_after(folder, 0 if progress is None else progress.step)
-        total = loop.intervals.total
-        loop.recorder.sinks = make_sinks(config, folder, total, launch is ALONE)
     return loop, folder
 
 
@@ -184,23 +179,31 @@ def _checkpoint_of(resume: Resume, own: Path, comm: Communicator) -> Found | Non
 
 
 def _make_loop(
-    trainer: Trainer, config: Config, folder: Path, comm: Communicator, stops: StopRequests
+    trainer: Trainer,
+    config: Config,
+    folder: Path,
+    comm: Communicator,
+    stops: StopRequests,
+    commit: Callable[[], None] | None,
+    alone: bool,
 ) -> Loop:
     """The loop around the trainer, which keeps its checkpoints in the run folder."""
-    source = trainer.source
+    source, steps = trainer.source, config.train.profiled_steps
     intervals = make_plan(config, source.num_train, comm.size).intervals
+    kept = folder / run_folder.CHECKPOINTS
     return Loop(
         trainer,
         intervals,
         config.train.eval_batch,
-        Checkpointer(
-            folder / run_folder.CHECKPOINTS, comm, config.checkpoint.keep_last, source.identity
-        ),
+        Checkpointer(kept, comm, config.checkpoint.keep_last, source.identity),
+        sinks=make_sinks(config, folder, intervals.total, alone) if comm.rank == 0 else (),
         max_skipped_steps=config.train.max_skipped_steps,
         verify_every=config.train.verify_every or 0,
+        votes=_make_votes(config, source, comm, stops, intervals.checkpoint_seconds),
+        commit=commit,
         commit_every=config.checkpoint.commit_every,
         layers_every=intervals.layers,
-        votes=_make_votes(config, source, comm, stops, intervals.checkpoint_seconds),
+        profile=None if steps is None else Profile(*steps, folder / "profile", comm),
     )
 
 
@@ -221,10 +224,9 @@ def _stop_requests(config: Config, folder: Path | None, commits: Commits | None)
     hours = config.run.max_hours
     kept = None if commits is None else commits.stops
     stops = kept or StopRequests(max_seconds=float("inf") if hours is None else hours * 3600.0)
-    stops.stop_file = None if folder is None else folder / run_folder.STOP
     if commits is not None:
         commits.stops = stops
-    return stops
+    return stops.with_file(None if folder is None else folder / run_folder.STOP)
 
 
 def make_trainer(config: Config, comm: Communicator, launch: Launch) -> tuple[Trainer, Config]:

@@ -1,4 +1,4 @@
-"""Requests to stop a run, which ranks agree on (votes.py) before any of them acts.
+"""Requests to stop a run, which ranks agree on (agreement.py) before any of them acts.
 
 A request reaches one rank (a signal, a file, the clock), and a rank that stopped by itself would
 leave the others waiting in a collective.  So each rank casts a vote with every step.
@@ -50,9 +50,18 @@ class StopRequests:
     """
 
     def __init__(self, stop_file: Path | None = None, max_seconds: float = float("inf")) -> None:
-        self.stop_file, self._deadline = stop_file, time.monotonic() + max_seconds
+        self._stop_file, self._deadline = stop_file, time.monotonic() + max_seconds
         self._next_look = 0.0
         self._asked: set[str] = set()
+
+    def with_file(self, stop_file: Path | None) -> StopRequests:
+        """The same requests and deadline, with another file to look for: this rank became another.
+
+        What either hears, both know.
+        """
+        twin = StopRequests(stop_file)
+        twin._deadline, twin._asked = self._deadline, self._asked
+        return twin
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -75,10 +84,10 @@ class StopRequests:
         now = time.monotonic()
         if now >= self._deadline:
             self._asked.add("run.max_hours")
-        if self.stop_file is not None and now >= self._next_look:
+        if self._stop_file is not None and now >= self._next_look:
             self._next_look = now + _LOOK_EVERY
-            if os.path.lexists(self.stop_file):
-                self._asked.add(_wish_in(self.stop_file))
+            if os.path.lexists(self._stop_file):
+                self._asked.add(_wish_in(self._stop_file))
         return torch.tensor([float(reason in self._asked) for reason in REASONS]).double()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

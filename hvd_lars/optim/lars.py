@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -128,9 +129,6 @@ class LARS(Optimizer):
     # Class attributes, since a copy and Horovod's DistributedOptimizer lose an instance's own.
     placement: Placement | None = None
     _last: _Step | None = None
-    # What the loss was multiplied by: gradients are divided by it, and a step is left out on all
-    # ranks where one is not finite, which ``skipped`` then says.  None: neither is looked at.
-    loss_scale: float | None = None
     _finite: Tensor | None = None
     _measured: Sequence[tuple[Layers, Measured]] = ()  # in the last step
 
@@ -188,28 +186,36 @@ class LARS(Optimizer):
             self.placement.gradients.zero()
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, loss_scale: float | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], loss_scale: float | None = None) -> float: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; ``closure`` recomputes the loss, which is then returned.
+    def step(
+        self, closure: Callable[[], float] | None = None, loss_scale: float | None = None
+    ) -> float | None:
+        """Take one step.
 
         ``param.grad`` is only read here, after the placement has summed it over the ranks.
+
+        Args:
+            closure: recomputes the loss, which is then returned.
+            loss_scale: factor of the loss, by which gradients are divided.  With one, be it 1, the
+                step is left out on all ranks where a gradient is not finite (``skipped``); without
+                one, gradients are neither divided nor checked.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        torch_internals.run_uncompiled(self._take_step)
+        torch_internals.run_uncompiled(partial(self._take_step, loss_scale))
         return loss
 
-    def _take_step(self) -> None:
+    def _take_step(self, loss_scale: float | None) -> None:
         if self.placement is not None:
             self.placement.complete_parameters()
             self.placement.gradients.finish()
-        placed, checked = self.placement is not None, self.loss_scale is not None
+        placed, checked = self.placement is not None, loss_scale is not None
         now = signature(self.param_groups, placed, checked)
         last = self._last
         if last is None or last.signature != now or last.state is not self.state:
@@ -219,7 +225,7 @@ class LARS(Optimizer):
             count = len(devices)
             last = _Step(now, devices, self.state, [None] * count, [[]] * count, [])
         self._last, self._finite = None, None  # until this step is complete
-        self._step_on(last)
+        self._step_on(last, loss_scale)
         if self.placement is not None:
             self.placement.publish_parameters()
         last.versions = [device.versions() for device in last.devices]
@@ -253,8 +259,8 @@ class LARS(Optimizer):
     def layer_norms(self) -> list[LayerNorms]:
         """Norms and trust ratios of the last step, of all layers whose norms it took.
 
-        Those that take a trust ratio, and all where ``loss_scale`` is set.  They cost no pass over
-        memory; to ask waits for the device.
+        Those that take a trust ratio, and all where the step had a ``loss_scale``.  They cost no
+        pass over memory; to ask waits for the device.
         """
         return layer_norms(self._measured)
 
@@ -341,9 +347,9 @@ class LARS(Optimizer):
             if isinstance(state, dict):  # a scheduler or hook may keep something of its own there
                 unfold(state)
 
-    def _step_on(self, last: _Step) -> None:
+    def _step_on(self, last: _Step, loss_scale: float | None) -> None:
         """The norms' phases on each device, then the update's, of which the weights' sums stay."""
-        unscale = 1.0 / (self.loss_scale or 1.0)
+        unscale = 1.0 / (loss_scale or 1.0)
         updates = []
         self._measured = measured_of = []
         same_states = list(map(id, self.state.values())) == last.state_ids
@@ -359,7 +365,7 @@ class LARS(Optimizer):
                     unfold(block.state)
             measured = ratios_of(here, blocks, kernel, self.placement, known, unscale)
             measured_of.append((here, measured))
-            if self.loss_scale is not None:
+            if loss_scale is not None:
                 finite = measured.gradients.isfinite().all()
                 earlier = finite if self._finite is None else self._finite.to(finite.device)
                 self._finite = finite & earlier

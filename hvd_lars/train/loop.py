@@ -52,8 +52,10 @@ class Loop:
         max_skipped_steps: steps in a row that may be left out because a norm is not finite.
         verify_every: steps between comparisons of the ranks' parameters; 0 for none.
         votes: what ranks tell each other besides; requests to stop before the end among it.
-        commit_every: steps between calls of ``commit``, an attribute to be set in a job whose
-            ranks come and go.
+        commit: copies the state to host memory, in a job whose ranks come and go; it is called
+            at the start, and then every
+        commit_every: steps.
+        profile: of some steps.
     """
 
     def __init__(
@@ -66,16 +68,16 @@ class Loop:
         max_skipped_steps: int = 10,
         verify_every: int = 0,
         votes: Votes | None = None,
+        commit: Callable[[], None] | None = None,
         commit_every: int = 20,
         layers_every: int = 0,
+        profile: Profile | None = None,
     ) -> None:
         self.trainer, self.intervals, self.eval_batch = trainer, intervals, eval_batch
         self.checkpointer = checkpointer
         self.recorder = Recorder(trainer, sinks, layers_every)
         self.max_skipped_steps, self.verify_every = max_skipped_steps, verify_every
-        self.commit: Callable[[], None] | None = None
-        self.profile: Profile | None = None
-        self.commit_every = commit_every
+        self.profile, self.commit, self.commit_every = profile, commit, commit_every
         self._comm = trainer.comm
         self.votes = votes or Votes(self._comm)
         self._doing, self._evaluated = "", 0  # what but training goes on; batches of evaluation
@@ -133,7 +135,7 @@ class Loop:
             trained += 1
             pause = time.perf_counter()
             last = progress.step == total
-            agreed = self._agree(self.trainer.placement.gradients.counted)
+            agreed = self._agree(self.trainer.placement.gradients.scalars.take())
             stopped = None if last else agreed.stop
             if last or progress.step % self.intervals.evaluate == 0:
                 progress.evaluation_due = True
@@ -172,8 +174,7 @@ class Loop:
         progress = self.trainer.progress
         if self.profile is not None:
             self.profile.before(progress.step + 1)
-        self.trainer.placement.gradients.counted = None
-        self.trainer.placement.gradients.votes = self.votes.cast()
+        self.trainer.placement.gradients.scalars.add(self.votes.cast())
         loss = self.trainer.train_step(progress.step, batches)
         progress.step += 1
         progress.samples += self.trainer.batches.global_batch

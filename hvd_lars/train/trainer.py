@@ -141,9 +141,8 @@ class Trainer:
         loss was scaled too far is none of those in a row that may end the run.
         """
         scale, progress = self.loss_scale, self.progress
-        self.optimizer.loss_scale = 1.0 if scale is None else scale.value
         with self.watch.part("optimizer"):
-            self.optimizer.step()
+            self.optimizer.step(loss_scale=1.0 if scale is None else scale.value)
         if not self.optimizer.skipped:
             progress.skipped_in_row = 0
             if scale is not None:

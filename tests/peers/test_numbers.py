@@ -33,9 +33,8 @@ def test_a_norm_that_is_not_finite_is_never_a_step_of_another_size(
 def test_with_a_loss_scale_it_is_left_out(kernel, take_kernel):
     weight = torch.nn.Parameter(torch.ones(5, 4))
     optimizer = LARS([weight], lr=0.5, kernel=take_kernel(kernel))
-    optimizer.loss_scale = 4.0
     weight.grad = torch.full((5, 4), torch.nan)
-    optimizer.step()
+    optimizer.step(loss_scale=4.0)
     assert optimizer.skipped
     assert torch.equal(weight.detach(), torch.ones(5, 4))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending, check_reducible
+from hvd_lars.comm.step_scalars import StepScalars
 from hvd_lars.optim.distributed.absent import AbsentGradient
 from hvd_lars.optim.distributed.layout import check_same_layout
 from hvd_lars.optim.distributed.shard_plan import fill_buckets
@@ -122,13 +123,12 @@ class GradientBuckets:
                 bucket.absent = [view.as_subclass(AbsentGradient) for view in bucket.views]
         weakref.finalize(self, _remove, handles)
         self._alive.add(self)
-        self._comm, self._name, self._early_norms = comm, name, early_norms
+        self._early_norms = early_norms
         self._start, self._parts, self._in_place = start, parts, in_place
         self._synchronizing, self._used, self._spent = True, False, False
         self._kernel: Kernel | None = None
         self.steps = 0  # that have used the sums
-        self.votes: Tensor | None = None  # (n,) float64 that the next completed sums carry along …
-        self.counted: Tensor | None = None  # … and what they came to over the ranks
+        self.scalars = StepScalars(comm, f"{name}.sums_of_squares")
         self.watch = (
             Stopwatch()
         )  # its part "communication" is the time spent waiting for other ranks
@@ -217,14 +217,8 @@ class GradientBuckets:
 
     def complete_sums(self, sums: Tensor) -> Tensor:
         """Sum (n,) float64 over the ranks in place and return them; the same bits on each rank."""
-        count, votes = len(sums), self.votes
-        if votes is not None:
-            sums, self.votes = torch.cat([sums, votes.to(sums.device)]), None
         with self.watch.part("communication"):
-            self._comm.start_all_reduce_sum(sums, f"{self._name}.sums_of_squares").wait()
-        if votes is not None:
-            self.counted = sums[count:]
-        return sums[:count]
+            return self.scalars.sum(sums)
 
     def _holds_views(self) -> bool:
         return any(
