@@ -30,8 +30,8 @@ from hvd_lars.data import (
     cached_root,
     copy_shards,
     load_shards,
-    shard_source,
 )
+from hvd_lars.data.shards import origins
 from hvd_lars.data.shards.cache import verify
 from hvd_lars.data.shards.index import scan_tar
 from hvd_lars.data.shards.origins import compare
@@ -206,7 +206,7 @@ def test_a_source_that_got_other_bytes_is_named(own):
     assert pack(str(folder), packed, 1, 10, QUIET).written == 0
     shards = [name for name in wanted if name != "dataset.json"]
     assert {name: contents(packed)[name] for name in shards} == {n: wanted[n] for n in shards}
-    with mock.patch.object(shard_source, "_changed", side_effect=AssertionError("compared anew")):
+    with mock.patch.object(origins, "_changed", side_effect=AssertionError("compared anew")):
         assert pack(str(folder), packed, 1, 10, QUIET).written == 0
     code, output = hvd_lars("pack", folder, packed, "--shard-samples=10", "--verify")
     assert code == 0, output
