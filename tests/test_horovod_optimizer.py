@@ -78,3 +78,19 @@ def test_adasum_with_shared_ratios_is_refused(comm):
             continue
         with pytest.raises(RuntimeError, match="hvd.Adasum .* steps on one at a time"):
             model(torch.ones(1, 3, 6, 6)).sum().backward()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_horovods_way_to_broadcast_a_state_moves_no_weights(comm, wrapped):
+    """It takes a step with zero gradients on ranks that have no state."""
+    if comm.backend != "horovod":
+        return
+    import horovod.torch as hvd
+
+    model, untouched = tiny_model(torch.float64), tiny_model(torch.float64)
+    optimizer = LARS(parameter_groups(model, 5e-3), lr=3.0)
+    if wrapped:
+        optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    with pytest.raises(RuntimeError, match="load its state_dict\\(\\) on every rank"):
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    assert_same_parameters(model, untouched, 1e-300)

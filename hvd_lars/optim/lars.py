@@ -6,6 +6,7 @@ is computed the kernel's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -221,6 +222,8 @@ class LARS(Optimizer):
         if last is None or last.signature != now or last.state is not self.state:
             if not placed:
                 self._check_not_placed()
+            if not self.state:
+                _check_not_horovods_restore()
             devices = layers_of(self.param_groups, placed, checked)
             count = len(devices)
             last = _Step(now, devices, self.state, [None] * count, [[]] * count, [])
@@ -375,3 +378,16 @@ class LARS(Optimizer):
             last.sums[i] = kept_sums(
                 last.sums[i], kernel.update(blocks, ratios, unscale, live), known
             )
+
+
+def _check_not_horovods_restore() -> None:
+    """Raise RuntimeError where Horovod steps with zero gradients, to have a state to fill."""
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        if caller.f_code.co_name == "broadcast_optimizer_state":
+            raise RuntimeError(
+                "hvd.broadcast_optimizer_state takes a step with zero gradients on ranks that have "
+                "no state yet, which would move their weights: a new LARS needs no broadcast; to "
+                "restore one, load its state_dict() on every rank (hvd.broadcast_object sends it)"
+            )
+        frame = caller

@@ -41,9 +41,7 @@ class Bucket:
     starts: list[int]  # of each parameter in flat
     flat: Tensor  # (numel,), padded with zeros
     views: list[Tensor]
-    absent: list[AbsentGradient] = field(
-        default_factory=list
-    )  # of the collective that is not in place
+    absent: list[AbsentGradient] = field(default_factory=list)  # where no rank has whole sums
     fresh: set[int] = field(default_factory=set)  # positions whose view is of this window
     missing: set[int] = field(default_factory=set)  # positions whose gradient is still to come
     pending: Pending | None = None
@@ -129,9 +127,7 @@ class GradientBuckets:
         self._kernel: Kernel | None = None
         self.steps = 0  # that have used the sums
         self.scalars = StepScalars(comm, f"{name}.sums_of_squares")
-        self.watch = (
-            Stopwatch()
-        )  # its part "communication" is the time spent waiting for other ranks
+        self.watch = Stopwatch()  # its part "communication": waiting for other ranks
         self.zero()
 
     @contextmanager
