@@ -65,8 +65,8 @@ def test_adasum_with_shared_ratios_is_refused(comm):
         return
     import horovod.torch as hvd
 
-    model = tiny_model(torch.float32)
     for adapt in ("weights", "layer"):
+        model = tiny_model(torch.float32)
         optimizer = hvd.DistributedOptimizer(
             LARS(parameter_groups(model, adapt=adapt), lr=1.0),
             named_parameters=model.named_parameters(),
