@@ -61,8 +61,8 @@ def test_horovods_optimizer_around_a_placement_is_named(comm, placed):
 
 def test_adasum_with_shared_ratios_is_refused(comm):
     """It steps on one tensor at a time, so that no bias would find its weight's ratio."""
-    if comm.backend != "horovod" or comm.size not in (2, 4):
-        return
+    if comm.backend != "horovod" or comm.controller == "Gloo" or comm.size not in (2, 4):
+        return  # Horovod has Adasum for powers of two, over MPI
     import horovod.torch as hvd
 
     for adapt in ("weights", "layer"):

@@ -222,10 +222,11 @@ def test_it_trains_on_a_machine_without_git(tmp_path, monkeypatch):
 def test_ctrl_c_is_one_line():
     """Before training, that is: in training it asks for a stop (test_resume.py)."""
     waiting = (
-        "import os, signal, sys, hvd_lars.cli\n"
+        "import os, signal, sys, types, hvd_lars.cli\n"
         "command = sys.modules['hvd_lars.cli.main']\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
-        "command.TOOLS['check'] = lambda options: os.kill(os.getpid(), signal.SIGINT)\n"
+        "wait = types.SimpleNamespace(run=lambda _: os.kill(os.getpid(), signal.SIGINT))\n"
+        "command.TOOLS['check'] = wait\n"
         "command.main(['check', 'digits'])"
     )
     done = subprocess.run([sys.executable, "-c", waiting], capture_output=True, text=True)

@@ -158,7 +158,7 @@ KEEPING = ["checkpoint.every=2 steps"]  # later on the command line than STEPS
 
 def assert_it_goes_on(run):
     """From a checkpoint of step 2 or later."""
-    kept = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    kept = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-????????"))
     code, output = hvd_lars(
         *training(run, *LONG[1:], f"train.duration={kept + 2} steps"), "--resume"
     )
