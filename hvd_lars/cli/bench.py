@@ -7,8 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from hvd_lars.cli.command import add_config
-from hvd_lars.config.file import load_config
+from hvd_lars.cli.command import add_config, load_config
 from hvd_lars.errors import UserError
 from hvd_lars.state.run_folder import environment_facts
 

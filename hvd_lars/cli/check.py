@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from hvd_lars.config.file import load_config
+from hvd_lars.cli.command import load_config
 from hvd_lars.errors import UserError
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,6 +43,13 @@ class RanksCommand(Command, Protocol):
     ) -> int:
         """Run it on this rank; returns the exit code."""
         ...
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a config as ``config.file`` does, whose import of pydantic only some commands need."""
+    from hvd_lars.config import file
+
+    return file.load_config(name, overrides)
 
 
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:

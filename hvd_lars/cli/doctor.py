@@ -16,8 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from hvd_lars.cli.command import add_config
-from hvd_lars.config.file import load_config
+from hvd_lars.cli.command import add_config, load_config
 from hvd_lars.errors import UserError
 from hvd_lars.launchers.local import (
     LAUNCHERS,

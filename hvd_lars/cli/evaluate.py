@@ -6,8 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from hvd_lars.cli.command import add_overrides, add_run_folder
-from hvd_lars.config.file import load_config
+from hvd_lars.cli.command import add_overrides, add_run_folder, load_config
 from hvd_lars.runtime.terminal import answer
 from hvd_lars.state.run_folder import ANYWHERE, config_of
 

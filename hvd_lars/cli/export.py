@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hvd_lars.cli.command import add_run_folder
-from hvd_lars.config.file import load_config
+from hvd_lars.cli.command import add_run_folder, load_config
 from hvd_lars.errors import UserError
 from hvd_lars.state.run_folder import ANYWHERE, config_of
 

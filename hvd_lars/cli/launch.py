@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from hvd_lars.cli.command import add_config
-from hvd_lars.config.file import load_config
+from hvd_lars.cli.command import add_config, load_config
 from hvd_lars.errors import UserError
 from hvd_lars.launchers.submit import KINDS, start_of, submit
 

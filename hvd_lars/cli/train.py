@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvd_lars.cli.command import add_config
-from hvd_lars.config.file import load_config
+from hvd_lars.cli.command import add_config, load_config
 from hvd_lars.runtime.terminal import tell
 
 if TYPE_CHECKING:
