@@ -16,10 +16,10 @@ import sys
 import time
 
 import torch
+from hvd_lars.assemble.training import make_trainer
 from report import print_head
 from torch.profiler import ProfilerActivity, profile
 
-from hvd_lars.assemble.training import make_trainer
 from hvd_lars.comm import connect, detect_launch
 from hvd_lars.config.file import load_config
 from hvd_lars.runtime.stopwatch import PARTS
@@ -41,7 +41,7 @@ def main() -> None:
     comm = connect(config.comm.backend, parts=config.optimizer.placement != "replicated")
     trainer, config = make_trainer(config, comm, launch)
     trainer.model.train()
-    batches = trainer.batches_from(0)
+    batches = trainer.feed.from_step(0)
     for step in range(3):
         trainer.train_step(step, batches)
     comm.barrier()

@@ -96,10 +96,10 @@ def page() -> str:
             continue
         lines.append(f"## {section}\n")
         if "discriminator" in field:
-            lines.append("By `data.name`; sections of images share most keys.\n")
+            lines.append(f"By `{section}.name`; the kinds share most keys.\n")
             for name, reference in field["discriminator"]["mapping"].items():
                 model = models[titled(reference)]
-                lines += [f"### data.name: {name}\n", f"{model['description']}\n"]
+                lines += [f"### {section}.name: {name}\n", f"{model['description']}\n"]
                 lines += [*table(model, f"{section}."), ""]
             continue
         model = models[titled(field["$ref"])]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hvd_lars.comm import connect, detect_launch
-from hvd_lars.optim import lars
+from hvd_lars.optim import device_step
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.kernels.gpu import GpuKernel
 
@@ -71,7 +71,7 @@ def take_kernel(monkeypatch):
             kernel = GpuKernel()
         else:
             return name
-        monkeypatch.setattr(lars, "choose_kernel", lambda *_: kernel)
+        monkeypatch.setattr(device_step, "choose_kernel", lambda *_: kernel)
         return "auto"
 
     return take

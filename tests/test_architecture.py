@@ -12,8 +12,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower rooms first: a module may import from its own room and from those before it.
 ROOMS = [
-    "errors", "settings", "launchers", "runtime", "config", "comm", "data", "metrics", "models",
-    "optim", "health", "state", "train", "assemble", "report", "cli", "__main__",
+    "errors", "settings", "launchers", "runtime", "comm", "data", "metrics", "models", "optim",
+    "health", "state", "train", "sources", "optimizers", "config", "assemble", "report", "cli",
+    "__main__",
 ]  # fmt: skip
 HEIGHT = {room: i for i, room in enumerate(ROOMS)}
 

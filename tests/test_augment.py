@@ -84,11 +84,11 @@ def test_evaluation_is_not_augmented(folder):
 
 
 def test_progressive_resizing_follows_the_epoch(folder):
-    source = source_of(folder, sizes=[(0, 8), (3, 12), (5, 16)])
+    source = source_of(folder, progressive=[(0, 8), (3, 12), (5, 16)])
     sides = [source.train_batch(epoch, np.array([0]))[0].shape[-1] for epoch in range(7)]
     assert sides == [8, 8, 8, 12, 12, 16, 16]
     assert source.eval_batch(np.array([0]))[0].shape[-1] == 16
-    late = source_of(folder, sizes=[(2, 8)])
+    late = source_of(folder, progressive=[(2, 8)])
     assert [late.image_size(epoch) for epoch in (1, 2)] == [16, 8]
 
 

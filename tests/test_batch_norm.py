@@ -94,7 +94,7 @@ def test_a_large_mean_costs_no_precision(comm):
 def test_training_is_that_of_one_device(comm, dtype, tolerance):
     reference, _ = one_device(dtype, norm=True)
     trainer = tiny_trainer(comm, dtype, micro_batch=1000, norm=True)
-    batches = trainer.batches_from(0)
+    batches = trainer.feed.from_step(0)
     for step in range(trainer.total_steps):
         trainer.train_step(step, batches)
     assert_same_parameters(trainer.model, reference, tolerance)

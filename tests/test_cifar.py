@@ -8,11 +8,11 @@ import pytest
 import torch
 from torchvision import datasets
 
-from hvd_lars.assemble.sources import build_source
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.file import load_config
 from hvd_lars.data import load_cifar
 from hvd_lars.errors import UserError
+from hvd_lars.sources import BuildContext
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def cifar10(tmp_path, monkeypatch):
 
 def source_of(root, *overrides):
     config = load_config("cifar10-sgd-b128", [f"data.root={root}", *overrides])
-    return build_source(config, LocalCommunicator())
+    return config.data.build(BuildContext(LocalCommunicator(), config.run.seed))
 
 
 def test_images_and_labels_are_those_of_the_files(cifar10):

@@ -7,10 +7,13 @@ from tiny import assert_same_parameters, tiny_model, tiny_trainer
 from hvd_lars.assemble import choices, placing
 from hvd_lars.comm.compressed import CompressedReducer
 from hvd_lars.config.file import load_config
-from hvd_lars.config.schema import Comm, Optimizer
+from hvd_lars.config.schema import Comm
 from hvd_lars.errors import UserError
 from hvd_lars.optim import Replicated, Sharded
-from hvd_lars.state.replicas import named_state, verify_agreement
+from hvd_lars.optim.kernels import agreed
+from hvd_lars.optimizers import LarsSettings
+from hvd_lars.state.progress import Progress
+from hvd_lars.state.replicas import verify_agreement
 
 pytestmark = pytest.mark.ranks(1, 2, 3)
 
@@ -19,7 +22,7 @@ CPU = torch.device("cpu")
 
 def steps(trainer, count=8):
     for step in range(count):
-        trainer.train_step(step, trainer.batches_from(step))
+        trainer.train_step(trainer.feed.from_step(step))
     return trainer
 
 
@@ -28,7 +31,7 @@ def steps(trainer, count=8):
 def test_half_precision_stays_near_float32_and_ranks_agree(comm, precision, placed):
     exact = steps(tiny_trainer(comm, torch.float32, 16), 4)
     trainer = steps(tiny_trainer(comm, torch.float32, 16, placed=placed, precision=precision), 4)
-    verify_agreement(named_state(trainer.model, trainer.optimizer), comm)
+    verify_agreement(trainer.state.tensors(), comm)
     assert_same_parameters(trainer.model, exact.model, 0.02)
     for param in trainer.model.parameters():
         assert param.dtype == torch.float32
@@ -38,19 +41,19 @@ def test_half_precision_stays_near_float32_and_ranks_agree(comm, precision, plac
 @pytest.mark.parametrize("placed", [Replicated, Sharded])
 def test_a_loss_scale_that_overflows_is_halved_on_all_ranks_until_it_fits(comm, placed):
     trainer = tiny_trainer(comm, torch.float32, 16, placed=placed, precision="fp16")
-    trainer.loss_scale.value = 2.0**26
+    trainer.state.restored(Progress(loss_scale=2.0**26))
     before = [param.detach().clone() for param in trainer.model.parameters()]
-    trainer.train_step(0, trainer.batches_from(0))
-    assert trainer.progress.skipped_steps == 1
+    trainer.train_step(trainer.feed.from_step(0))
+    assert trainer.state.progress.skipped_steps == 1
     assert trainer.loss_scale.value == 2.0**25
     for param, held in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(param, held)
     for step in range(1, 20):
-        trainer.train_step(step % 8, trainer.batches_from(step % 8))
-    assert 1 < trainer.progress.skipped_steps < 20
-    assert trainer.loss_scale.value == 2.0 ** (26 - trainer.progress.skipped_steps)
+        trainer.train_step(trainer.feed.from_step(step % 8))
+    assert 1 < trainer.state.progress.skipped_steps < 20
+    assert trainer.loss_scale.value == 2.0 ** (26 - trainer.state.progress.skipped_steps)
     assert all(param.isfinite().all() for param in trainer.model.parameters())
-    verify_agreement(named_state(trainer.model, trainer.optimizer), comm)
+    verify_agreement(trainer.state.tensors(), comm)
 
 
 def test_channels_last_computes_the_same(comm):
@@ -90,22 +93,23 @@ def test_a_compressed_sum_that_does_not_fit_is_taken_again_in_float32(comm):
 
 
 def test_all_ranks_take_the_kernel_that_all_have(comm, monkeypatch):
-    assert choices.agree_on_kernel("auto", CPU, comm) == "native"
-    assert choices.agree_on_kernel("eager", CPU, comm) == "eager"
+    assert agreed.agree_on_kernel("auto", CPU, comm) == "native"
+    assert agreed.agree_on_kernel("eager", CPU, comm) == "eager"
     lacking = comm.size - 1
     if comm.rank == lacking:
-        monkeypatch.setattr(choices, "why_not_native", lambda _: "it was not built")
-    assert choices.agree_on_kernel("auto", CPU, comm) == "fused"
+        monkeypatch.setattr(agreed, "why_not_native", lambda _: "it was not built")
+    assert agreed.agree_on_kernel("auto", CPU, comm) == "fused"
     with pytest.raises(UserError, match=f"found native, which 1 of {comm.size} ranks cannot use"):
-        choices.agree_on_kernel("native", CPU, comm)
+        agreed.agree_on_kernel("native", CPU, comm)
     with pytest.raises(UserError, match="kernel fused runs on CPU"):
-        choices.agree_on_kernel("fused", torch.device("cuda"), comm)
+        agreed.agree_on_kernel("fused", torch.device("cuda"), comm)
 
 
 def test_what_is_left_to_measurement_is_settled_alike_on_all_ranks_and_told(comm, capsys):
     model = tiny_model(torch.float32)
     left = ["optimizer.placement=auto", "comm.bucket_mb=auto", "train.micro_batch=4"]
-    config = choices.settle(load_config("digits", left), model, (3, 6, 6), 5, comm, CPU)
+    left += ["data={name: synthetic, image_size: 6}"]
+    config = choices.settle(load_config("digits", left), model, 5, comm, CPU)
     chosen = config.optimizer.kernel, config.optimizer.placement, config.comm.bucket_mb
     assert comm.broadcast_object(chosen) == chosen
     assert chosen[0] == "native"
@@ -115,11 +119,11 @@ def test_what_is_left_to_measurement_is_settled_alike_on_all_ranks_and_told(comm
     if comm.rank > 0:
         assert told == ""
         return
-    assert f"comm.bucket_mb auto: {chosen[2]:g}; steps take with 1 " in told
+    assert f"comm.bucket_mb auto: {chosen[2]:g}; step time: 1 " in told
     if comm.size == 1:
         assert "optimizer.placement auto: replicated, as there is one rank" in told
     else:
-        assert f"optimizer.placement auto: {chosen[1]}; steps take with replicated " in told
+        assert f"optimizer.placement auto: {chosen[1]}; step time: replicated " in told
     # The model itself takes no step and gets no hooks.
     assert all(param.grad is None and not param._backward_hooks for param in model.parameters())
     torch.testing.assert_close(tiny_model(torch.float32).state_dict(), model.state_dict())
@@ -128,7 +132,7 @@ def test_what_is_left_to_measurement_is_settled_alike_on_all_ranks_and_told(comm
 def test_compression_is_refused_where_it_cannot_be(comm):
     model, fp16 = tiny_model(torch.float32), Comm(compression="fp16")
     with pytest.raises(UserError, match="comm.compression: found fp16; with .* sharded allowed"):
-        placing.place(model, comm, Optimizer(placement="sharded"), fp16)
+        placing.place(model, comm, LarsSettings(placement="sharded"), fp16)
     if comm.backend == "mpi":
         with pytest.raises(UserError, match="fp16 needs comm.backend horovod"):
-            placing.place(model, comm, Optimizer(), fp16)
+            placing.place(model, comm, LarsSettings(), fp16)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from hvd_lars import LARS
+from hvd_lars.optim.device_step import DeviceStep
 from hvd_lars.optim.kernels import choose_kernel, gpu
+from hvd_lars.optim.layers import layers_of
 
 COMPILE = """
 import json
@@ -107,12 +109,19 @@ def test_a_rate_on_the_device_can_be_changed_there(take_kernel):
 
 def test_a_steps_sums_stay_where_a_captured_step_reads_them(take_kernel):
     optimizer, _ = with_the_gpus_kernel(take_kernel, 2.0, (64, 8))
-    memory = optimizer._last.sums[0].data_ptr()
-    optimizer.step()
-    assert optimizer._last.sums[0].data_ptr() == memory
+    [layers] = layers_of(optimizer.param_groups, placed=False, all_norms=False)
+    device, memory = DeviceStep(layers), []
+    for _ in range(2):
+        device.begin(optimizer.state, None, same_states=True)
+        measured = device.measure(device.sums_of_squares(None, 1.0), 1.0)
+        with torch.no_grad():
+            device.update(measured.ratios, 1.0, None)
+        device.end()
+        memory.append(device.weight_sums.data_ptr())
+    assert memory[0] == memory[1]
     weights = optimizer.param_groups[0]["params"]
     wanted = torch.stack([w.detach().double().square().sum() for w in weights])
-    torch.testing.assert_close(optimizer._last.sums[0], wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(device.weight_sums, wanted, rtol=1e-6, atol=0)
 
 
 def test_a_gpu_that_cannot_run_them_or_gets_them_wrong_takes_plain_torch(monkeypatch, take_kernel):

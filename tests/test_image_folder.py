@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from hvd_lars.data import Augment, FolderImages, GlobalBatches, Images, Request, list_folder, stream
+from hvd_lars.data.images import Sizes
 from hvd_lars.errors import UserError
+from hvd_lars.sources.images import IMAGENET_STATISTICS as STATISTICS
 
 
 def make_folder(root, classes=("ant", "bee", "cat"), train=4, val=2, size=(40, 30)):
@@ -35,10 +37,11 @@ def folder(tmp_path):
     return make_folder(tmp_path / "images")
 
 
-def source_of(folder, seed=0, augment=None, **options):
+def source_of(folder, seed=0, augment=None, progressive=(), **options):
     listing = list_folder(str(folder), None)
     train, val = (FolderImages(listing.root, split) for split in (listing.train, listing.val))
-    return Images(train, val, listing.identity(), augment or Augment(), 16, 20, seed, **options)
+    parts = train, val, listing.identity(), augment or Augment()
+    return Images(*parts, Sizes(16, 20, progressive), seed, STATISTICS, **options)
 
 
 def test_a_folder_is_listed_by_class(folder):
@@ -195,7 +198,7 @@ def damage(folder, split):
 def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(tmp_path, workers):
     folder = make_folder(tmp_path / "images", train=2)
     everything = Request(0, np.arange(6))
-    _, labels = source_of(folder).train_batch(*everything)
+    _, labels = source_of(folder).train_batch(0, everything.indices)
     source = source_of(folder)
     damage(folder, "train")
     for made in list(stream(source, [everything, everything], workers)):

@@ -11,7 +11,7 @@ from reference import lars_oracle
 from torch import nn
 
 from hvd_lars import LARS
-from hvd_lars.optim import lars
+from hvd_lars.optim import device_step
 from hvd_lars.optim.kernels import Block, choose_kernel, native
 from hvd_lars.optim.norms import sums_of_squares
 
@@ -164,7 +164,7 @@ def test_sums_of_squares(kernel, dtype, take_kernel):
     torch.manual_seed(0)
     kernel = take_kernel(kernel)
     tensors = [torch.randn(n, dtype=torch.float64).to(dtype) for n in (0, 1, 37, 4096, 1_000_003)]
-    found = lars.choose_kernel(kernel, "cpu").sums_of_squares(tensors)
+    found = device_step.choose_kernel(kernel, "cpu").sums_of_squares(tensors)
     wanted = torch.stack([t.double().square().sum() for t in tensors])
     assert found.dtype == torch.float64
     torch.testing.assert_close(
@@ -178,7 +178,7 @@ def test_sums_of_squares(kernel, dtype, take_kernel):
 def test_the_updates_sums_have_the_bits_of_sums_of_squares(name, dtype, part, take_kernel):
     torch.manual_seed(0)
     name = take_kernel(name)
-    kernel = lars.choose_kernel(name, "cpu")
+    kernel = device_step.choose_kernel(name, "cpu")
     weight, gradient, buffer = torch.randn(3, 200_003, dtype=dtype).unbind()
     group = {"momentum": 0.9, "weight_decay": 1e-3, "lr": 1.0, "nesterov": False}
     group |= {"lr_position": "momentum", "zero_norm": "unit"}
@@ -264,10 +264,10 @@ def test_a_scaled_loss_takes_the_same_steps_and_an_overflow_none(kernel, denomin
                 for bad in (torch.inf, torch.nan):
                     params[1].grad[2] = bad
                     optimizer.step(loss_scale=scale)
-                    assert optimizer.skipped
+                    assert optimizer.report.skipped
                     assert torch.equal(params[1].detach(), held)
                 params[1].grad = good
             optimizer.step(loss_scale=scale)
-            assert not optimizer.skipped
+            assert not optimizer.report.skipped
         ends.append(torch.cat([param.detach().flatten() for param in params]))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-13, atol=1e-15)

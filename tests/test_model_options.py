@@ -7,11 +7,14 @@ from torch import nn
 
 from hvd_lars.assemble.network import build_network
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.config.data import ImageFolderData, Resize, SyntheticData
 from hvd_lars.config.schema import Model
 from hvd_lars.errors import UserError
 from hvd_lars.models import batch_norms, build_model, zero_last_gammas
+from hvd_lars.sources.image_folder import ImageFolderData
+from hvd_lars.sources.images import Resize
+from hvd_lars.sources.synthetic import SyntheticData
 from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.state.run_state import RunState
 
 CPU = torch.device("cpu")
 DATA = SyntheticData(name="synthetic", image_size=64)
@@ -90,8 +93,8 @@ def test_the_average_follows_the_weights_and_is_saved(tmp_path):
     loop = tiny_loop(trainer, tmp_path / "checkpoints", sinks=[Recorder(records)])
     step, history = trainer.train_step, []
 
-    def remembering(number, batches):
-        loss = step(number, batches)
+    def remembering(batches):
+        loss = step(batches)
         history.append([p.detach().clone() for p in trainer.model.parameters()])
         return loss
 
@@ -100,17 +103,18 @@ def test_the_average_follows_the_weights_and_is_saved(tmp_path):
     wanted = history[0]
     for weights in history[1:]:
         wanted = [decay * e + (1 - decay) * w for e, w in zip(wanted, weights, strict=True)]
-    for found, value in zip(trainer.average.module.parameters(), wanted, strict=True):
+    for found, value in zip(trainer.state.average.module.parameters(), wanted, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14)
     last = [record for record in records if record["kind"] == "eval"][-1]
     assert last["ema_loss"] != last["loss"]
-    from hvd_lars.assemble.training import make_average
+    from hvd_lars.assemble.trainer import make_average
 
     model = tiny_model(torch.float64, seed=9, norm=True)
     average = make_average(model, decay)
-    Checkpointer(tmp_path / "checkpoints", LocalCommunicator()).restore(model, average=average)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", LocalCommunicator())
+    checkpointer.restore(RunState(model, average=average))
     for found, value in zip(average.module.parameters(), wanted, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14)
     plain = tiny_model(torch.float64, seed=9, norm=True)  # evaluated without its average
-    Checkpointer(tmp_path / "checkpoints", LocalCommunicator()).restore(plain)
+    checkpointer.restore(RunState(plain))
     assert torch.equal(plain[0].weight, trainer.model[0].weight)

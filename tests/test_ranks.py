@@ -7,6 +7,7 @@ from tiny import (
     RATES,
     assert_same_parameters,
     one_device,
+    tiny_evaluator,
     tiny_loop,
     tiny_model,
     tiny_trainer,
@@ -19,10 +20,10 @@ from hvd_lars.state.progress import Progress
 from hvd_lars.state.replicas import (
     ReplicasDifferError,
     average_buffers,
-    named_state,
+    broadcast_and_verify,
     verify_agreement,
 )
-from hvd_lars.train.evaluation import evaluate
+from hvd_lars.state.run_state import RunState
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4)
 
@@ -54,12 +55,12 @@ def micro_batch_for(comm, pieces):
 def test_ranks_times_accumulation_equal_one_device(comm, dtype, pieces, options):
     trainer = tiny_trainer(comm, dtype, micro_batch_for(comm, pieces), **options)
     for step in range(len(RATES)):
-        trainer.train_step(step, trainer.batches_from(step))
-        verify_agreement(named_state(trainer.model, trainer.optimizer), comm)
+        trainer.train_step(trainer.feed.from_step(step))
+        verify_agreement(trainer.state.tensors(), comm)
     reference, reference_optimizer = one_device(dtype, **options)
     assert_same_parameters(trainer.model, reference, TOLERANCE[dtype])
-    wanted = named_state(reference, reference_optimizer)
-    found = named_state(trainer.model, trainer.optimizer)
+    wanted = RunState(reference, reference_optimizer).tensors()
+    found = trainer.state.tensors()
     assert found.keys() == wanted.keys()
     for name in wanted:
         scale = wanted[name].norm() + 1e-30
@@ -71,7 +72,7 @@ def test_the_same_ranks_end_with_the_same_bits_every_time(comm):
     for _ in range(3):
         trainer = tiny_trainer(comm, torch.float32, 7)
         for step in range(len(RATES)):
-            trainer.train_step(step, trainer.batches_from(step))
+            trainer.train_step(trainer.feed.from_step(step))
         ends.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
@@ -108,9 +109,10 @@ def test_reducing_twice_does_not_sum_twice(comm):
 
 def test_backward_returns_with_the_sums(comm):
     model = tiny_model(torch.float64)
-    Replicated(model.parameters(), comm, bucket_bytes=500)
+    placement = Replicated(model.parameters(), comm, bucket_bytes=500)
     images = torch.ones(1, 3, 6, 6, dtype=torch.float64)
     model(images).sum().backward()
+    assert placement.gradients.steps == 0
     reference = tiny_model(torch.float64)
     reference(images).sum().backward()
     for found, wanted in zip(model.parameters(), reference.parameters(), strict=True):
@@ -197,14 +199,14 @@ def test_a_dtype_that_cannot_be_summed_is_told_at_once(comm):
 
 def test_evaluation_counts_every_sample_once(comm):
     trainer = tiny_trainer(comm, torch.float64, 8)
-    found = evaluate(trainer.model, trainer.source, comm, 8, trainer.device)
-    images, labels = trainer.source.eval_batch(torch.arange(37).numpy())
+    found = tiny_evaluator(trainer).evaluate(trainer.model)
+    images, labels = trainer.feed.source.eval_batch(torch.arange(37).numpy())
     logits = trainer.model(images)
     assert found.num_samples == 37
     assert found.top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())
-    assert found.top5 == 1.0  # of five classes
+    assert found.means["top5"] == 1.0  # of five classes
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
-    assert found.loss == pytest.approx(loss, rel=1e-6)
+    assert found.means["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_differing_tensor_is_named_with_its_ranks(comm):
@@ -237,6 +239,7 @@ def test_buffers_become_their_mean_over_the_ranks_that_saw_a_batch(comm):
 def test_a_run_starts_from_rank_0s_weights(comm, tmp_path):
     folder = comm.broadcast_object(tmp_path)
     trainer = tiny_trainer(comm, torch.float32, 16, seed=comm.rank)
+    broadcast_and_verify(trainer.state.tensors(), comm)
     tiny_loop(trainer, folder).run()
     same = tiny_trainer(comm, torch.float32, 16, seed=0)
     tiny_loop(same, folder / "again").run()
@@ -247,17 +250,19 @@ def test_restore_gives_all_ranks_rank_0s_checkpoint(comm, tmp_path):
     folder = comm.broadcast_object(tmp_path)
     trainer = tiny_trainer(comm, torch.float32, 16)
     for step in range(3):
-        trainer.train_step(step, trainer.batches_from(step))
+        trainer.train_step(trainer.feed.from_step(step))
     checkpointer = Checkpointer(folder, comm)
-    checkpointer.save(trainer.model, trainer.optimizer, Progress(step=3))
-    saved = {name: t.clone() for name, t in named_state(trainer.model, trainer.optimizer).items()}
+    trainer.state.restored(Progress(step=3))
+    checkpointer.save(trainer.state)
+    saved = {name: t.clone() for name, t in trainer.state.tensors().items()}
 
     other = tiny_trainer(comm, torch.float32, 16, seed=1 + comm.rank)
-    assert checkpointer.restore(other.model, other.optimizer).step == 3
-    restored = named_state(other.model, other.optimizer)
+    checkpointer.restore(other.state)
+    assert other.state.progress.step == 3
+    restored = other.state.tensors()
     assert restored.keys() == saved.keys()
     assert all(torch.equal(restored[name], saved[name]) for name in saved)
-    other.train_step(3, other.batches_from(3))
-    trainer.train_step(3, trainer.batches_from(3))
+    other.train_step(other.feed.from_step(3))
+    trainer.train_step(trainer.feed.from_step(3))
     for a, b in zip(other.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(a, b)

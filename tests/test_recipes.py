@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector
 from hvd_lars.assemble import build_run
 from hvd_lars.comm import detect_launch
 from hvd_lars.config.file import bundled_configs, load_config
-from hvd_lars.state.replicas import named_state, verify_agreement
+from hvd_lars.state.replicas import verify_agreement
 
 STEPS = 3  # a warmup from 0 and a zero-initialised gamma each hold a branch still for one step
 
@@ -49,14 +49,14 @@ def test_takes_steps(comm, name, tmp_path_factory):
     for sink in loop.recorder.sinks:
         sink.close()
     before = parameters_to_vector(trainer.model.parameters()).clone()
-    batches = trainer.batches_from(0)
-    for step in range(STEPS):
-        loss = trainer.train_step(step, batches)
+    batches = trainer.feed.from_step(0)
+    for _ in range(STEPS):
+        loss = trainer.train_step(batches)
         comm.start_all_reduce_sum(loss, "loss").wait()
         assert torch.isfinite(loss) and loss > 0.0
     assert not torch.equal(before, parameters_to_vector(trainer.model.parameters()))
     for name, param in trainer.model.named_parameters():
         assert trainer.optimizer.state[param]["momentum_buffer"].any(), name
-    parameters = named_state(trainer.model, trainer.optimizer)
+    parameters = trainer.state.tensors()
     parameters = {name: t for name, t in parameters.items() if "running_" not in name}
     verify_agreement(parameters, comm)

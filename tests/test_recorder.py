@@ -47,7 +47,7 @@ def test_layers_are_recorded_as_one_device_has_them(comm, tmp_path, placed):
     folder, records = comm.broadcast_object(tmp_path), Records()
     trainer = tiny_trainer(comm, torch.float64, 16, placed=placed)
     sinks = [records] if comm.rank == 0 else []
-    tiny_loop(trainer, folder, sinks=sinks, layers_every=2).run()
+    tiny_loop(trainer, folder, every={"layers": 2}, sinks=sinks).run()
     found = {r["step"]: r for r in records if r["kind"] == "layers"}
     if comm.rank != 0:
         assert found == {}
@@ -72,8 +72,8 @@ def test_layers_of_a_step_that_was_left_out_are_recorded(comm, tmp_path):
     with_bad_images(trainer, comm, {1})
     path = tmp_path / "layers.jsonl"
     sinks = [JsonLines(path, ("layers",))] if comm.rank == 0 else []
-    tiny_loop(trainer, folder, sinks=sinks, layers_every=2).run()
-    assert trainer.progress.skipped_steps == 1
+    tiny_loop(trainer, folder, every={"layers": 2}, sinks=sinks).run()
+    assert trainer.state.progress.skipped_steps == 1
     if comm.rank == 0:
         records = [json.loads(line) for line in path.read_text().splitlines()]
         assert [record["step"] for record in records] == [2, 4, 6, 8]
@@ -84,17 +84,15 @@ def test_layers_of_a_step_that_was_left_out_are_recorded(comm, tmp_path):
 def test_a_slow_rank_is_named_once(comm, tmp_path, capsys):
     folder, records = comm.broadcast_object(tmp_path), Records()
     trainer = tiny_trainer(comm, torch.float64, 16)
-    take, slow = trainer.source.train_batch, comm.size - 1
+    take, slow = trainer.feed.source.train_batch, comm.size - 1
 
     def train_batch(epoch, indices):
         if comm.rank == slow and comm.size > 1:
             time.sleep(0.2)
         return take(epoch, indices)
 
-    trainer.source.train_batch = train_batch
-    loop = tiny_loop(trainer, folder, sinks=[records])
-    object.__setattr__(loop.intervals, "log", 1)
-    loop.run()
+    trainer.feed.source.train_batch = train_batch
+    tiny_loop(trainer, folder, {"log": 1}, sinks=[records]).run()
     told = [r for r in records if r.get("event") == "straggler" and r["rank"] == slow]
     assert len(told) == (comm.size > 1)
     windows = [r for r in records if r["kind"] == "train"]

@@ -9,7 +9,8 @@ from torch.nn import functional
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 from hvd_lars.state.checkpoint import Checkpointer
 from hvd_lars.state.progress import Progress
-from hvd_lars.state.replicas import named_state, verify_agreement
+from hvd_lars.state.replicas import verify_agreement
+from hvd_lars.state.run_state import RunState
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4, 5, 8)
 
@@ -28,7 +29,7 @@ OPTIONS = [
 
 def train(trainer):
     for step in range(len(RATES)):
-        trainer.train_step(step, trainer.batches_from(step))
+        trainer.train_step(trainer.feed.from_step(step))
     return trainer
 
 
@@ -39,11 +40,11 @@ def test_sharded_equals_replicated_and_one_device(comm, dtype, micro_batch, opti
     sharded = train(tiny_trainer(comm, dtype, micro_batch, placed=Sharded, **options))
     replicated = train(tiny_trainer(comm, dtype, micro_batch, **options))
     reference, optimizer = one_device(dtype, **options)
-    verify_agreement(named_state(sharded.model, sharded.optimizer), comm)
+    verify_agreement(sharded.state.tensors(), comm)
     assert_same_parameters(sharded.model, reference, TOLERANCE[dtype])
     assert_same_parameters(sharded.model, replicated.model, TOLERANCE[dtype])
-    found = named_state(sharded.model, sharded.optimizer)
-    wanted = named_state(reference, optimizer)
+    found = sharded.state.tensors()
+    wanted = RunState(reference, optimizer).tensors()
     assert found.keys() == wanted.keys()
     for name in wanted:
         scale = wanted[name].norm() + 1e-30
@@ -73,16 +74,18 @@ def test_a_checkpoint_serves_both_placements(comm, saved, tmp_path):
     folder = comm.broadcast_object(tmp_path)
     trainer = tiny_trainer(comm, torch.float64, 16, placed=saved)
     for step in range(3):
-        trainer.train_step(step, trainer.batches_from(step))
+        trainer.train_step(trainer.feed.from_step(step))
     checkpointer = Checkpointer(folder, comm)
-    checkpointer.save(trainer.model, trainer.optimizer, Progress(step=3))
+    trainer.state.restored(Progress(step=3))
+    checkpointer.save(trainer.state)
     for step in range(3, 8):
-        trainer.train_step(step, trainer.batches_from(step))
+        trainer.train_step(trainer.feed.from_step(step))
     for placed in (Sharded, Replicated):
         other = tiny_trainer(comm, torch.float64, 16, seed=1 + comm.rank, placed=placed)
-        assert checkpointer.restore(other.model, other.optimizer).step == 3
+        checkpointer.restore(other.state)
+        assert other.state.progress.step == 3
         for step in range(3, 8):
-            other.train_step(step, other.batches_from(step))
+            other.train_step(other.feed.from_step(step))
         assert_same_parameters(other.model, trainer.model, 1e-13)
         if placed is saved:
             for a, b in zip(other.model.parameters(), trainer.model.parameters(), strict=True):

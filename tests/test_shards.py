@@ -31,6 +31,7 @@ from hvd_lars.data import (
     copy_shards,
     load_shards,
 )
+from hvd_lars.data.images import Sizes
 from hvd_lars.data.shards import origins
 from hvd_lars.data.shards.cache import verify
 from hvd_lars.data.shards.index import scan_tar
@@ -38,6 +39,7 @@ from hvd_lars.data.shards.origins import compare
 from hvd_lars.data.shards.writer import pack
 from hvd_lars.errors import UserError
 from hvd_lars.launchers.local import this_python
+from hvd_lars.sources.images import IMAGENET_STATISTICS as STATISTICS
 
 QUIET = lambda done, total: None  # noqa: E731
 
@@ -48,7 +50,7 @@ def load(root, **options):
 
 def images_of(shards, root):
     stores = (ShardImages(root, split) for split in (shards.train, shards.val))
-    return Images(*stores, shards.identity(), Augment(), 16, 20, seed=0)
+    return Images(*stores, shards.identity(), Augment(), Sizes(16, 20), 0, STATISTICS)
 
 
 @pytest.fixture(scope="module")

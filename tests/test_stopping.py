@@ -6,12 +6,12 @@ import signal
 import pytest
 
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.health.agreement import Votes
+from hvd_lars.health.agreement import Agreement
 from hvd_lars.health.stop_requests import StopRequests
 
 
 def agreed(stops):
-    return Votes(LocalCommunicator(), stops).count().stop
+    return Agreement(LocalCommunicator(), stops).decide().stop
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
@@ -49,5 +49,4 @@ def test_time_and_a_file_are_requests(tmp_path):
     stops = StopRequests(tmp_path / "STOP")
     assert agreed(stops) is None
     (tmp_path / "STOP").symlink_to("/no/such")  # any entry of that name
-    stops._next_look = 0.0
-    assert agreed(stops) == "STOP file"
+    assert agreed(StopRequests(tmp_path / "STOP")) == "STOP file"

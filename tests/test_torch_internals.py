@@ -90,11 +90,12 @@ def test_an_exception_at_the_end_of_backward_reaches_its_caller():
 def test_an_uncompiled_step_is_not_traced():
     seen = []
 
+    @torch_internals.uncompiled
     def step():
         seen.append(torch.compiler.is_compiling())
 
-    torch.compile(lambda x: (x + 1, torch_internals.run_uncompiled(step)))(torch.ones(2))
-    torch_internals.run_uncompiled(step)
+    torch.compile(lambda x: (x + 1, step()))(torch.ones(2))
+    step()
     assert seen == [False, False]
 
 

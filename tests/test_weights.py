@@ -18,6 +18,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.models import build_model, load_weights
 from hvd_lars.state.checkpoint import Checkpointer
 from hvd_lars.state.progress import Progress
+from hvd_lars.state.run_state import RunState
 
 
 def prefixed(prefix, state):
@@ -31,8 +32,9 @@ def other_weights(state):
 
 def run_of(model, folder):
     checkpointer = Checkpointer(folder / "checkpoints", LocalCommunicator())
-    checkpointer.save(build_model("resnet18", 5), LARS(model.parameters()), Progress(step=9))
-    checkpointer.save(model, LARS(model.parameters()), Progress(step=10))
+    optimizer = LARS(model.parameters())
+    checkpointer.save(RunState(build_model("resnet18", 5), optimizer, None, Progress(step=9)))
+    checkpointer.save(RunState(model, optimizer, None, Progress(step=10)))
 
 
 def hub_folder(state, folder):

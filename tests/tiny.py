@@ -4,15 +4,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from hvd_lars.assemble.training import make_average
+from hvd_lars.assemble.trainer import make_average
 from hvd_lars.data.identity import made_identity
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.models.batch_norm import span_ranks
 from hvd_lars.optim import LARS, Replicated, parameter_groups
 from hvd_lars.settings.durations import Intervals
 from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.state.run_state import RunState
+from hvd_lars.train.evaluation import Evaluator
+from hvd_lars.train.feed import Feed
 from hvd_lars.train.loop import Loop
-from hvd_lars.train.trainer import Trainer
+from hvd_lars.train.trainer import StepOptions, Trainer
 
 GLOBAL_BATCH = 59  # divided by 1, 2, 3, 4 ranks and again by 2 and 5 it is uneven every time
 RATES = [2.0, 3.0, 0.5, 4.0, 0.0, 1.0, 8.0, 0.1]
@@ -68,6 +71,7 @@ def tiny_trainer(
     placed=Replicated,
     precision="fp32",
     channels_last=False,
+    max_skipped_steps=10,
     **options,
 ):
     """A Trainer of the tiny model whose buckets are small enough that there are several.
@@ -82,28 +86,29 @@ def tiny_trainer(
     groups = parameter_groups(model, 5e-3, adapt=adapt)
     optimizer = LARS(groups, trust_coefficient=0.02, placement=placement, **options)
     source = TinySource(dtype)
+    batches = GlobalBatches(source.num_train, GLOBAL_BATCH, seed=5)
     return Trainer(
-        model=model,
-        average=average,
-        optimizer=optimizer,
-        placement=placement,
-        schedule=lambda step: RATES[step % len(RATES)],
-        source=source,
-        batches=GlobalBatches(source.num_train, GLOBAL_BATCH, seed=5),
-        comm=comm,
-        device=torch.device("cpu"),
-        micro_batch=micro_batch,
-        total_steps=len(RATES),
-        seed=3,
-        precision=precision,
-        channels_last=channels_last,
+        RunState(model, optimizer, average),
+        placement,
+        Feed(source, batches, comm, torch.device("cpu"), micro_batch, len(RATES)),
+        lambda step: RATES[step % len(RATES)],
+        comm,
+        StepOptions(3, 0.0, precision, channels_last, max_skipped_steps),
     )
 
 
-def tiny_loop(trainer, folder, **options):
-    """A Loop around it that keeps checkpoints in a folder."""
-    intervals = Intervals(total=len(RATES), evaluate=4, log=3, checkpoint=5)
-    return Loop(trainer, intervals, 8, Checkpointer(folder, trainer.comm), **options)
+def tiny_evaluator(trainer, batch=8):
+    """Of the tiny test set."""
+    return Evaluator(trainer.feed.source, trainer.comm, batch, trainer.feed.device)
+
+
+def tiny_loop(trainer, folder, every=None, **options):
+    """A Loop around it that keeps checkpoints in a folder; ``every``: other intervals."""
+    intervals = Intervals(
+        **({"total": 8, "evaluate": 4, "log": 3, "checkpoint": 5} | (every or {}))
+    )
+    checkpointer = Checkpointer(folder, trainer.comm)
+    return Loop(trainer, intervals, tiny_evaluator(trainer), checkpointer, **options)
 
 
 def one_device(dtype, adapt="weights", norm=False, **options):

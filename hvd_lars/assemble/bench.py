@@ -10,16 +10,15 @@ from dataclasses import dataclass
 import torch
 from scipy import stats
 
-from hvd_lars.assemble.sources import shape_of
-from hvd_lars.assemble.training import make_trainer
+from hvd_lars.assemble.trainer import build_trainer
 from hvd_lars.comm.base import Communicator
-from hvd_lars.config.data import Cifar10Data, Cifar100Data, Images, SyntheticData
-from hvd_lars.config.optimizer import Schedule
+from hvd_lars.config.schedule import Schedule
 from hvd_lars.config.schema import Config
 from hvd_lars.launchers.environment import Launch
 from hvd_lars.optim import Sharded
 from hvd_lars.runtime.stopwatch import PARTS, Stopwatch
 from hvd_lars.settings.durations import Duration
+from hvd_lars.state.replicas import broadcast_and_verify
 from hvd_lars.train.trainer import Trainer
 
 # A step reads weights and gradients for the norms, then reads them and momentum and writes both.
@@ -62,30 +61,29 @@ def bench(
         UserError: on every rank alike, for anything in the config that cannot be done.
     """
     total = (windows + 1) * steps
-    trainer, config = make_trainer(
-        _bench_config(config, comm.size, total, accumulate), comm, launch
-    )
-    on_gpu = trainer.device.type == "cuda"
+    watch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
+    built = build_trainer(_bench_config(config, comm.size, total, accumulate), comm, launch, watch)
+    trainer, config = built.trainer, built.config
+    broadcast_and_verify(trainer.state.tensors(), comm)
+    on_gpu = trainer.feed.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     trainer.model.train()
-    trainer.watch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
-    trainer.placement.gradients.watch = trainer.watch
-    batches = trainer.batches_from(0)
+    batches = trainer.feed.from_step(0)
     rates, seconds = [], []
     for window in range(windows + 1):
         comm.barrier()
         if window == 1:
             trainer.watch.reset()
         started = time.perf_counter()
-        for step in range(window * steps, (window + 1) * steps):
-            trainer.train_step(step, batches)
+        for _ in range(steps):
+            trainer.train_step(batches)
         if on_gpu:
             torch.cuda.synchronize()
         taken = _mean_over_ranks(time.perf_counter() - started, comm)
         if window > 0:
             seconds.append(taken)
-            rates.append(steps * trainer.batches.global_batch / taken)
+            rates.append(steps * trainer.global_batch / taken)
     half = stats.t.ppf(0.975, windows - 1) * statistics.stdev(rates) / windows**0.5
     parts = {
         part: _mean_over_ranks(took / (windows * steps), comm)
@@ -96,10 +94,10 @@ def bench(
     updated = sum(numels) // (comm.size if isinstance(trainer.placement, Sharded) else 1)
     return Bench(
         ranks=comm.size,
-        global_batch=trainer.batches.global_batch,
+        global_batch=trainer.global_batch,
         micro_batch=config.train.micro_batch,
         parameters=sum(numels),
-        kernel=trainer.optimizer.param_groups[0]["kernel"],
+        kernel=trainer.optimizer.param_groups[0].get("kernel", "eager"),
         placement=type(trainer.placement).__name__.lower(),
         images_per_second=statistics.mean(rates),
         half_interval=float(half),
@@ -115,22 +113,6 @@ def _bench_config(config: Config, ranks: int, total: int, accumulate: int) -> Co
     """The config with full micro-batches of made-up images and a rate that moves nothing far."""
     all_steps = Duration(total, "steps")
     batch = config.train.micro_batch * ranks * accumulate
-    data = config.data
-    if isinstance(data, (Images, Cifar10Data, Cifar100Data, SyntheticData)):
-        channels, side, _ = shape_of(data)
-        classes = {Cifar10Data: 10, Cifar100Data: 100}.get(type(data), 1000)
-        if isinstance(data, SyntheticData):
-            classes = data.num_classes
-        elif isinstance(data, Images) and data.expect is not None:
-            classes = data.expect.classes
-        data = SyntheticData(
-            name="synthetic",
-            num_train=batch,
-            num_eval=1,
-            num_classes=classes,
-            image_size=side,
-            channels=channels,
-        )
     train = config.train.model_copy(
         update={
             "duration": all_steps,
@@ -141,7 +123,7 @@ def _bench_config(config: Config, ranks: int, total: int, accumulate: int) -> Co
     )
     return config.model_copy(
         update={
-            "data": data,
+            "data": config.data.made_up(batch),
             "train": train,
             "schedule": Schedule(base_lr=1e-6, policy="constant"),
             "checkpoint": config.checkpoint.model_copy(update={"every": all_steps}),
@@ -164,7 +146,7 @@ def _largest_over_ranks(value: float, comm: Communicator) -> float:
 
 def _floor_seconds(parameters: int, trainer: Trainer, comm: Communicator) -> float:
     """Seconds to move the bytes of a step, by ``a += b`` on all ranks at once: 12 bytes each."""
-    a = torch.zeros(max(1, parameters * BYTES_A_PARAMETER // 12), device=trainer.device)
+    a = torch.zeros(max(1, parameters * BYTES_A_PARAMETER // 12), device=trainer.feed.device)
     b = torch.ones_like(a)
     taken = []
     for _ in range(7):

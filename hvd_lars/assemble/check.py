@@ -1,4 +1,4 @@
-"""What a run would be, without running it: plan, optimizer groups, memory, warnings."""
+"""A run examined without running it: plan, optimizer groups, memory, warnings."""
 
 from __future__ import annotations
 
@@ -8,40 +8,15 @@ from functools import lru_cache
 
 import torch
 
-from hvd_lars.assemble.network import build_network, check_batch_norm, shapes_of
+from hvd_lars.assemble.network import build_network, check_batch_norm
 from hvd_lars.assemble.plan import Plan, make_plan
-from hvd_lars.assemble.sources import build_source, place_of
-from hvd_lars.assemble.training import optimizer_groups
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.config.data import Images
-from hvd_lars.config.optimizer import Optimizer
-from hvd_lars.config.schema import Config, Data, Model
+from hvd_lars.config.binding import changes
+from hvd_lars.config.schema import Config, Model
 from hvd_lars.models import batch_norms
 from hvd_lars.models.footprint import Footprint, footprint
-
-# Keys that change nothing in what is computed; all others belong to a recipe.
-_FREE = ("recipe", "run", "comm", "checkpoint")
-_FREE_KEYS = {
-    "data.name",
-    "data.root",
-    "data.train_shards",
-    "data.val_shards",
-    "data.cache_dir",
-    "data.workers",
-    "data.expect",
-    "data.download",
-    "train.micro_batch",
-    "train.eval_batch",
-    "train.eval_every",
-    "train.log_every",
-    "train.threads",
-    "train.channels_last",
-    "train.compile",
-    "model.ema_decay",
-    "model.checkpoint_blocks",
-    "optimizer.kernel",
-    "optimizer.placement",
-}
+from hvd_lars.optimizers import OptimizerSettings
+from hvd_lars.sources import BuildContext, SourceSettings
 
 
 @dataclass(frozen=True)
@@ -87,37 +62,16 @@ def examine(
     Raises:
         UserError: it could not run.
     """
-    notes, warnings = [], []
-    data = config.data
-    expect = data.expect if isinstance(data, Images) else None
-    place = place_of(data)
-    if expect is not None and place is not None and not place.exists():
-        num_train, num_classes = expect.train, expect.classes
-        notes.append(f"{place} is not here: planned for the {num_train:,} images expected")
-    else:
-        # Looked at only: nothing is copied to a node or downloaded.
-        still = {"cache_dir": None, "download": False}
-        seen = data.model_copy(update={k: v for k, v in still.items() if hasattr(data, k)})
-        source = build_source(config.model_copy(update={"data": seen}), LocalCommunicator())
-        num_train, num_classes = source.num_train, source.num_classes
+    num_train, num_classes, notes = _size(config)
     plan = make_plan(config, num_train, ranks)
-    groups, size, normalised = _measure(config.model, config.optimizer, data, num_classes)
+    groups, size, normalised = _measure(config.model, config.optimizer, config.data, num_classes)
     if plan.smallest_micro_batch == 1 and normalised:
-        model = build_network(config.model, data, num_classes, torch.device("cpu"))
+        model = build_network(config.model, config.data, num_classes, torch.device("cpu"))
         check_batch_norm(model, config, plan)
-    momentum = size.parameters if config.optimizer.momentum > 0 else 0
-    if config.optimizer.placement == "sharded":
-        momentum = -(-momentum // ranks)
-    memory = {
-        "weights": size.parameters + size.buffers,
-        "gradients": size.parameters,
-        "momentum": momentum,
-        "average": size.parameters + size.buffers if config.model.ema_decay is not None else 0,
-        "activations": size.activations(plan.largest_micro_batch),
-    }
-    fixed = sum(memory.values()) - memory["activations"]
+    memory = _memory(config, size, plan)
+    warnings = []
     if device_memory is not None and sum(memory.values()) > device_memory:
-        room = device_memory - fixed - size.activations_fixed
+        room = device_memory - sum(memory.values()) + memory["activations"] - size.activations_fixed
         fitting = int(room / size.activations_per_sample)
         advice = f"train.micro_batch={fitting} would fit" if fitting > 0 else "nothing would fit"
         warnings.append(
@@ -126,23 +80,61 @@ def examine(
         )
     if plan.global_batch < ranks:
         warnings.append(f"{ranks - plan.global_batch} of {ranks} ranks have no samples in a step")
-    if config.recipe is not None:
-        warnings += [f"not as published: {d}" for d in config.recipe.departures]
-        if recipe is not None:
-            warnings += _changes(config, recipe)
-            span = plan.largest_micro_batch * config.model.bn_sync_ranks
-            theirs = recipe.train.micro_batch * recipe.model.bn_sync_ranks
-            if normalised and span != theirs:
-                warnings.append(f"BatchNorm spans {span} samples in place of the recipe's {theirs}")
+    warnings += _departures(config, recipe, plan, normalised)
     return Report(plan, num_classes, groups, memory, tuple(warnings), tuple(notes))
+
+
+def _size(config: Config) -> tuple[int, int, list[str]]:
+    """Training images, classes and a note about them; nothing is copied or downloaded."""
+    expect, location = config.data.expected, config.data.location
+    if expect is not None and location is not None and not location.exists():
+        note = f"{location} is not here: planned for the {expect.train:,} images expected"
+        return expect.train, expect.classes, [note]
+    context = BuildContext(LocalCommunicator(), config.run.seed)
+    source = config.data.read_only().build(context)
+    return source.num_train, source.num_classes, []
+
+
+def _memory(config: Config, size: Footprint, plan: Plan) -> dict[str, float]:
+    """Bytes a rank, by what takes them."""
+    slots = size.parameters * config.optimizer.num_slots
+    if config.optimizer.placement == "sharded":
+        slots = -(-slots // plan.ranks)
+    return {
+        "weights": size.parameters + size.buffers,
+        "gradients": size.parameters,
+        "momentum": slots,
+        "average": size.parameters + size.buffers if config.model.ema_decay is not None else 0,
+        "activations": size.activations(plan.largest_micro_batch),
+    }
+
+
+def _departures(config: Config, recipe: Config | None, plan: Plan, normalised: bool) -> list[str]:
+    """How a config differs from its recipe, and that from the published setting."""
+    if config.recipe is None:
+        return []
+    lines = [f"not as published: {departure}" for departure in config.recipe.departures]
+    if recipe is None:
+        return lines
+    lines += changes(
+        recipe,
+        config,
+        "recipe",
+        lambda key, theirs, ours: f"{key} is {ours} in place of the recipe's {theirs}",
+    )
+    span = plan.largest_micro_batch * config.model.bn_sync_ranks
+    theirs = recipe.train.micro_batch * recipe.model.bn_sync_ranks
+    if normalised and span != theirs:
+        lines.append(f"BatchNorm spans {span} samples in place of the recipe's {theirs}")
+    return lines
 
 
 @lru_cache(maxsize=64)  # the recipes share a few networks
 def _measure(
-    model_settings: Model, optimizer_settings: Optimizer, data: Data, num_classes: int
+    settings: Model, optimizer: OptimizerSettings, data: SourceSettings, num_classes: int
 ) -> tuple[tuple[Group, ...], Footprint, bool]:
     """Optimizer groups and memory of a network, and whether it has BatchNorm."""
-    model = build_network(model_settings, data, num_classes, torch.device("cpu"))
+    model = build_network(settings, data, num_classes, torch.device("cpu"))
     groups = tuple(
         Group(
             len(group["params"]),
@@ -150,28 +142,7 @@ def _measure(
             group["adapt"],
             group["weight_decay"],
         )
-        for group in optimizer_groups(model, optimizer_settings)
+        for group in optimizer.groups(model)
     )
-    largest = max(shapes_of(data), key=math.prod)
+    largest = max(data.shapes, key=math.prod)
     return groups, footprint(model, largest), bool(batch_norms(model))
-
-
-def _changes(config: Config, recipe: Config) -> list[str]:
-    """Keys that change what is computed and are not as the bundled file has them."""
-    ours, theirs = _flat(config.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-    return [
-        f"{key} is {ours.get(key)} in place of the recipe's {theirs.get(key)}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-        and key.partition(".")[0] not in _FREE
-        and not any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
-    ]
-
-
-def _flat(tree: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat

@@ -1,4 +1,4 @@
-"""What a config leaves to measurement, settled before training.
+"""Choices that a config leaves to measurement, made before training.
 
 A run keeps what was chosen in its ``config.yaml``: another choice has other bits.
 """
@@ -16,9 +16,8 @@ from torch.nn import functional
 from hvd_lars.assemble.placing import place
 from hvd_lars.comm.base import Communicator
 from hvd_lars.config.schema import Config
-from hvd_lars.errors import UserError
-from hvd_lars.optim import LARS, Placement
-from hvd_lars.optim.kernels import KernelName, choose_kernel, why_not_native
+from hvd_lars.optim import Placement
+from hvd_lars.optim.protocol import Optimizer
 from hvd_lars.runtime.terminal import tell
 
 _TRIALS = 5
@@ -28,22 +27,20 @@ _BUCKETS = (1.0, 5.0, 25.0, 100.0)  # MiB
 def settle(
     config: Config,
     model: nn.Module,
-    shape: tuple[int, ...],
     num_classes: int,
     comm: Communicator,
     device: torch.device,
 ) -> Config:
     """The config with every ``auto`` of kernel, bucket and placement decided; collective.
 
-    Rank 0 prints what was measured.  ``shape`` is an image's (channels, height, width).
+    Rank 0 prints what was measured.
 
     Raises:
         UserError: on every rank alike, some of them do not have the kernel that is wanted.
     """
-    kernel = agree_on_kernel(config.optimizer.kernel, device, comm)
-    config = config.with_values("optimizer", kernel=kernel)
+    config = config.with_section("optimizer", config.optimizer.resolved(device, comm))
     if config.comm.bucket_mb == "auto":
-        step = _Trial(model, shape, num_classes, config, comm, device)
+        step = _Trial(model, num_classes, config, comm, device)
         found = {f"{mb:g}": step.milliseconds(bucket_mb=mb) for mb in _BUCKETS}
         config = config.with_values(
             "comm", bucket_mb=float(_fastest("comm.bucket_mb", found, comm))
@@ -51,7 +48,7 @@ def settle(
     if config.optimizer.placement == "auto":
         placement = "replicated"
         if comm.size > 1 and config.comm.compression == "none":
-            step = _Trial(model, shape, num_classes, config, comm, device)
+            step = _Trial(model, num_classes, config, comm, device)
             found = {kind: step.milliseconds(kind) for kind in ("replicated", "sharded")}
             placement = _fastest("optimizer.placement", found, comm)
         elif comm.rank == 0:
@@ -61,38 +58,12 @@ def settle(
     return config
 
 
-def agree_on_kernel(wanted: KernelName, device: torch.device, comm: Communicator) -> KernelName:
-    """The kernel that every rank uses: kernels differ in the last bits, and so would ranks.
-
-    Raises:
-        UserError: on every rank alike, some of them do not have the one that is wanted.
-    """
-    try:
-        choose_kernel("auto" if wanted == "native" else wanted, device.type)
-    except ValueError as error:
-        raise UserError(f"optimizer.kernel: {error}") from None
-    if wanted in ("fused", "eager"):
-        return wanted
-    reason = why_not_native(device.type)
-    count = torch.tensor(float(not reason), device=device)
-    comm.start_all_reduce_sum(count, "kernel").wait()
-    missing = comm.size - int(count.item())
-    others: list[KernelName] = ["fused", "eager"] if device.type == "cpu" else ["eager"]
-    if wanted == "native" and missing:
-        raise UserError(
-            f"optimizer.kernel: found native, which {missing} of {comm.size} ranks cannot use "
-            f"({reason or 'others than this one'}); allowed: auto, {', '.join(others)}"
-        )
-    return others[0] if missing else "native"
-
-
 class _Trial:
     """Training steps of a copy of the model on made-up images."""
 
     def __init__(
         self,
         model: nn.Module,
-        shape: tuple[int, ...],
         num_classes: int,
         config: Config,
         comm: Communicator,
@@ -100,7 +71,7 @@ class _Trial:
     ) -> None:
         self._model, self._config, self._comm = model, config, comm
         batch = config.train.micro_batch
-        self._images = torch.zeros(batch, *shape, device=device)
+        self._images = torch.zeros(batch, *config.data.shapes[0], device=device)
         self._labels = torch.arange(batch, device=device) % num_classes
 
     def milliseconds(self, kind: str = "replicated", bucket_mb: float | None = None) -> float:
@@ -110,15 +81,13 @@ class _Trial:
             config = config.with_values("comm", bucket_mb=bucket_mb)
         model = copy.deepcopy(self._model).train()
         placement = place(model, self._comm, config.optimizer, config.comm)
-        params = [param for param in model.parameters() if param.requires_grad]
-        kernel = config.optimizer.kernel
-        optimizer = LARS(params, lr=0.0, kernel=kernel, placement=placement)
+        optimizer = config.optimizer.build(model, 0.0, placement)
         taken = [self._seconds(model, optimizer, placement) for _ in range(_TRIALS + 2)]
         total = torch.tensor(statistics.median(taken[2:]) * 1e3, dtype=torch.float64)
         self._comm.start_all_reduce_sum(total, "step_milliseconds").wait()
         return total.item() / self._comm.size
 
-    def _seconds(self, model: nn.Module, optimizer: LARS, placement: Placement) -> float:
+    def _seconds(self, model: nn.Module, optimizer: Optimizer, placement: Placement) -> float:
         self._comm.barrier()
         started = time.perf_counter()
         optimizer.zero_grad()
@@ -133,5 +102,5 @@ def _fastest(key: str, found: dict[str, float], comm: Communicator) -> str:
     best = min(found, key=lambda name: found[name])
     if comm.rank == 0:
         told = ", ".join(f"{name} {took:.1f} ms" for name, took in found.items())
-        tell(f"{key} auto: {best}; steps take with {told} (medians of {_TRIALS})")
+        tell(f"{key} auto: {best}; step time: {told} (medians of {_TRIALS})")
     return best

@@ -16,9 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hvd_lars
-from hvd_lars.assemble.network import build_network, shapes_of
-from hvd_lars.assemble.sources import normalisation_of
-from hvd_lars.config.data import Images
+from hvd_lars.assemble.network import build_network
 from hvd_lars.config.schema import Config
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import let_umask_decide, sync
@@ -82,16 +80,14 @@ def _metadata(config: Config, found: checkpoint_files.Found) -> dict[str, Any]:
         "model": config.model.name,
         "step": found.progress.step,
         "top1": found.progress.top1,
-        "image_shape": list(shapes_of(config.data)[0]),
+        "image_shape": list(config.data.shapes[0]),
     }
     if found.data is not None:
         facts["classes"] = list(found.data.classes)
-    statistics = normalisation_of(config)
+    statistics = config.data.statistics(config.run.seed)
     if statistics is not None:
         facts |= {"mean": list(statistics[0]), "std": list(statistics[1])}
-    if isinstance(config.data, Images):
-        facts |= {"image_size": config.data.image_size, "eval_resize": config.data.eval_resize}
-    return facts
+    return facts | config.data.facts()
 
 
 def _write(output: Path, write: Callable[[Path], None]) -> None:

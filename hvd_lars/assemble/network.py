@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from hvd_lars.assemble.plan import Plan
-from hvd_lars.assemble.sources import shape_of
-from hvd_lars.config.data import Images as ImagesSection
-from hvd_lars.config.schema import Config, Data, Model
+from hvd_lars.config.schema import Config, Model
 from hvd_lars.errors import UserError
 from hvd_lars.models import (
     batch_norms,
@@ -20,9 +18,12 @@ from hvd_lars.models import (
     set_batch_norm_momentum,
     zero_last_gammas,
 )
+from hvd_lars.sources import SourceSettings
 
 
-def build_network(settings: Model, data: Data, num_classes: int, device: torch.device) -> nn.Module:
+def build_network(
+    settings: Model, data: SourceSettings, num_classes: int, device: torch.device
+) -> nn.Module:
     """The named network with what the recipe changes in it, seen to take images of every size.
 
     Weights to start from are not loaded here.
@@ -46,7 +47,7 @@ def build_network(settings: Model, data: Data, num_classes: int, device: torch.d
             )
         recompute_blocks(model)
     model = model.to(device).eval()
-    for shape in shapes_of(data):
+    for shape in data.shapes:
         try:
             with torch.no_grad():
                 logits = model(torch.zeros(2, *shape, device=device))
@@ -82,7 +83,7 @@ def check_batch_norm(model: nn.Module, config: Config, plan: Plan) -> None:
     shadow = {name: tensor.to("meta") for name, tensor in tensors}
     was_training = model.training
     try:
-        for shape in shapes_of(config.data):
+        for shape in config.data.shapes:
             images = torch.zeros(1, *shape, device="meta")
             torch.func.functional_call(model.train(), shadow, (images,))
     except ValueError as error:
@@ -98,11 +99,3 @@ def check_batch_norm(model: nn.Module, config: Config, plan: Plan) -> None:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-
-
-def shapes_of(data: Data) -> list[tuple[int, int, int]]:
-    """Shapes of the images that the network will be shown."""
-    shapes = [shape_of(data)]
-    if isinstance(data, ImagesSection):
-        shapes += [(3, e.image_size, e.image_size) for e in data.progressive]
-    return shapes

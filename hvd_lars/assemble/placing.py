@@ -6,14 +6,28 @@ from torch import nn
 
 from hvd_lars.comm.base import Communicator, Reducer
 from hvd_lars.comm.compressed import CompressedReducer
-from hvd_lars.config.optimizer import Optimizer
 from hvd_lars.config.schema import Comm
 from hvd_lars.errors import UserError
 from hvd_lars.optim import Placement, Replicated, Sharded
+from hvd_lars.optimizers import OptimizerSettings
+from hvd_lars.runtime.stopwatch import Stopwatch
 
 
-def place(model: nn.Module, comm: Communicator, settings: Optimizer, how: Comm) -> Placement:
-    """A placement of the model's parameters; bucket size and placement are no longer ``auto``.
+def place(
+    model: nn.Module,
+    comm: Communicator,
+    settings: OptimizerSettings,
+    how: Comm,
+    watch: Stopwatch | None = None,
+) -> Placement:
+    """A placement of the model's parameters, which keep each rank's own values.
+
+    Args:
+        model: on its device.
+        comm: the ranks.
+        settings: placement is no longer ``auto``.
+        how: nor is the bucket size.
+        watch: times the waiting for other ranks.
 
     Raises:
         UserError: on every rank alike, compression is asked for where it cannot be had.
@@ -26,11 +40,21 @@ def place(model: nn.Module, comm: Communicator, settings: Optimizer, how: Comm) 
                 f"comm.compression: found {how.compression}; with optimizer.placement sharded "
                 f"allowed: none"
             )
-        return Sharded(model.parameters(), comm, bucket_bytes, early_norms=True)
+        return Sharded(
+            model.parameters(), comm, bucket_bytes, early_norms=True, root=None, watch=watch
+        )
     reducer: Reducer = comm
     if how.compression == "fp16":
         if comm.backend == "mpi":
             raise UserError("comm.compression: fp16 needs comm.backend horovod; MPI has no float16")
         if comm.size > 1:
             reducer = CompressedReducer(comm)
-    return Replicated(model.parameters(), comm, bucket_bytes, True, reducer)
+    return Replicated(
+        model.parameters(),
+        comm,
+        bucket_bytes,
+        early_norms=True,
+        gradients_through=reducer,
+        root=None,
+        watch=watch,
+    )

@@ -1,30 +1,21 @@
-"""What a config comes to in steps, for a data set's size and a number of ranks."""
+"""The plan of a run: a config in steps, for a data set's size and a number of ranks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from hvd_lars.assemble.sources import mixes_pairs
 from hvd_lars.config.schema import Config
 from hvd_lars.data.sampler import accumulation, smallest_micro_batch
 from hvd_lars.errors import UserError
 from hvd_lars.settings.durations import Duration, Intervals
-from hvd_lars.train.schedules import (
-    Schedule,
-    constant,
-    constant_warmup,
-    cosine,
-    gradual_warmup,
-    multistep,
-    poly,
-    scaled_rate,
-)
+from hvd_lars.train.schedules import Schedule
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config comes to for a data set and a number of ranks; lengths in steps."""
+    """A run over a data set and a number of ranks; lengths in steps."""
 
     ranks: int
     num_train: int
@@ -45,7 +36,7 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
     Raises:
         UserError: the batch does not fit into the data set, or the warmup into the run.
     """
-    train, rates = config.train, config.schedule
+    train = config.train
     if train.global_batch > num_train:
         raise UserError(
             f"train.global_batch: found {train.global_batch}; an epoch of {config.data.name} has "
@@ -60,86 +51,64 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
         return found
 
     total = steps(train.duration, "train.duration")
-    warmup = (
-        0 if rates.warmup == "none" else steps(rates.warmup_duration, "schedule.warmup_duration")
-    )
-    if warmup >= total:
-        raise UserError(
-            f"schedule.warmup_duration: {rates.warmup_duration} is {warmup} steps; the whole run "
-            f"has {total}; give a shorter one, or warmup none and warmup_duration '0 epochs'"
-        )
-    target = scaled_rate(rates.base_lr, rates.scaling, train.global_batch, rates.reference_batch)
-    if rates.end_lr > target:
-        raise UserError(
-            f"schedule.end_lr: found {rates.end_lr}; at most the target rate {target:g}"
-        )
-    start = warmup if rates.poly_span == "post_warmup" else 0
-    if rates.policy == "poly":
-        main = poly(target, total, rates.poly_power, rates.end_lr, start)
-    elif rates.policy == "cosine":
-        main = cosine(target, total, rates.end_lr, start)
-    elif rates.policy == "multistep":
-        milestones = [steps(m, "schedule.milestones") for m in rates.milestones]
-        main = multistep(target, milestones, rates.factor)
-    else:
-        main = constant(target)
-    if rates.warmup == "gradual":
-        schedule = gradual_warmup(main, warmup, target, rates.warmup_start_lr)
-    elif rates.warmup == "constant":
-        schedule = constant_warmup(main, warmup, rates.warmup_start_lr)
-    else:
-        schedule = main
-    block = 2 if mixes_pairs(config) else 1
+    planned = config.schedule.build(total, train.global_batch, steps)
+    block = 2 if config.data.mixes_pairs else 1
     if train.micro_batch < block:
         raise UserError(
             f"train.micro_batch: found {train.micro_batch}; mixup and cutmix need 2 or more"
         )
-    kept = config.checkpoint.every
-    by_clock = kept.unit == "minutes"
-    if by_clock and kept.value == 0:
-        raise UserError(f"checkpoint.every: found {kept}; must be above 0")
-    pieces = accumulation(train.global_batch, ranks, train.micro_batch, block)
+    batches = train.global_batch, ranks, train.micro_batch, block
+    accumulated = accumulation(*batches)
     fullest = min(-(-train.global_batch // (block * ranks)) * block, train.global_batch)
-    _check_batch_norm_groups(config, ranks, pieces, block)
+    _check_batch_norm_groups(config, ranks, accumulated, block)
     return Plan(
         ranks=ranks,
         num_train=num_train,
         global_batch=train.global_batch,
         steps_per_epoch=steps_per_epoch,
-        accumulation=pieces,
-        largest_micro_batch=min(-(-fullest // (block * pieces)) * block, fullest),
-        smallest_micro_batch=smallest_micro_batch(
-            train.global_batch, ranks, train.micro_batch, block
-        ),
-        intervals=Intervals(
-            total=total,
-            evaluate=steps(train.eval_every, "train.eval_every"),
-            log=steps(train.log_every, "train.log_every"),
-            checkpoint=total if by_clock else steps(kept, "checkpoint.every"),
-            layers=steps(train.log_layers_every, "train.log_layers_every"),
-            checkpoint_seconds=60.0 * kept.value if by_clock else math.inf,
-        ),
-        warmup_steps=warmup,
-        target_lr=target,
-        schedule=schedule,
+        accumulation=accumulated,
+        largest_micro_batch=min(-(-fullest // (block * accumulated)) * block, fullest),
+        smallest_micro_batch=smallest_micro_batch(*batches),
+        intervals=_intervals(config, total, steps),
+        warmup_steps=planned.warmup_steps,
+        target_lr=planned.target_lr,
+        schedule=planned.rate,
     )
 
 
-def _check_batch_norm_groups(config: Config, ranks: int, pieces: int, block: int) -> None:
+def _intervals(config: Config, total: int, steps: Callable[[Duration, str], int]) -> Intervals:
+    """The config's intervals in steps."""
+    train, every = config.train, config.checkpoint.every
+    by_clock = every.unit == "minutes"
+    if by_clock and every.value == 0:
+        raise UserError(f"checkpoint.every: found {every}; must be above 0")
+    return Intervals(
+        total=total,
+        evaluate=steps(train.eval_every, "train.eval_every"),
+        log=steps(train.log_every, "train.log_every"),
+        checkpoint=total if by_clock else steps(every, "checkpoint.every"),
+        layers=steps(train.log_layers_every, "train.log_layers_every"),
+        verify=train.verify_every or 0,
+        snapshot=config.checkpoint.commit_every,
+        checkpoint_seconds=60.0 * every.value if by_clock else math.inf,
+    )
+
+
+def _check_batch_norm_groups(config: Config, ranks: int, accumulated: int, block: int) -> None:
     """Statistics over several ranks need whole groups, and samples on every rank every time."""
     span = config.model.bn_sync_ranks
     if ranks % span:
         raise UserError(f"model.bn_sync_ranks: found {span}; it must divide the {ranks} ranks")
     least = config.train.global_batch // block // ranks
-    if span > 1 and least < pieces:
+    if span > 1 and least < accumulated:
         raise UserError(
             f"train.global_batch: found {config.train.global_batch}; with model.bn_sync_ranks "
-            f"{span}, each of {ranks} ranks needs samples in each of {pieces} micro-batches"
+            f"{span}, each of {ranks} ranks needs samples in each of {accumulated} micro-batches"
         )
 
 
 def plan_facts(plan: Plan) -> dict[str, object]:
-    """The plan as plain values: what ``check`` prints."""
+    """The plan as plain values, as ``check`` prints them."""
     total, warmup = plan.intervals.total, plan.warmup_steps
     rates = {"start": 0, "after warmup": warmup, "middle": total // 2, "last step": total - 1}
     facts = {key: value for key, value in asdict(plan).items() if key != "schedule"}

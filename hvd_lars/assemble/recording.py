@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from hvd_lars.config.binding import values_of
 from hvd_lars.config.schema import Config
 from hvd_lars.metrics import Bar, Console, JsonLines, Sink, make_logger
 from hvd_lars.state import run_folder
@@ -29,14 +28,5 @@ def make_sinks(config: Config, folder: Path, total_steps: int, alone: bool) -> l
         sinks.append(Bar(total_steps))
     elif console == "lines":
         sinks.append(Console(total_steps))
-    values = dict(leaves(config.model_dump(mode="json", exclude={"recipe", "extends"})))
+    values = {k: v for k, v in values_of(config).items() if not k.startswith(("recipe", "extends"))}
     return sinks + [make_logger(name, folder, values) for name in config.run.loggers]
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of a tree by their dotted keys."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -1,13 +1,12 @@
-"""Whether a run may go on under a config, with its data, and from where."""
+"""Resuming: whether a run may continue under a config and with its data, and from where."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hvd_lars.assemble.recording import leaves
+from hvd_lars.config.binding import changes
 from hvd_lars.config.file import load_config
 from hvd_lars.config.schema import Config
 from hvd_lars.data.identity import DataIdentity, differences
@@ -16,51 +15,38 @@ from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.state import run_folder
 
-# What may differ between two parts of one run: where it runs, what it keeps, and how it rounds.
-_FREE = (
-    "run", "checkpoint", "comm", "recipe", "data.root", "data.workers", "data.cache_dir",
-    "data.max_bad_fraction",
-    "model.init_from", "model.checkpoint_blocks", "optimizer.kernel", "optimizer.placement",
-    "train.micro_batch", "train.eval_batch", "train.threads", "train.log_every",
-    "train.log_layers_every", "train.eval_every", "train.channels_last", "train.compile",
-    "train.max_skipped_steps", "train.profile",
-    "train.verify_every",
-)  # fmt: skip
-
 
 def as_before(config: Config, stored: Config, given: Collection[str], where: Path) -> Config:
     """The config for the rest of a run that began under ``stored``.
 
-    What was left to measurement stays as it was found then.
+    Choices that were left to measurement stay as they were made then.
 
     Args:
-        config: what the user names now.
-        stored: what the run has had.
+        config: the user's config now.
+        stored: the run's config.
         given: keys on the command line, which may differ.
         where: the file of ``stored``, for the error.
 
     Raises:
         UserError: another key that changes the mathematics differs; a line for each.
     """
-    before, now = (
-        dict(leaves(stored.model_dump(mode="json"))),
-        dict(leaves(config.model_dump(mode="json"))),
-    )
-    lines = [
-        f"{key}: found {now.get(key)!r}, the run has {before.get(key)!r} ({where}); "
-        f"to change it, say {key}=… on the command line"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(map(_covers(key), (*_FREE, *given)))
-    ]
-    if lines:
+
+    def describe(key: str, before: object, now: object) -> str:
+        return (
+            f"{key}: found {now!r}, the run has {before!r} ({where}); to change it, say {key}=… on "
+            f"the command line"
+        )
+
+    if lines := changes(stored, config, "run", describe, given):
         raise UserError("\n".join(lines))
     for section, key in (
         ("optimizer", "kernel"),
         ("optimizer", "placement"),
         ("comm", "bucket_mb"),
     ):
-        if getattr(getattr(config, section), key) == "auto":
-            config = config.with_values(section, **{key: before[f"{section}.{key}"]})
+        if getattr(getattr(config, section), key, None) == "auto":
+            before = getattr(getattr(stored, section), key)
+            config = config.with_values(section, **{key: before})
     return config
 
 
@@ -145,7 +131,3 @@ def check_same_data(
         )
     if found and rank == 0:
         warn(f"data: not what {where} has seen, and taken: {'; '.join(found)}")
-
-
-def _covers(key: str) -> Any:
-    return lambda other: f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.")

@@ -124,7 +124,6 @@ def print_report(title: str | None, config: Config, report: Report) -> None:
     plan = report.plan
     intervals, rates = plan.intervals, facts(report)["lr"]
     parameters = sum(group.parameters for group in report.groups)
-    settings = config.optimizer
     rows = {
         "model": f"{config.model.name}, {parameters:,} parameters",
         "data": f"{config.data.name}, {plan.num_train:,} samples an epoch, "
@@ -133,8 +132,7 @@ def print_report(title: str | None, config: Config, report: Report) -> None:
         f"{plan.steps_per_epoch:,} an epoch",
         "ranks": f"{plan.ranks}, each up to {-(-plan.global_batch // plan.ranks):,} samples a step",
         "accumulation": f"{plan.accumulation} × micro-batch of up to {plan.largest_micro_batch:,}",
-        "optimizer": f"{settings.name}, momentum {settings.momentum:g}"
-        + (", Nesterov" if settings.nesterov else ""),
+        "optimizer": config.optimizer.summary(),
         "groups": "; ".join(
             f"{g.tensors} tensors of {g.parameters:,}: trust ratio {g.adapt}, "
             f"decay {g.weight_decay:g}"

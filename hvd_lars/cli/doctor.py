@@ -71,13 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the diagnosis."""
-    from hvd_lars.assemble.sources import shared_bytes_of
-
     for option in ("megabytes", "ranks"):
         if getattr(options, option) < 1:
             raise UserError(f"--{option}: found {getattr(options, option)}; must be 1 or more")
     config = load_config(options.config, options.overrides)
-    needed = shared_bytes_of(config) * options.ranks
+    train = config.train
+    needed = config.data.shared_bytes(train.micro_batch, train.eval_batch) * options.ranks
     return diagnose(options.megabytes, options.config, options.ranks, needed)
 
 

@@ -1,8 +1,8 @@
 """``hvd-lars train`` where workers come and go.
 
 Horovod's driver (``horovodrun --min-np``) starts workers, finds out which are lost and gives the
-others new ranks.  All that training is made of is then built anew, and goes on from the newest
-commit that any worker has in memory.
+others new ranks.  Training is then built again, and continues from the newest snapshot that any
+worker has in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from hvd_lars.cli.train import train
 from hvd_lars.comm import Communicator, Launch, connect
 from hvd_lars.config.schema import Config
-from hvd_lars.state.snapshots import Commits
+from hvd_lars.health.stop_requests import StopRequests
+from hvd_lars.state.snapshots import Snapshots
 
 
 def is_elastic(environment: Mapping[str, str]) -> bool:
@@ -37,13 +38,13 @@ def train_elastic(
     from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 
     class Changes(State):  # type: ignore[misc]
-        """Hears of hosts that come and go; what is to be kept is in ``commits``."""
+        """Hosts that come and go; the state itself is in ``snapshots``."""
 
         def save(self) -> None: ...
         def restore(self) -> None: ...
         def sync(self) -> None: ...
 
-    commits = Commits()
+    snapshots = Snapshots(StopRequests.within(config.run.max_hours))
 
     @hvd.elastic.run  # type: ignore[untyped-decorator]
     def attempt(changes: Changes) -> int:
@@ -57,7 +58,7 @@ def train_elastic(
 
         def work() -> int:
             look = changes.check_host_updates
-            return train(options, config, comm, launch, commits, after_commit=look)
+            return train(options, config, comm, launch, snapshots, after_snapshot=look)
 
         return guarded(comm, work, (HorovodInternalError, HostsUpdatedInterrupt))
 

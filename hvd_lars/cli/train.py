@@ -13,7 +13,7 @@ from hvd_lars.runtime.terminal import tell
 if TYPE_CHECKING:
     from hvd_lars.comm import Communicator, Launch
     from hvd_lars.config.schema import Config
-    from hvd_lars.state.snapshots import Commits
+    from hvd_lars.state.snapshots import Snapshots
 
 NAME, HELP = "train", "train, on every rank that the launcher starts"
 _REQUEUE = 75  # EX_TEMPFAIL
@@ -49,12 +49,12 @@ def train(
     config: Config,
     comm: Communicator,
     launch: Launch,
-    commits: Commits | None = None,
-    after_commit: Callable[[], None] = lambda: None,
+    snapshots: Snapshots | None = None,
+    after_snapshot: Callable[[], None] = lambda: None,
 ) -> int:
     """Train; returns the exit code: 0, or 75 where a run that was stopped wants to go on.
 
-    ``commits`` and ``after_commit`` are of an elastic job, as ``build_run`` takes them.
+    ``snapshots`` and ``after_snapshot`` are of an elastic job, as ``build_run`` takes them.
     """
     from hvd_lars.assemble import Resume, build_run
     from hvd_lars.health.stop_requests import STOP_FILE
@@ -64,13 +64,14 @@ def train(
     if options.resume or options.resume_from is not None:
         keys = tuple(text.partition("=")[0] for text in options.overrides)
         resume = Resume(options.resume_from, keys)
-    loop, folder = build_run(config, comm, launch, resume, commits, after_commit)
+    loop, folder = build_run(config, comm, launch, resume, snapshots, after_snapshot)
     run = config.run
-    watchdog = Watchdog(comm, loop.place, run.rank_timeout, run.stall_timeout, commits is not None)
-    with loop.votes.stops.listening(), watchdog.watching():
+    elastic = snapshots is not None
+    watchdog = Watchdog(comm, loop.position, run.rank_timeout, run.stall_timeout, elastic)
+    with loop.agreement.stops.listening(), watchdog.watching():
         if comm.rank == 0:
             ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} on {comm.backend}"
-            done = loop.trainer.progress.step
+            done = loop.state.progress.step
             tell(
                 f"{config.run.name}: {ranks}, run folder {folder}"
                 f"{f', going on after step {done}' if done else ''}"
@@ -79,11 +80,11 @@ def train(
     if summary.stopped is not None:
         if comm.rank == 0:
             tell(
-                f"stopped by {summary.stopped} after step {loop.trainer.progress.step}, kept in "
+                f"stopped by {summary.stopped} after step {loop.state.progress.step}, kept in "
                 f"{summary.checkpoint}; --resume goes on"
             )
         return 0 if summary.stopped == STOP_FILE else _REQUEUE
-    result, skipped = summary.evaluation, loop.trainer.progress.skipped_steps
+    result, skipped = summary.evaluation, loop.state.progress.skipped_steps
     if comm.rank == 0 and result is None:
         tell(f"nothing is left to do: all {loop.intervals.total} steps are done")
     elif comm.rank == 0 and result is not None:

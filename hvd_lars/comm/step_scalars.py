@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvd_lars.comm.base import Communicator
+from hvd_lars.runtime.stopwatch import Stopwatch
 
 
 @final
@@ -17,10 +18,11 @@ class StepScalars:
     Args:
         comm: the ranks.
         name: of the reduction, the same on all ranks.
+        watch: its part "communication" is the time spent here.
     """
 
-    def __init__(self, comm: Communicator, name: str) -> None:
-        self._comm, self._name = comm, name
+    def __init__(self, comm: Communicator, name: str, watch: Stopwatch | None = None) -> None:
+        self._comm, self._name, self._watch = comm, name, watch or Stopwatch()
         self._added: Tensor | None = None
         self._summed: Tensor | None = None
 
@@ -33,7 +35,8 @@ class StepScalars:
         count, added = len(values), self._added
         if added is not None:
             values, self._added = torch.cat([values, added.to(values.device)]), None
-        self._comm.start_all_reduce_sum(values, self._name).wait()
+        with self._watch.part("communication"):
+            self._comm.start_all_reduce_sum(values, self._name).wait()
         if added is not None:
             self._summed = values[count:]
         return values[:count]

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hvd_lars.config.schema import Config
+from hvd_lars.config.schema import KINDS, Config
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 
@@ -115,10 +115,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{base_path}: extends: a file that is extended extends none itself")
         own, tree = tree, _merge(base, tree)
     # A data set of another kind has other keys: choosing it comes first.
-    overrides = sorted(overrides, key=lambda text: not text.startswith("data.name="))
+    choices = tuple(f"{section}.name=" for section in KINDS)
+    overrides = sorted(overrides, key=lambda text: not text.startswith(choices))
     overridden = {_override(tree, text) for text in overrides}
-    if "data.name" in overridden:
-        overridden.add("data")
+    overridden |= {section for section in KINDS if f"{section}.name" in overridden}
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -155,18 +155,21 @@ def _merge(base: dict[Any, Any], tree: dict[Any, Any]) -> dict[Any, Any]:
     for key, value in tree.items():
         below = base.get(key)
         if isinstance(value, dict) and isinstance(below, dict):
-            if key == "data" and value.get("name", below.get("name")) != below.get("name"):
-                below = _kept(below, value["name"])
+            if key in KINDS and value.get("name", below.get("name")) != below.get("name"):
+                below = _kept(key, below, value["name"])
             value = _merge(below, value)
         merged[key] = value
     return merged
 
 
-def _kept(section: dict[Any, Any], name: object) -> dict[Any, Any]:
-    """What a data section keeps when its kind changes: all between a folder and its shards."""
-    same = {section.get("name"), name} <= {"imagefolder", "shards"}
-    odd = ("cache_dir", "train_shards", "val_shards")
-    return {k: v for k, v in section.items() if same and not (name == "imagefolder" and k in odd)}
+def _kept(section: str, tree: dict[Any, Any], name: object) -> dict[Any, Any]:
+    """The keys that a section keeps when its kind changes: those that a kind of its family has."""
+    kinds: dict[object, Any] = {_tag_of(kind): kind for kind in KINDS[section]}
+    default = next(iter(kinds)) if section == "optimizer" else None
+    before, after = kinds.get(tree.get("name", default)), kinds.get(name)
+    if before is None or after is None or not before.FAMILY or before.FAMILY != after.FAMILY:
+        return {}
+    return {key: value for key, value in tree.items() if key in after.model_fields}
 
 
 def _holds(tree: dict[Any, Any], key: str) -> bool:
@@ -193,8 +196,8 @@ def _override(tree: dict[Any, Any], text: str) -> str:
     found = parse_yaml(value, f"command line: {key}")
     if key == "extends":
         raise UserError("command line: extends: only a file can extend another")
-    if key == "data.name" and node.get("name") != found:
-        kept = _kept(node, found)
+    if names[1:] == ["name"] and names[0] in KINDS and node.get("name") != found:
+        kept = _kept(names[0], node, found)
         node.clear()
         node.update(kept)
     node[names[-1]] = found
@@ -205,7 +208,7 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
     """Key path, and a line that says what was found there and what is allowed."""
     # A tagged union puts the tag into the path (data.digits.copies): the file has none there.
     parts = [_printable(str(part)) for part in detail["loc"]]
-    if len(parts) > 1 and parts[0] == "data":
+    if len(parts) > 1 and parts[0] in KINDS:
         del parts[1]
     key = ".".join(parts)
     kind, context = detail["type"], detail.get("ctx", {})

@@ -1,8 +1,4 @@
-"""The YAML as frozen models: what may stand in a config file, and nothing of what it does.
-
-Reading files and overrides is
-config_file's.
-"""
+"""The schema of a config: its sections as frozen models."""
 
 from __future__ import annotations
 
@@ -11,28 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, StringConstraints, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
-from hvd_lars.config.data import (
-    Cifar10Data,
-    Cifar100Data,
-    DigitsData,
-    GlyphsData,
-    ImageFolderData,
-    ShardsData,
-    SyntheticData,
-)
-from hvd_lars.config.optimizer import Optimizer, Schedule
+from hvd_lars import optimizers, sources
+from hvd_lars.config.schedule import Schedule
+from hvd_lars.optimizers import LarsSettings, Optimizer
 from hvd_lars.settings.durations import Duration
-from hvd_lars.settings.fields import DurationField, PeriodField, Positive, Section
+from hvd_lars.settings.fields import DurationField, PeriodField, Positive, Section, key
+from hvd_lars.sources import Data
 
-Data = (
-    DigitsData
-    | GlyphsData
-    | SyntheticData
-    | ImageFolderData
-    | ShardsData
-    | Cifar10Data
-    | Cifar100Data
-)
+# Sections that are of one of several kinds, chosen by their ``name``.
+KINDS = {"data": sources.KINDS, "optimizer": optimizers.KINDS}
 _STEPS = r"^steps [1-9][0-9]*-[1-9][0-9]*$"
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -40,122 +23,175 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 class Run(Section):
     """Where a run goes and what makes it repeatable."""
 
-    name: Name = Field(default="run", description="stands in the run folder's name and the console")
-    dir: str | None = Field(default=None, description="run folder; runs/NAME-TIME when absent")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default=0, description="of weights, order, augmentation and dropout"
+    name: Name = key(
+        binds="nothing",
+        default="run",
+        description="stands in the run folder's name and the console",
     )
-    expect_world_size: Positive | None = Field(
-        default=None, description="refuse any other rank count"
+    dir: str | None = key(
+        binds="nothing", default=None, description="run folder; runs/NAME-TIME when absent"
     )
-    allow_other_data: bool = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(
+        binds="nothing", default=0, description="of weights, order, augmentation and dropout"
+    )
+    expect_world_size: Positive | None = key(
+        binds="nothing", default=None, description="refuse any other rank count"
+    )
+    allow_other_data: bool = key(
+        binds="nothing",
         default=False,
         description="go on with, or evaluate, other data than the run has seen; holds once",
     )
-    max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="stop with a checkpoint and exit code 75 after so many hours"
+    max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = key(
+        binds="nothing",
+        default=None,
+        description="stop with a checkpoint and exit code 75 after so many hours",
     )
-    rank_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
-        default=120.0, description="seconds without a sign of life from a rank that end the job"
+    rank_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = key(
+        binds="nothing",
+        default=120.0,
+        description="seconds without a sign of life from a rank that end the job",
     )
-    stall_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
-        default=1800.0, description="seconds in which no rank gets on that end the job"
+    stall_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = key(
+        binds="nothing",
+        default=1800.0,
+        description="seconds in which no rank gets on that end the job",
     )
-    console: Literal["auto", "bar", "lines", "none"] = Field(
+    console: Literal["auto", "bar", "lines", "none"] = key(
+        binds="nothing",
         default="auto",
         description="auto: a bar in a terminal, lines elsewhere and under a launcher",
     )
     loggers: Annotated[
         tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(strict=False)
-    ] = Field(default=(), description="other programs that the records go to")
+    ] = key(binds="nothing", default=(), description="other programs that the records go to")
 
 
 class Comm(Section):
     """How ranks are joined."""
 
-    backend: Literal["auto", "horovod", "mpi", "local"] = Field(
+    backend: Literal["auto", "horovod", "mpi", "local"] = key(
+        binds="nothing",
         default="auto",
         description="auto: horovod, or mpi where it is missing, for ranks; local for one",
     )
-    bucket_mb: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = Field(
+    bucket_mb: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = key(
+        binds="nothing",
         default=25.0,
         description="gradients are summed in buckets of this many MiB; auto: what steps of the "
         "network before training are fastest with",
     )
-    compression: Literal["none", "fp16"] = Field(
-        default="none", description="fp16: gradients are all-reduced as scaled float16; Horovod"
+    compression: Literal["none", "fp16"] = key(
+        binds="nothing",
+        default="none",
+        description="fp16: gradients are all-reduced as scaled float16; Horovod",
     )
 
 
 class Model(Section):
     """The network: one of ours, a classifier of torchvision by name, or ``timm/NAME``."""
 
-    name: str = Field(
+    name: str = key(
+        binds="run and recipe",
         default="digits_alexnet",
         description="one of ours, a classifier of torchvision, or timm/NAME",
     )
-    init_from: str | None = Field(
-        default=None, description="weights to start from: a run folder, .safetensors or .pth"
+    init_from: str | None = key(
+        binds="recipe",
+        default=None,
+        description="weights to start from: a run folder, .safetensors or .pth",
     )
-    zero_init_last_gamma: bool = Field(
-        default=False, description="residual branches start at zero (Goyal et al. 2017, §5.1)"
+    zero_init_last_gamma: bool = key(
+        binds="run and recipe",
+        default=False,
+        description="residual branches start at zero (Goyal et al. 2017, §5.1)",
     )
-    fc_sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="deviation of the last layer's initial weights; its bias is 0"
+    fc_sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = key(
+        binds="run and recipe",
+        default=None,
+        description="deviation of the last layer's initial weights; its bias is 0",
     )
-    bn_momentum: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="weight of a batch in BatchNorm's running statistics"
+    bn_momentum: Annotated[float, Field(gt=0, le=1)] | None = key(
+        binds="run and recipe",
+        default=None,
+        description="weight of a batch in BatchNorm's running statistics",
     )
-    bn_sync_ranks: Positive = Field(
-        default=1, description="BatchNorm takes its statistics over groups of this many ranks"
+    bn_sync_ranks: Positive = key(
+        binds="run and recipe",
+        default=1,
+        description="BatchNorm takes its statistics over groups of this many ranks",
     )
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="also keep and evaluate an average of the weights"
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = key(
+        binds="run", default=None, description="also keep and evaluate an average of the weights"
     )
-    checkpoint_blocks: bool = Field(
-        default=False, description="compute residual blocks again in backward, for memory"
+    checkpoint_blocks: bool = key(
+        binds="nothing",
+        default=False,
+        description="compute residual blocks again in backward, for memory",
     )
 
 
 class Train(Section):
     """How long, in what pieces, and what is written down."""
 
-    duration: DurationField = Field(description="of the whole run")
-    global_batch: Positive = Field(description="samples a step, over all ranks")
-    micro_batch: Positive = Field(
-        default=256, description="most samples a rank holds at once; accumulation follows from it"
+    duration: DurationField = key(binds="run and recipe", description="of the whole run")
+    global_batch: Positive = key(
+        binds="run and recipe", description="samples a step, over all ranks"
     )
-    eval_batch: Positive = Field(default=512, description="samples a rank evaluates at once")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="share of the label that is spread over all classes"
+    micro_batch: Positive = key(
+        binds="nothing",
+        default=256,
+        description="most samples a rank holds at once; accumulation follows from it",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="of forward and backward; weights and sums stay float32"
+    eval_batch: Positive = key(
+        binds="nothing", default=512, description="samples a rank evaluates at once"
     )
-    channels_last: bool = Field(default=False, description="memory format of images and weights")
-    verify_every: Positive | None = Field(
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = key(
+        binds="run and recipe",
+        default=0.0,
+        description="share of the label that is spread over all classes",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = key(
+        binds="run and recipe",
+        default="fp32",
+        description="of forward and backward; weights and sums stay float32",
+    )
+    channels_last: bool = key(
+        binds="nothing", default=False, description="memory format of images and weights"
+    )
+    verify_every: Positive | None = key(
+        binds="nothing",
         default=None,
         description="compare a checksum of the parameters over the ranks every so many steps",
     )
-    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+    max_skipped_steps: Annotated[int, Field(ge=0)] = key(
+        binds="recipe",
         default=10,
         description="steps in a row that may be left out because a gradient is not finite",
     )
-    compile: bool = Field(default=False, description="torch.compile the network")
-    eval_every: DurationField = Field(
-        default=Duration(1, "epochs"), description="between evaluations on the whole test set"
+    compile: bool = key(binds="nothing", default=False, description="torch.compile the network")
+    eval_every: DurationField = key(
+        binds="nothing",
+        default=Duration(1, "epochs"),
+        description="between evaluations on the whole test set",
     )
-    log_every: DurationField = Field(
-        default=Duration(10, "steps"), description="between log lines, which are means over it"
+    log_every: DurationField = key(
+        binds="nothing",
+        default=Duration(10, "steps"),
+        description="between log lines, which are means over it",
     )
-    log_layers_every: DurationField = Field(
-        default=Duration(1, "epochs"), description="between records of all layers' norms and ratios"
+    log_layers_every: DurationField = key(
+        binds="nothing",
+        default=Duration(1, "epochs"),
+        description="between records of all layers' norms and ratios",
     )
-    profile: Annotated[str, StringConstraints(pattern=_STEPS)] | None = Field(
-        default=None, description="write a profile of these steps, such as 'steps 50-55'"
+    profile: Annotated[str, StringConstraints(pattern=_STEPS)] | None = key(
+        binds="nothing",
+        default=None,
+        description="write a profile of these steps, such as 'steps 50-55'",
     )
-    threads: Positive | None = Field(
-        default=None, description="CPU threads a rank; cores / ranks if absent"
+    threads: Positive | None = key(
+        binds="nothing", default=None, description="CPU threads a rank; cores / ranks if absent"
     )
 
     @property
@@ -175,57 +211,78 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _durations_are_positive(self) -> Train:
-        for key in ("duration", "eval_every", "log_every", "log_layers_every"):
-            if getattr(self, key).value <= 0:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
+        for name in ("duration", "eval_every", "log_every", "log_layers_every"):
+            if getattr(self, name).value <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         return self
 
 
 class Checkpoint(Section):
     """When the state of training is kept."""
 
-    every: PeriodField = Field(
-        default=Duration(5, "epochs"), description="between checkpoints; minutes are allowed, too"
+    every: PeriodField = key(
+        binds="nothing",
+        default=Duration(5, "epochs"),
+        description="between checkpoints; minutes are allowed, too",
     )
-    keep_last: Positive = Field(default=2, description="older checkpoints are removed")
-    commit_every: Positive = Field(
-        default=20, description="steps between copies in memory that an elastic job goes on from"
+    keep_last: Positive = key(
+        binds="nothing", default=2, description="older checkpoints are removed"
+    )
+    commit_every: Positive = key(
+        binds="nothing",
+        default=20,
+        description="steps between copies in memory that an elastic job goes on from",
     )
 
 
 class Recipe(Section):
     """Where a bundled config comes from; nothing here changes the run."""
 
-    net: str = Field(description="the paper's name of the network")
-    source: str = Field(description="paper, table or file, and its address")
-    top1: Annotated[float, Field(gt=0, le=100)] | None = Field(
-        default=None, description="published top-1 accuracy in percent"
+    net: str = key(binds="nothing", description="the paper's name of the network")
+    source: str = key(binds="nothing", description="paper, table or file, and its address")
+    top1: Annotated[float, Field(gt=0, le=100)] | None = key(
+        binds="nothing", default=None, description="published top-1 accuracy in percent"
     )
-    obtained: str = Field(description="how that figure was obtained")
-    recalled: str | None = Field(
-        default=None, description="what was not read from a primary source"
+    obtained: str = key(binds="nothing", description="how that figure was obtained")
+    recalled: str | None = key(
+        binds="nothing", default=None, description="what was not read from a primary source"
     )
-    departures: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        default=(), description="where this config leaves the published setting"
+    departures: Annotated[tuple[str, ...], Field(strict=False)] = key(
+        binds="nothing", default=(), description="where this config leaves the published setting"
     )
 
 
 class Config(Section):
     """A whole training run."""
 
-    extends: str | None = Field(
+    extends: str | None = key(
+        binds="nothing",
         default=None,
         description="a file, beside this one or bundled, whose keys hold where this one has none",
     )
-    recipe: Recipe | None = Field(default=None, description="where a bundled config comes from")
+    recipe: Recipe | None = key(
+        binds="nothing", default=None, description="where a bundled config comes from"
+    )
     run: Run = Run()
     comm: Comm = Comm()
     data: Annotated[Data, Discriminator("name")]
     model: Model = Model()
-    optimizer: Optimizer = Optimizer()
+    optimizer: Annotated[Optimizer, Discriminator("name")] = LarsSettings()
     schedule: Schedule
     train: Train
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lars_is_the_default(cls, tree: Any) -> Any:
+        optimizer = tree.get("optimizer") if isinstance(tree, dict) else None
+        if isinstance(optimizer, dict) and "name" not in optimizer:
+            return tree | {"optimizer": {"name": "lars"} | optimizer}
+        return tree
+
+    def with_section(self, section: str, settings: Section) -> Config:
+        """The config with another section, which is valid already."""
+        return self.model_copy(update={section: settings})
 
     def with_values(self, section: str, **values: object) -> Config:
         """The config with other values in one section; they are not validated again."""

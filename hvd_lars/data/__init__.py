@@ -1,7 +1,7 @@
 """Images: sources, and which samples make up a global batch."""
 
 from hvd_lars.data.augment import Augment
-from hvd_lars.data.cifar import CIFAR_COLOURS, CIFAR_FOLDERS, load_cifar
+from hvd_lars.data.cifar import load_cifar
 from hvd_lars.data.digits import load_digits
 from hvd_lars.data.glyphs import draw_glyphs
 from hvd_lars.data.image_folder import FolderImages
@@ -16,8 +16,6 @@ from hvd_lars.data.source import Request, Source
 from hvd_lars.data.synthetic import Synthetic
 
 __all__ = [
-    "CIFAR_COLOURS",
-    "CIFAR_FOLDERS",
     "Augment",
     "FolderImages",
     "GlobalBatches",

@@ -9,9 +9,6 @@ import numpy as np
 from hvd_lars.data.decoding import Picture
 from hvd_lars.errors import UserError
 
-CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-CIFAR_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
 
 @final
 class ArrayImages:
@@ -55,7 +52,7 @@ def load_cifar(
                 f"data.root: {root}: {name} could not be downloaded: {reason}"
             ) from None
         raise UserError(
-            f"data.root: {root}: no {name} in it, or damaged ({CIFAR_FOLDERS[name]} is expected); "
+            f"data.root: {root}: no {name} in it, or damaged ({kind.base_folder} is expected); "
             f"data.download=true fetches it"
         ) from None
     images = ArrayImages(train.data, train.targets), ArrayImages(test.data, test.targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, final
+from typing import NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from hvd_lars.data.randomness import seed_of, uniforms
 from hvd_lars.data.source import Batch, Indices, Request, Unreadable
 from hvd_lars.errors import UserError
 
-# Mean and deviation of ImageNet's channels in [0, 1], as every published recipe uses them.
-IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 # Eigenvalues and eigenvectors (columns) of the covariance of ImageNet's colours in [0, 1].
 _LIGHT_VALUES = (0.2175, 0.0188, 0.0045)
 _LIGHT_VECTORS = (
@@ -32,6 +29,21 @@ _LIGHT_VECTORS = (
 _TRIES = 32  # images in a row, before a data set counts as gone
 
 _COLOURS, _ERASING, _LIGHTING, _MIXING = 1, 2, 3, 4  # separate streams of random numbers
+
+
+class Sizes(NamedTuple):
+    """Sides of images, in pixels.
+
+    Attributes:
+        image_size: of the crop that the network is shown.
+        eval_resize: shorter side before the centre crop.
+        progressive: (first epoch, side) of progressive resizing, in order; the side of training
+            images is ``image_size`` before the first.
+    """
+
+    image_size: int
+    eval_resize: int
+    progressive: Sequence[tuple[int, int]] = ()
 
 
 class ImageStore(Protocol):
@@ -60,8 +72,6 @@ class Images:
         image_size: side of the crop, in pixels.
         eval_resize: the shorter side before the centre crop, in pixels.
         seed: of all draws, with epoch and sample.
-        sizes: (first epoch, side) of progressive resizing, in order; the side is ``image_size``
-            before the first.
         colour_statistics: mean and deviation of the channels in [0, 1].
         gpu: whether the device is one.
     """
@@ -72,11 +82,9 @@ class Images:
         val: ImageStore,
         identity: DataIdentity,
         augment: Augment,
-        image_size: int,
-        eval_resize: int,
+        sizes: Sizes,
         seed: int,
-        sizes: Sequence[tuple[int, int]] = (),
-        colour_statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_COLOURS,
+        colour_statistics: tuple[tuple[float, ...], tuple[float, ...]],
         gpu: bool = False,
     ) -> None:
         self._train, self._val, self._augment, self._seed = train, val, augment, seed
@@ -84,10 +92,12 @@ class Images:
         self.identity, self.num_classes = identity, len(identity.classes)
         self.mixes_pairs = augment.mixes_pairs
         self._statistics, self._gpu = colour_statistics, gpu
-        self._sizes = [(0, image_size), *sizes]
-        self._crops = {size: training_crop(augment, size, eval_resize) for _, size in self._sizes}
+        self._sizes = [(0, sizes.image_size), *sizes.progressive]
+        self._crops = {
+            size: training_crop(augment, size, sizes.eval_resize) for _, size in self._sizes
+        }
         self._colours = colours(augment)
-        self._centre = centre_crop(image_size, eval_resize)
+        self._centre = centre_crop(sizes.image_size, sizes.eval_resize)
         self.unreadable: list[Unreadable] = []
         self._known: set[tuple[bool, int]] = set()  # unreadable: whether of evaluation, index
 
@@ -120,7 +130,7 @@ class Images:
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
         """Normalised float32 images; shares of the classes in place of labels where mixed."""
-        epoch, indices = request
+        epoch, indices = request.epoch, request.indices
         augment = self._augment
         if epoch is None:
             return self._normalised(images), labels

@@ -55,7 +55,9 @@ def _begin(rank: int | None, worker: int) -> None:
 
 
 def answer(source: Source, request: Request) -> Batch:
-    """The batch of one request."""
+    """The batch of one request; of no samples, two empty tensors."""
+    if not len(request.indices):
+        return torch.empty(0), torch.empty(0, dtype=torch.int64)
     if request.epoch is None:
         return source.eval_batch(request.indices)
     return source.train_batch(request.epoch, request.indices)

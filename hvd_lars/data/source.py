@@ -15,10 +15,19 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Request(NamedTuple):
-    """Samples ``indices`` of a training epoch, or of the evaluation set where epoch is None."""
+    """Samples to make a batch of.
+
+    Attributes:
+        epoch: of training; None for the evaluation set.
+        indices: the samples; none where a rank has no sample in a step.
+        step: the optimizer step that they are for.
+        last: they are the rank's last of that step.
+    """
 
     epoch: int | None
     indices: Indices
+    step: int = 0
+    last: bool = True
 
 
 class Unreadable(NamedTuple):

@@ -1,6 +1,6 @@
-"""What ranks tell each other beside gradients: requests to stop, bad images, checkpoints due.
+"""Agreement of the ranks on stopping, on checkpoints by the clock and on unreadable images.
 
-They ride on an all-reduce that a step makes anyway.
+Each rank's part rides on an all-reduce that a step makes anyway.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from hvd_lars.runtime.terminal import warn
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What the ranks agreed on, the same on all.
+class Decision:
+    """A decision that is the same on all ranks.
 
     Attributes:
-        stop: why they stop; None to go on.
-        keep: a checkpoint is due by the clock.
+        stop: the reason to stop; None to go on.
+        checkpoint: one is due by the clock.
         unreadable: images that no rank had met before.
     """
 
     stop: str | None
-    keep: bool
+    checkpoint: bool
     unreadable: tuple[Unreadable, ...]
 
 
 @final
-class Votes:
-    """One rank's part; every method but ``cast`` and ``kept`` is collective.
+class Agreement:
+    """One rank's part in the decisions; :meth:`decide` is collective.
 
     Args:
         comm: the ranks.
-        stops: requests to stop that this rank hears.
-        unreadable: images that cannot be read, which the data source appends and ``count`` takes.
-        num_train, num_eval: images to train and to evaluate on, and
-        max_bad_fraction: of either may be unreadable.
-        keep_every: seconds between checkpoints, by rank 0's clock.
+        stops: requests to stop that reach this rank.
+        unreadable: the data source's list of unreadable images, which ``decide`` empties.
+        num_train: images to train on.
+        num_eval: images to evaluate on.
+        max_bad_fraction: of either, that may be unreadable.
+        checkpoint_seconds: between checkpoints, by rank 0's clock.
     """
 
     def __init__(
@@ -56,46 +57,44 @@ class Votes:
         num_train: int = 1,
         num_eval: int = 1,
         max_bad_fraction: float = 1.0,
-        keep_every: float = math.inf,
+        checkpoint_seconds: float = math.inf,
     ) -> None:
         self.stops = stops or StopRequests()
         self._comm, self._new = comm, [] if unreadable is None else unreadable
         self._num_images = {False: num_train, True: num_eval}  # whether of evaluation
         self._max_bad_fraction = max_bad_fraction
         self._known: set[Unreadable] = set()
-        self._keep_every = keep_every if comm.rank == 0 else math.inf
-        self.kept()
+        self._checkpoint_seconds = checkpoint_seconds if comm.rank == 0 else math.inf
+        self.checkpoint_made()
 
-    def kept(self) -> None:
-        """A checkpoint was made: the clock begins anew."""
-        self._kept_at = time.monotonic()
+    def checkpoint_made(self) -> None:
+        """Start the clock of checkpoints again."""
+        self._last_checkpoint = time.monotonic()
 
-    def cast(self) -> Tensor:
-        """(n,) float64 for a sum over the ranks."""
-        due = time.monotonic() - self._kept_at >= self._keep_every
-        rest = torch.tensor(
-            [float(due), float(any(image not in self._known for image in self._new))]
-        )
-        return torch.cat([self.stops.votes(), rest.double()])
+    def requests(self) -> Tensor:
+        """This rank's part, (n,) float64, to be summed over the ranks."""
+        due = time.monotonic() - self._last_checkpoint >= self._checkpoint_seconds
+        bad = any(image not in self._known for image in self._new)
+        return torch.cat([self.stops.requests(), torch.tensor([due, bad]).double()])
 
-    def count(self, counted: Tensor | None = None) -> Outcome:
-        """What came of it; ``counted`` is the sum of the ranks' votes where it is there already.
+    def decide(self, summed: Tensor | None = None) -> Decision:
+        """Decide from the ranks' summed requests; sums them where that is not done yet.
 
-        Rank 0 names each image that cannot be read, once.
+        Rank 0 names each unreadable image once.
 
         Raises:
-            UserError: on every rank, more images cannot be read than may be.
+            UserError: on every rank: more images are unreadable than may be.
         """
-        if counted is None:
-            counted = self.cast()
-            self._comm.start_all_reduce_sum(counted, "votes").wait()
-        *asked, due, bad = counted.tolist()
-        why = [reason for reason, votes in zip(REASONS, asked, strict=True) if votes]
-        unreadable = self._tell_each_other() if bad else ()
-        return Outcome(why[-1] if why else None, due > 0, unreadable)
+        if summed is None:
+            summed = self.requests()
+            self._comm.start_all_reduce_sum(summed, "agreement").wait()
+        *asked, due, bad = summed.tolist()
+        reasons = [reason for reason, count in zip(REASONS, asked, strict=True) if count]
+        unreadable = self._share_unreadable() if bad else ()
+        return Decision(reasons[-1] if reasons else None, due > 0, unreadable)
 
-    def _tell_each_other(self) -> tuple[Unreadable, ...]:
-        """Every rank's new images on every rank, each once."""
+    def _share_unreadable(self) -> tuple[Unreadable, ...]:
+        """Give every rank the new images of all ranks, each once."""
         mine = sorted(set(self._new) - self._known)
         self._new.clear()
         lengths = torch.zeros(self._comm.size, dtype=torch.float64)

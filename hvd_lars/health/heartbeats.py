@@ -1,4 +1,4 @@
-"""Which ranks are alive and get on, by what they say."""
+"""Which ranks are alive and make progress, by their heartbeats."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple, final
 _PAUSED = 5.0  # seconds; a watcher that itself slept this long was suspended with all the others
 
 
-class Place(NamedTuple):
-    """Where a rank is: steps that are done, what it does, and a number that grows with it."""
+class Position(NamedTuple):
+    """How far a rank is: steps done, the part of a step, and a number that grows with progress."""
 
     step: int
     part: str
@@ -20,11 +20,11 @@ class Place(NamedTuple):
 
 @dataclass
 class Rank:
-    """What the watcher knows of another rank; times are the watcher's own, in seconds."""
+    """The last heartbeat of a rank; times are by the watching rank's clock, in seconds."""
 
     host: str
     pid: int
-    place: Place
+    position: Position
     heard: float
     moved: float
     stack: str = ""
@@ -32,35 +32,35 @@ class Rank:
 
 
 @final
-class Judge:
-    """Which ranks are lost; no threads and no sockets, and the time is told to it.
+class Heartbeats:
+    """Finds lost ranks; has no threads, sockets or clock of its own.
 
     Args:
-        rank_timeout: seconds without a sign of life.
-        stall_timeout: seconds in which no rank gets on.
+        rank_timeout: seconds without a heartbeat.
+        stall_timeout: seconds in which no rank makes progress.
     """
 
     def __init__(self, rank_timeout: float, stall_timeout: float, now: float) -> None:
         self.rank_timeout, self.stall_timeout = rank_timeout, stall_timeout
         self.ranks: dict[int, Rank] = {}
-        self._looked = now
+        self._checked = now
 
-    def hear(self, rank: int, host: str, pid: int, place: Place, now: float) -> Rank:
-        """Take a sign of life."""
+    def received(self, rank: int, host: str, pid: int, position: Position, now: float) -> Rank:
+        """Take a heartbeat."""
         known = self.ranks.get(rank)
         if known is None:
-            known = self.ranks[rank] = Rank(host, pid, place, now, now)
-        if place.ticks != known.place.ticks:
+            known = self.ranks[rank] = Rank(host, pid, position, now, now)
+        if position.ticks != known.position.ticks:
             known.moved = now
-        known.place, known.heard = place, now
+        known.position, known.heard = position, now
         return known
 
-    def look(self, now: float) -> tuple[list[int], bool]:
-        """Ranks that are silent, and whether all stand still; to be asked every second or so."""
-        if now - self._looked > _PAUSED:
+    def check(self, now: float) -> tuple[list[int], bool]:
+        """Ranks that are silent, and whether no rank makes progress; call it every second or so."""
+        if now - self._checked > _PAUSED:
             for rank in self.ranks.values():
                 rank.heard = rank.moved = now
-        self._looked = now
+        self._checked = now
         silent = [r for r, rank in self.ranks.items() if now - rank.heard > self.rank_timeout]
         moved = max((rank.moved for rank in self.ranks.values()), default=now)
         return sorted(silent), now - moved > self.stall_timeout
@@ -68,8 +68,8 @@ class Judge:
 
 def describe(rank: int, known: Rank) -> str:
     """A rank's line: who and where it is, its last step, and its stack where it sent one."""
-    what = f"  rank {rank} (host {known.host}, pid {known.pid}): {known.place.step} steps done, "
-    what += f"then in {known.place.part or 'between parts'}{_state_of(known)}"
+    what = f"  rank {rank} (host {known.host}, pid {known.pid}): {known.position.step} steps done, "
+    what += f"then in {known.position.part or 'between parts'}{_state_of(known)}"
     return what + "".join(f"\n    {line}" for line in known.stack.splitlines())
 
 

@@ -1,7 +1,7 @@
 """Requests to stop a run, which ranks agree on (agreement.py) before any of them acts.
 
 A request reaches one rank (a signal, a file, the clock), and a rank that stopped by itself would
-leave the others waiting in a collective.  So each rank casts a vote with every step.
+leave the others waiting in a collective.  So the ranks' requests are summed with every step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 STOP_FILE = "STOP file"
 REQUEUE_FILE = "STOP file that says requeue"
-# Where several were asked for, the last of them is what is told.
+# Of several requests at once, the last in this order is the reason given.
 REASONS = (STOP_FILE, REQUEUE_FILE, "run.max_hours", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM")
 _SIGNALS = {
     signal.SIGUSR1: "SIGUSR1",
@@ -31,7 +31,7 @@ _SIGNALS = {
 _LOOK_EVERY = 1.0  # seconds between looks at the file system
 
 
-def _wish_in(stop_file: Path) -> str:
+def _request_in(stop_file: Path) -> str:
     try:
         with stop_file.open("rb") as file:
             return REQUEUE_FILE if file.read(7) == b"requeue" else STOP_FILE
@@ -41,7 +41,7 @@ def _wish_in(stop_file: Path) -> str:
 
 @final
 class StopRequests:
-    """What this rank knows of requests to stop.
+    """Requests to stop that reached this rank.
 
     Args:
         stop_file: its existence is a request, "requeue" in it another one; looked for on the rank
@@ -54,10 +54,15 @@ class StopRequests:
         self._next_look = 0.0
         self._asked: set[str] = set()
 
-    def with_file(self, stop_file: Path | None) -> StopRequests:
-        """The same requests and deadline, with another file to look for: this rank became another.
+    @classmethod
+    def within(cls, hours: float | None) -> StopRequests:
+        """With a limit from now on; None for none."""
+        return cls(max_seconds=float("inf") if hours is None else hours * 3600.0)
 
-        What either hears, both know.
+    def with_file(self, stop_file: Path | None) -> StopRequests:
+        """The same requests and deadline with another file, for a rank whose number changed.
+
+        The two share their requests.
         """
         twin = StopRequests(stop_file)
         twin._deadline, twin._asked = self._deadline, self._asked
@@ -79,7 +84,7 @@ class StopRequests:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def votes(self) -> Tensor:
+    def requests(self) -> Tensor:
         """(len(REASONS),) float64 for a sum over the ranks."""
         now = time.monotonic()
         if now >= self._deadline:
@@ -87,7 +92,7 @@ class StopRequests:
         if self._stop_file is not None and now >= self._next_look:
             self._next_look = now + _LOOK_EVERY
             if os.path.lexists(self._stop_file):
-                self._asked.add(_wish_in(self._stop_file))
+                self._asked.add(_request_in(self._stop_file))
         return torch.tensor([float(reason in self._asked) for reason in REASONS]).double()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

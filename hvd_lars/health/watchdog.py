@@ -1,8 +1,8 @@
-"""A watch over the ranks beside the collectives, which cannot tell a slow rank from a lost one.
+"""A watchdog beside the collectives, which cannot tell a slow rank from a lost one.
 
-Every rank sends a datagram a second to rank 0, which answers.  A process that stopped (SIGSTOP, a
-machine that hangs) sends nothing; a rank that waits for ever sends, but gets nowhere.  Either
-ends the job with a line that names the ranks.
+Every rank sends a heartbeat a second to rank 0 as a datagram, and rank 0 answers.  A process that
+stopped (SIGSTOP, a machine that hangs) sends none; a rank that waits for ever sends, but makes no
+progress.  Either ends the job with a line that names the ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, final
 import torch
 
 from hvd_lars.comm.base import Communicator
-from hvd_lars.health.heartbeats import Judge, Place, describe, process_state
+from hvd_lars.health.heartbeats import Heartbeats, Position, describe, process_state
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.runtime.terminal import warn
 
@@ -41,9 +41,9 @@ class Watchdog:
 
     Args:
         comm: the ranks.
-        place: asks this rank where it is; called from a thread.
-        rank_timeout: seconds without a sign of life from a rank's process.
-        stall_timeout: seconds in which no rank gets on.
+        position: how far this rank is; called from a thread.
+        rank_timeout: seconds without a heartbeat from a rank's process.
+        stall_timeout: seconds in which no rank makes progress.
         replaceable: the others go on without a rank whose process ends (an elastic job): kill a
             silent one on this machine, and only that.
         section: what the two times are keys of, in messages.
@@ -52,15 +52,15 @@ class Watchdog:
     def __init__(
         self,
         comm: Communicator,
-        place: Callable[[], Place],
+        position: Callable[[], Position],
         rank_timeout: float,
         stall_timeout: float,
         replaceable: bool = False,
         section: str = "run.",
     ) -> None:
         self._section = section
-        self._comm, self._place, self._replaceable = comm, place, replaceable
-        self._judge = Judge(rank_timeout, stall_timeout, time.monotonic())
+        self._comm, self._position, self._replaceable = comm, position, replaceable
+        self._heartbeats = Heartbeats(rank_timeout, stall_timeout, time.monotonic())
         self._over, self._met = threading.Event(), threading.Event()
         self._leaving = False
         self._main = threading.main_thread().ident
@@ -91,7 +91,7 @@ class Watchdog:
         except BaseException:
             self._leaving = True  # not before it is known that nobody is left behind
             if self._replaceable:
-                thread.join(self._judge.rank_timeout + _MEETING)
+                thread.join(self._heartbeats.rank_timeout + _MEETING)
             raise
         finally:
             self._over.set()
@@ -99,7 +99,7 @@ class Watchdog:
             link.close()
 
     def _work(self, link: socket.socket, targets: list[tuple[str, int]], token: str) -> None:
-        """Send, listen and judge until the run is over."""
+        """Send and receive heartbeats and look for lost ranks until the run is over."""
         peers: dict[int, tuple[str, int]] = {}
         next_beat, alarm, warned = 0.0, float("inf"), False
         started = time.monotonic()
@@ -108,27 +108,27 @@ class Watchdog:
             if now >= next_beat:
                 next_beat = now + (self._beat if self._met.is_set() else _BEAT / 10)
                 wanted = alarm < float("inf")
-                sign = self._sign(token, wanted)
+                beat = self._heartbeat(token, wanted)
                 for target in targets or list(peers.values()):
-                    _send(link, target, sign)
+                    _send(link, target, beat)
             answer = _receive(link, token)
             if answer is not None:
-                sign, target = answer
-                alarm = self._take(sign, target, peers, alarm)
+                beat, target = answer
+                alarm = self._take(beat, target, peers, alarm)
                 if targets:
                     targets = [target]  # the address of rank 0 that works from here
             now = time.monotonic()
             if self._leaving and self._is_last(now):
                 break
-            self._look_after_myself(now)
+            self._note_own(now)
             expected = 1 if targets else self._comm.size - 1
-            heard = len(self._judge.ranks) - (not targets)
+            heard = len(self._heartbeats.ranks) - (not targets)
             if heard >= expected:
                 self._met.set()
             elif not warned and not self._met.is_set() and now > started + _MEETING:
                 warned = True
                 self._warn(expected - heard)
-            silent, stalled = self._judge.look(now)
+            silent, stalled = self._heartbeats.check(now)
             if silent:
                 self._end(silent)
             elif stalled and self._comm.rank == 0:  # who has the whole picture
@@ -137,7 +137,7 @@ class Watchdog:
                     self._end([])
         for target in targets or peers.values():
             for _ in range(3):
-                _send(link, target, self._sign(token, False))
+                _send(link, target, self._heartbeat(token, False))
 
     def _is_last(self, now: float) -> bool:
         """Whether no other rank of this machine can still be in the attempt that failed.
@@ -146,50 +146,54 @@ class Watchdog:
         """
         mine = socket.gethostname()
         here = {
-            r: k for r, k in self._judge.ranks.items() if k.host == mine and k.pid != os.getpid()
+            r: k
+            for r, k in self._heartbeats.ranks.items()
+            if k.host == mine and k.pid != os.getpid()
         }
         for rank, known in here.items():
             if (state := process_state(known.pid)) is None:
-                self._judge.ranks.pop(rank)
+                self._heartbeats.ranks.pop(rank)
             elif state == "T":
                 self._replace([rank], "stopped (SIGSTOP) while the others had to leave:")
         return not here
 
-    def _look_after_myself(self, now: float) -> None:
+    def _note_own(self, now: float) -> None:
         if self._comm.rank == 0:
-            self._judge.hear(0, socket.gethostname(), os.getpid(), self._place(), now)
+            self._heartbeats.received(0, socket.gethostname(), os.getpid(), self._position(), now)
 
-    def _sign(self, token: str, alarm: bool) -> dict[str, Any]:
-        """This rank's sign of life; with its stack where rank 0 asks for it, or asks."""
-        sign: dict[str, Any] = {
+    def _heartbeat(self, token: str, alarm: bool) -> dict[str, Any]:
+        """This rank's heartbeat, with its stack where rank 0 asks for one."""
+        beat: dict[str, Any] = {
             "token": token, "rank": self._comm.rank, "host": socket.gethostname(),
-            "pid": os.getpid(), "place": self._place(),
+            "pid": os.getpid(), "position": self._position(),
         }  # fmt: skip
         if self._leaving or self._over.is_set():
-            sign["bye"] = True
+            beat["bye"] = True
         elif alarm and self._comm.rank == 0:
-            sign["alarm"] = True
+            beat["alarm"] = True
         elif alarm:
-            sign["stack"], sign["waits"] = self._stack()
-        return sign
+            beat["stack"], beat["waits"] = self._stack()
+        return beat
 
     def _take(
         self,
-        sign: dict[str, Any],
+        beat: dict[str, Any],
         target: tuple[str, int],
         peers: dict[int, tuple[str, int]],
         alarm: float,
     ) -> float:
-        rank = int(sign["rank"])
-        if sign.get("bye"):
-            self._judge.ranks.pop(rank, None)  # but it may wait for our own good-bye
+        rank = int(beat["rank"])
+        if beat.get("bye"):
+            self._heartbeats.ranks.pop(rank, None)  # but it may wait for our own good-bye
             return alarm
         now = time.monotonic()
-        known = self._judge.hear(rank, sign["host"], sign["pid"], Place(*sign["place"]), now)
-        known.stack, known.waits = sign.get("stack", ""), sign.get("waits", False)
+        known = self._heartbeats.received(
+            rank, beat["host"], beat["pid"], Position(*beat["position"]), now
+        )
+        known.stack, known.waits = beat.get("stack", ""), beat.get("waits", False)
         if self._comm.rank == 0:
             peers[rank] = target
-        elif sign.get("alarm"):
+        elif beat.get("alarm"):
             return min(alarm, now)
         return alarm
 
@@ -214,9 +218,9 @@ class Watchdog:
             time.sleep(min(0.5 * self._comm.rank, 10.0))
             if self._over.is_set():
                 return
-        known = self._judge.ranks
+        known = self._heartbeats.ranks
         if silent:
-            seconds = self._judge.rank_timeout
+            seconds = self._heartbeats.rank_timeout
             self._replace(
                 silent, f"no sign of life for {seconds:g} s ({self._section}rank_timeout) from:"
             )
@@ -226,13 +230,13 @@ class Watchdog:
         who = "not waiting for others, so others wait for:"
         if not lost:
             lost, who = sorted(known), "each waits for the others, at another point of the program:"
-        seconds = self._judge.stall_timeout
+        seconds = self._heartbeats.stall_timeout
         line = f"no rank got on for {seconds:g} s ({self._section}stall_timeout)"
         self._replace(lost[:8], f"{line}\n{who}")
 
     def _replace(self, lost: list[int], why: str) -> None:
         """End the job, or kill ranks on this machine where others can take over."""
-        known = self._judge.ranks
+        known = self._heartbeats.ranks
         reason = "\n".join([why, *(describe(rank, known[rank]) for rank in lost)])
         if not self._replaceable:
             self._comm.abort(reason)
@@ -261,16 +265,17 @@ def watching(
     Args:
         comm: the ranks.
         placement: whose steps are counted.
-        rank_timeout: seconds without a sign of life from a rank's process.
-        stall_timeout: seconds in which no rank gets on; longer than anything that all wait for.
+        rank_timeout: seconds without a heartbeat from a rank's process.
+        stall_timeout: seconds in which no rank makes progress; more than any
+            common wait takes.
     """
     gradients, ended = placement.gradients, False
 
-    def place() -> Place:
+    def position() -> Position:
         doing = "the end of its loop" if ended else gradients.watch.current or "its own code"
-        return Place(gradients.steps, doing, gradients.watch.changes)
+        return Position(gradients.steps, doing, gradients.watch.changes)
 
-    with Watchdog(comm, place, rank_timeout, stall_timeout, section="").watching():
+    with Watchdog(comm, position, rank_timeout, stall_timeout, section="").watching():
         yield
         ended = True
         comm.barrier()
@@ -296,18 +301,18 @@ def _resolve(host: str) -> list[Any]:
         return []
 
 
-def _send(link: socket.socket, target: tuple[str, int], sign: dict[str, Any]) -> None:
+def _send(link: socket.socket, target: tuple[str, int], beat: dict[str, Any]) -> None:
     with suppress(OSError):  # a network that is down for now: silence is what counts
-        link.sendto(json.dumps(sign).encode(), target)
+        link.sendto(json.dumps(beat).encode(), target)
 
 
 def _receive(link: socket.socket, token: str) -> tuple[dict[str, Any], tuple[str, int]] | None:
-    """The next sign of one of our own ranks; None after a tenth of a beat without one."""
+    """The next heartbeat of one of our own ranks; None after a tenth of a beat without one."""
     try:
         data, sender = link.recvfrom(65_535)
-        sign = json.loads(data)
+        beat = json.loads(data)
     except (OSError, ValueError):
         return None
-    if not isinstance(sign, dict) or sign.get("token") != token:
+    if not isinstance(beat, dict) or beat.get("token") != token:
         return None
-    return sign, sender
+    return beat, sender

@@ -1,4 +1,4 @@
-"""What the launcher says of this process's rank, before any backend starts."""
+"""A process's rank by its launcher's environment variables, before any backend starts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from hvd_lars.errors import UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """One process's place as the launcher's environment variables give it.
+    """One process's rank as the launcher's environment variables give it.
 
-    ``launcher`` is how a person would name it; ``mpi`` says whether MPI_Init would find the
-    other ranks; ``local_size`` is None where the launcher does not tell.
+    Attributes:
+        launcher: how a person would name it.
+        rank, size: among all processes.
+        local_rank: among those of this machine.
+        local_size: processes on this machine; None where the launcher does not tell.
+        mpi: MPI_Init would find the other ranks.
+        threads: cores of one rank; None where the launcher does not tell.
     """
 
     launcher: str
@@ -22,55 +27,64 @@ class Launch:
     local_rank: int
     local_size: int | None
     mpi: bool
+    threads: int | None = None
 
 
 ALONE = Launch("no launcher", 0, 1, 0, 1, mpi=False)
 
-# launcher, variables of rank, size, local rank, local size, whether MPI_Init joins the ranks.
-# Order matters: horovodrun and mpirun run inside a SLURM job and inherit its variables.
-_VARIABLES = [
-    (
+
+@dataclass(frozen=True)
+class Environment:
+    """A launcher, as the environment variables of the processes that it starts show it.
+
+    Attributes:
+        launcher: how a person would name it.
+        rank, size, local_rank, local_size: the variables; local ones may be absent.
+        mpi: MPI_Init would find the other ranks.
+        also: a variable that must be set as well.
+        threads: the variable that has the number of cores of one rank.
+    """
+
+    launcher: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str = ""
+    mpi: bool = True
+    also: str = ""
+    threads: str = ""
+
+
+# To add a launcher, add a line.  horovodrun and mpirun come first: they run inside a SLURM job
+# and inherit its variables.
+ENVIRONMENTS = (
+    Environment(
         "horovodrun --gloo",
-        ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
-        False,
+        *("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
+        mpi=False,
     ),
-    (
+    Environment(
         "mpirun (Open MPI)",
-        (
-            "OMPI_COMM_WORLD_RANK",
-            "OMPI_COMM_WORLD_SIZE",
-            "OMPI_COMM_WORLD_LOCAL_RANK",
-            "OMPI_COMM_WORLD_LOCAL_SIZE",
-        ),
-        True,
+        *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ),
-    (
-        "mpirun (MPICH, Intel MPI)",
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-        True,
+    Environment(
+        "mpirun (MPICH, Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
     ),
-    (
+    Environment(
         "mpirun (MVAPICH2)",
-        (
-            "MV2_COMM_WORLD_RANK",
-            "MV2_COMM_WORLD_SIZE",
-            "MV2_COMM_WORLD_LOCAL_RANK",
-            "MV2_COMM_WORLD_LOCAL_SIZE",
-        ),
-        True,
+        *("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+        *("MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ),
-    (
+    Environment(
         "srun",
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-        True,
+        *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+        also="SLURM_STEP_ID",  # a batch script has SLURM_PROCID=0 but is no task of srun
+        threads="SLURM_CPUS_PER_TASK",
     ),
-    (
-        "jsrun",
-        ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", ""),
-        True,
-    ),
-    ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), False),
-]
+    Environment("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    Environment("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", mpi=False),
+)
 
 
 def detect_launch(environment: Mapping[str, str]) -> Launch:
@@ -84,22 +98,22 @@ def detect_launch(environment: Mapping[str, str]) -> Launch:
             "the variables of horovodrun --gloo (HOROVOD_RANK) and of mpirun "
             "(OMPI_COMM_WORLD_RANK) are both set; start with one of them and unset the other's"
         )
-    for launcher, (rank_key, size_key, local_key, local_size_key), mpi in _VARIABLES:
-        if rank_key not in environment or size_key not in environment:
+    for known in ENVIRONMENTS:
+        if any(name and name not in environment for name in (known.rank, known.size, known.also)):
             continue
-        if launcher == "srun" and "SLURM_STEP_ID" not in environment:
-            continue  # a batch script itself: it has SLURM_PROCID=0 but is no task of srun
-        rank = _number(environment, rank_key)
-        size = _number(environment, size_key)
-        local_rank = _number(environment, local_key) if local_key in environment else 0
-        text = environment.get(local_size_key, "")
-        local_size = int(text) if text.isdigit() else None
+        rank, size = _number(environment, known.rank), _number(environment, known.size)
+        local = known.local_rank
+        local_rank = _number(environment, local) if local in environment else 0
         if not 0 <= rank < size:
             raise UserError(
-                f"{launcher}: {rank_key}={rank} and {size_key}={size} contradict each other; "
-                f"the rank must be below the size"
+                f"{known.launcher}: {known.rank}={rank} and {known.size}={size} contradict each "
+                f"other; the rank must be below the size"
             )
-        return Launch(launcher, rank, size, local_rank, local_size, mpi)
+        local_size, threads = (
+            int(text) if (text := environment.get(name, "")).isdigit() else None
+            for name in (known.local_size, known.threads)
+        )
+        return Launch(known.launcher, rank, size, local_rank, local_size, known.mpi, threads)
     return ALONE
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
 
+from hvd_lars.metrics.evaluation import METRICS
 from hvd_lars.runtime.terminal import tell, warn
 
 
@@ -104,11 +105,10 @@ class Console:
                 f"lr {record['lr']:<8.4g}  {record['images_per_second']:,.0f} images/s"
             )
         elif record["kind"] == "eval":
-            tell(
-                f"{place}  epoch {record['epoch']:6.2f}  test loss {record['loss']:.4f}  "
-                f"top-1 {record['top1']:.4f}  top-5 {record['top5']:.4f}"
-                + (f"  average's top-1 {record['ema_top1']:.4f}" if "ema_top1" in record else "")
-            )
+            values = [f"{metric.label} {record[name]:.4f}" for name, metric in METRICS.items()]
+            if "ema_top1" in record:
+                values.append(f"average's top-1 {record['ema_top1']:.4f}")
+            tell(f"{place}  epoch {record['epoch']:6.2f}  {'  '.join(values)}")
 
     def close(self) -> None:
         """Nothing is held."""

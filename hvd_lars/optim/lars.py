@@ -7,30 +7,22 @@ is computed the kernel's.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hvd_lars.optim.blocks import is_half
+from hvd_lars.optim.device_step import DeviceStep, StepReport
 from hvd_lars.optim.distributed.buckets import placed_already
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.groups import check_group, check_ours
-from hvd_lars.optim.kernels import KernelName, choose_kernel
+from hvd_lars.optim.kernels import KernelName
 from hvd_lars.optim.kernels.fused import unfold
-from hvd_lars.optim.layers import (
-    Layers,
-    Measured,
-    block_of,
-    is_half,
-    layers_of,
-    ratios_of,
-    signature,
-)
-from hvd_lars.optim.measured import LayerNorms, first_not_finite, kept_sums, layer_norms
+from hvd_lars.optim.layers import layers_of, signature
 from hvd_lars.runtime import torch_internals
 
 LrPosition = Literal["momentum", "update"]
@@ -39,22 +31,13 @@ ZeroNorm = Literal["unit", "skip", "coast"]
 
 
 @dataclass
-class _Step:
-    """A step's layers, kept for the next one, and the weights as it left them."""
+class _Memory:
+    """What a step leaves to the next one."""
 
     signature: list[object]
-    devices: list[Layers]
-    state: object  # the optimizer's, which the layers' blocks are of
-    sums: list[Tensor | None]  # by device: of squares of this rank's parts, (layers,), float64
-    versions: list[list[int]]
-    state_ids: list[int]  # of the optimizer's dictionaries, which blocks keep alive
-
-    def untouched(self) -> list[bool]:
-        """By device, whether nobody has edited or moved a weight, as far as torch counts."""
-        return [
-            device.versions() == versions and device.in_place()
-            for device, versions in zip(self.devices, self.versions, strict=True)
-        ]
+    devices: list[DeviceStep]
+    state: object  # the optimizer's, which the devices' blocks are of
+    state_ids: list[int]  # of its dictionaries, which the blocks keep alive
 
 
 class LARS(Optimizer):
@@ -68,10 +51,10 @@ class LARS(Optimizer):
             \quad\text{(1 where a norm is zero)} \\
         v &\leftarrow \mu v + \gamma \lambda (g + \beta w), \qquad w \leftarrow w - v
 
-    A step runs in four phases: the placement completes the reduction of the gradients; each rank
-    sums squares over its part of every layer; one all-reduce completes those sums; every layer is
-    updated.  Without a placement the first and third fall away.  No phase copies a value from the
-    device to the host.
+    A step has four phases: the placement completes the reduction of the gradients; each rank sums
+    squares over its part of every layer; one all-reduce completes those sums; every layer is
+    updated.  Without a placement there is no first and third.  No phase copies a value from the
+    device to the host.  ``report`` has the last step's norms, and whether it was left out.
 
     The norms cost no pass over memory where the kernel is native: sums of squares of gradients are
     taken as their reductions complete, those of weights while the step before writes them.
@@ -129,9 +112,9 @@ class LARS(Optimizer):
 
     # Class attributes, since a copy and Horovod's DistributedOptimizer lose an instance's own.
     placement: Placement | None = None
-    _last: _Step | None = None
-    _finite: Tensor | None = None
-    _measured: Sequence[tuple[Layers, Measured]] = ()  # in the last step
+    slots: tuple[str, ...] = ("momentum",)
+    report = StepReport()  # of the last step
+    _last: _Memory | None = None
 
     def __init__(
         self,
@@ -192,6 +175,7 @@ class LARS(Optimizer):
     def step(self, closure: Callable[[], float], loss_scale: float | None = None) -> float: ...
 
     @torch.no_grad()
+    @torch_internals.uncompiled
     def step(
         self, closure: Callable[[], float] | None = None, loss_scale: float | None = None
     ) -> float | None:
@@ -202,38 +186,56 @@ class LARS(Optimizer):
         Args:
             closure: recomputes the loss, which is then returned.
             loss_scale: factor of the loss, by which gradients are divided.  With one, be it 1, the
-                step is left out on all ranks where a gradient is not finite (``skipped``); without
-                one, gradients are neither divided nor checked.
+                step is left out on all ranks where a gradient is not finite (``report.skipped``);
+                without one, gradients are neither divided nor checked.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        torch_internals.run_uncompiled(partial(self._take_step, loss_scale))
+        placement, unscale = self.placement, 1.0 / (loss_scale or 1.0)
+        if placement is not None:  # 1. Gradients are summed over the ranks.
+            placement.complete_parameters()
+            placement.gradients.finish()
+        memory = self._begin(checked=loss_scale is not None)
+        devices = memory.devices
+        # 2. Each rank sums squares over its part of every layer.
+        sums = [device.sums_of_squares(placement, unscale) for device in devices]
+        if placement is not None:  # 3. One all-reduce completes the sums.
+            sums = [placement.scalars.sum(part) for part in sums]
+        # 4. Every layer's trust ratio, and the update.
+        found = [device.measure(part, unscale) for device, part in zip(devices, sums, strict=True)]
+        layers = [device.layers for device in devices]
+        self.report = StepReport(list(zip(layers, found, strict=True)), loss_scale is not None)
+        for device, measured in zip(devices, found, strict=True):
+            device.update(measured.ratios, unscale, self.report.finite)
+        if placement is not None:
+            placement.publish_parameters()
+        for device in devices:
+            device.end()
+        memory.state_ids = self._state_ids()
+        self._last = memory
         return loss
 
-    def _take_step(self, loss_scale: float | None) -> None:
-        if self.placement is not None:
-            self.placement.complete_parameters()
-            self.placement.gradients.finish()
-        placed, checked = self.placement is not None, loss_scale is not None
+    def _begin(self, checked: bool) -> _Memory:
+        """Find out what to work on; ``checked`` also takes norms that no trust ratio needs."""
+        placed, last = self.placement is not None, self._last
         now = signature(self.param_groups, placed, checked)
-        last = self._last
         if last is None or last.signature != now or last.state is not self.state:
             if not placed:
                 self._check_not_placed()
             if not self.state:
                 _check_not_horovods_restore()
-            devices = layers_of(self.param_groups, placed, checked)
-            count = len(devices)
-            last = _Step(now, devices, self.state, [None] * count, [[]] * count, [])
-        self._last, self._finite = None, None  # until this step is complete
-        self._step_on(last, loss_scale)
-        if self.placement is not None:
-            self.placement.publish_parameters()
-        last.versions = [device.versions() for device in last.devices]
-        last.state_ids = list(map(id, self.state.values()))
-        self._last = last
+            layers = layers_of(self.param_groups, placed, checked)
+            last = _Memory(now, list(map(DeviceStep, layers)), self.state, [])
+        self._last = None  # until this step is complete
+        same_states = self._state_ids() == last.state_ids
+        for device in last.devices:
+            device.begin(self.state, self.placement, same_states)
+        return last
+
+    def _state_ids(self) -> list[int]:
+        return list(map(id, self.state.values()))
 
     def _check_not_placed(self) -> None:
         """Raise RuntimeError where a placement sums the gradients and this is not told of it."""
@@ -249,23 +251,6 @@ class LARS(Optimizer):
                 f"a parameter of shape {shape} is in a placement that its optimizer was not given: "
                 f"LARS(…, placement=placement)"
             )
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the last step was left out; to ask waits for the device."""
-        return self._finite is not None and not bool(self._finite)
-
-    def first_not_finite(self) -> Tensor | None:
-        """The first parameter whose gradient's norm was not finite in the last step."""
-        return first_not_finite(self._measured)
-
-    def layer_norms(self) -> list[LayerNorms]:
-        """Norms and trust ratios of the last step, of all layers whose norms it took.
-
-        Those that take a trust ratio, and all where the step had a ``loss_scale``.  They cost no
-        pass over memory; to ask waits for the device.
-        """
-        return layer_norms(self._measured)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; momentum is v, whichever kernel wrote it."""
@@ -344,40 +329,20 @@ class LARS(Optimizer):
         part = value if self.placement is None else self.placement.part(param, value)
         self.state[param] = {"momentum_buffer": part}
 
+    def slot(self, name: str, param: Tensor) -> Tensor | None:
+        """:meth:`momentum`, the only slot; see :class:`~hvd_lars.optim.protocol.Optimizer`."""
+        assert name in self.slots
+        return self.momentum(param)
+
+    def set_slots(self, param: Tensor, values: Mapping[str, Tensor]) -> None:
+        """:meth:`set_momentum` by name."""
+        self.set_momentum(param, values["momentum"])
+
     def unfold_momentum(self) -> None:
         """Make every ``state[param]["momentum_buffer"]`` hold v; only the fused kernel's do not."""
         for state in self.state.values():
             if isinstance(state, dict):  # a scheduler or hook may keep something of its own there
                 unfold(state)
-
-    def _step_on(self, last: _Step, loss_scale: float | None) -> None:
-        """The norms' phases on each device, then the update's, of which the weights' sums stay."""
-        unscale = 1.0 / (loss_scale or 1.0)
-        updates = []
-        self._measured = measured_of = []
-        same_states = list(map(id, self.state.values())) == last.state_ids
-        for here, sums, untouched in zip(last.devices, last.sums, last.untouched(), strict=True):
-            known = sums if untouched else None
-            kernel = choose_kernel(here.layers[0].group["kernel"], here.device.type)
-            blocks = [
-                block_of(layer, self.state, self.placement, untouched, same_states)
-                for layer in here.layers
-            ]
-            if kernel.name != "fused":  # another kernel may have taken the step before
-                for block in blocks:
-                    unfold(block.state)
-            measured = ratios_of(here, blocks, kernel, self.placement, known, unscale)
-            measured_of.append((here, measured))
-            if loss_scale is not None:
-                finite = measured.gradients.isfinite().all()
-                earlier = finite if self._finite is None else self._finite.to(finite.device)
-                self._finite = finite & earlier
-            updates.append((kernel, blocks, measured.ratios, known))
-        for i, (kernel, blocks, ratios, known) in enumerate(updates):
-            live = None if self._finite is None else self._finite.to(ratios.device)
-            last.sums[i] = kept_sums(
-                last.sums[i], kernel.update(blocks, ratios, unscale, live), known
-            )
 
 
 def _check_not_horovods_restore() -> None:

@@ -10,9 +10,9 @@ from statistics import median
 
 import hvd_lars
 from hvd_lars.assemble.recorded import Run, read_run
-from hvd_lars.assemble.recording import leaves
 from hvd_lars.errors import UserError
 from hvd_lars.report.charts import Series, heat_map, line_chart, stacked_chart
+from hvd_lars.settings.tree import leaves
 
 _PARTS = ("data", "forward", "backward", "communication", "optimizer")
 _COLUMNS = 60  # of a heat map

@@ -20,6 +20,12 @@ def expand_user(path: str | Path, key: str) -> Path:
         ) from None
 
 
+def listing_cache() -> Path | None:
+    """Where lists of images are kept; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "hvd_lars/listings" if not base.startswith("~") else None
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
 before_loading = inspect.unwrap(Optimizer.register_load_state_dict_pre_hook)
 after_loading = inspect.unwrap(Optimizer.register_load_state_dict_post_hook)
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _version = attrgetter("_version")
 
 # One pass over weight, gradient and momentum; torch.optim.SGD(fused=True) calls it, too, but with
@@ -50,23 +52,27 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def run_uncompiled(step: Callable[[], None]) -> None:
-    """Run ``step`` outside the graph where ``torch.compile`` traces the caller.
+def uncompiled(method: _Function) -> _Function:
+    """Run ``method`` outside the graph where ``torch.compile`` traces the caller.
 
     It works on addresses, which graphs lack.
     """
-    if "torch._dynamo" in sys.modules:
-        _run_disabled(step)
-    else:
-        step()
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return _disabled(method, args, kwargs)
+        return method(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
 
 
-def _run_disabled(step: Callable[[], None]) -> None:
-    torch.compiler.disable(step)()  # type: ignore[no-untyped-call]
+def _disabled(method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return torch.compiler.disable(method)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 # What torch.compiler.disable sets, without the import of torch._dynamo that calling it makes.
-_run_disabled._torchdynamo_disable = True  # type: ignore[attr-defined]
+_disabled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -53,9 +53,17 @@ class Duration:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Lengths in steps: of the run, and between evaluations, log lines and checkpoints.
+    """Steps of the run, and between what is done in it.
 
-    ``checkpoint_seconds`` is the time between checkpoints where that is what was asked for.
+    Attributes:
+        total: of the whole run.
+        evaluate: between evaluations.
+        log: between log lines.
+        checkpoint: between checkpoints.
+        layers: between records of all layers' norms; 0 for none.
+        verify: between comparisons of the ranks' parameters; 0 for none.
+        snapshot: between snapshots in memory, in a job whose ranks come and go.
+        checkpoint_seconds: between checkpoints, where those are by the clock.
     """
 
     total: int
@@ -63,4 +71,6 @@ class Intervals:
     log: int
     checkpoint: int
     layers: int = 0
+    verify: int = 0
+    snapshot: int = 20
     checkpoint_seconds: float = math.inf

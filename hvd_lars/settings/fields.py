@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,15 @@ PeriodField = Annotated[
     PlainSerializer(str),
     _schema("epoch|step|sample|minute", "5 epochs", "600 steps", "30 minutes"),
 ]
+Binds = Literal["run and recipe", "run", "recipe", "nothing"]
+"""A run cannot go on with another value; a recipe is left with another value; both; neither."""
+
+
+def key(default: Any = ..., *, binds: Binds, description: str) -> Any:
+    """A key of a section: what it means, and what it binds."""
+    return Field(default, description=description, json_schema_extra={"binds": binds})
+
+
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.data.identity import DataIdentity
 from hvd_lars.errors import UserError
-from hvd_lars.optim import LARS
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.state import checkpoint_files
-from hvd_lars.state.progress import Progress
-from hvd_lars.state.replicas import average_buffers, broadcast_and_verify, named_state
+from hvd_lars.state.replicas import average_buffers, broadcast_and_verify
+from hvd_lars.state.run_state import RunState
 
 
 @final
@@ -40,45 +39,39 @@ class Checkpointer:
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: LARS,
-        progress: Progress,
-        average: nn.Module | None = None,
-        beside: bool = False,
-    ) -> tuple[Path, float]:
+    def save(self, state: RunState, background: bool = False) -> tuple[Path, float]:
         """Write ``step-N`` with N = progress.step; collective, rank 0 writes.
 
-        ``beside`` lets training go on when the state has been copied to the host's memory; a
-        thread then writes it, and what it meets is told by :meth:`finish`.
+        Args:
+            state: the model's and the average's buffers become their means over the ranks.
+            background: return once the state is copied to host memory; a thread then writes it,
+                and :meth:`finish` reports its errors.
 
         Returns:
             The checkpoint's folder, and the seconds that this call took.
 
         Raises:
-            UserError: on every rank, when the file system refuses and not ``beside``; earlier
-                checkpoints are untouched.
+            UserError: on every rank, when the file system refuses and not in the background;
+                earlier checkpoints are untouched.
         """
         begun = time.perf_counter()
         self.finish()
-        average_buffers(model, self._comm)
-        if average is not None:
-            average_buffers(average, self._comm)
-        state = named_state(model, optimizer, average)
-        record = progress.record()
+        average_buffers(state.model, self._comm)
+        if state.average is not None:
+            average_buffers(state.average, self._comm)
+        tensors, record = state.tensors(), state.progress.record()
         if self._comm.rank == 0:
             # Copies, since safetensors refuses tensors that share memory (tied weights).
-            copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
+            copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
             self._writer = threading.Thread(target=self._write, args=(copies, record))
             self._writer.start()
-        if not beside:
+        if not background:
             self.finish(raising=True)
-        target = checkpoint_files.folder_of(self._folder, progress.step)
+        target = checkpoint_files.folder_of(self._folder, state.progress.step)
         return target, time.perf_counter() - begun
 
     def finish(self, raising: bool = False) -> str | None:
-        """Wait for the writing that goes on; the line that says why one failed, on rank 0.
+        """Wait for the write in the background; returns why it failed, on rank 0.
 
         Raises:
             UserError: on every rank, it failed and that is to be an error; collective then.
@@ -93,16 +86,10 @@ class Checkpointer:
             warn(f"{failure}; the run goes on")
         return failure
 
-    def restore(
-        self,
-        model: nn.Module,
-        optimizer: LARS | None = None,
-        average: nn.Module | None = None,
-    ) -> Progress:
+    def restore(self, state: RunState) -> None:
         """Load the newest sound checkpoint; as :func:`find_checkpoint` and :func:`restore`."""
         self.finish()
-        found = find_checkpoint(self._folder, self._comm)
-        return restore(found, self._comm, model, optimizer, average)
+        restore(find_checkpoint(self._folder, self._comm), self._comm, state)
 
     def _write(self, tensors: dict[str, Tensor], record: dict[str, object]) -> None:
         try:
@@ -142,17 +129,10 @@ def look_for_checkpoint(folder: Path, comm: Communicator) -> checkpoint_files.Fo
     return found
 
 
-def restore(
-    found: checkpoint_files.Found,
-    comm: Communicator,
-    model: nn.Module,
-    optimizer: LARS | None = None,
-    average: nn.Module | None = None,
-) -> Progress:
-    """Load a checkpoint on every rank; its progress.  Collective.
+def restore(found: checkpoint_files.Found, comm: Communicator, state: RunState) -> None:
+    """Load a checkpoint on every rank; collective.
 
-    Only rank 0 reads.  Momentum is sent before parameters, and a checksum then proves that all
-    ranks hold the same bits.
+    Only rank 0 reads.  A checksum then proves that all ranks hold the same bits.
 
     Raises:
         UserError: on every rank: it is of another model.
@@ -161,48 +141,40 @@ def restore(
     def fill(live: dict[str, Tensor], names: list[str]) -> None:
         on_root(comm, lambda: checkpoint_files.read(found, live, names))
 
-    load_state(found.names, fill, comm, model, optimizer, average)
-    return found.progress
+    load_state(found.names, fill, comm, state)
+    state.restored(found.progress)
 
 
 def load_state(
     stored: Collection[str],
     fill: Callable[[dict[str, Tensor], list[str]], None],
     comm: Communicator,
-    model: nn.Module,
-    optimizer: LARS | None = None,
-    average: nn.Module | None = None,
+    state: RunState,
     root: int = 0,
 ) -> None:
-    """Let rank ``root`` fill the live tensors and all ranks take them; collective.
+    """Fill the state's tensors on rank ``root`` and send them to all ranks; collective.
 
     Args:
-        stored: names that there are, as :func:`named_state` gives them.
+        stored: names of the tensors that there are, as :meth:`RunState.tensors` has them.
         fill: copies into the live tensors that it is given, on ``root``; its second argument are
-            those of ``stored`` that are wanted.
+            the names in ``stored`` that are wanted.
         comm: the ranks.
-        model: is filled, and
-        optimizer: its momentum, and
-        average: the moving average, where they are given.
-        root: who has the values.
+        state: its tensors are overwritten; its progress stays.
+        root: the rank that has the values.
     """
-    live = named_state(model, average=average)
-    momentum: dict[Tensor, Tensor] = {}
-    if optimizer is not None:
-        momentum = {
-            param: torch.zeros_like(param)
-            for name, param in model.named_parameters()
-            if f"momentum/{name}" in stored
-        }
-        live = {
-            f"momentum/{name}": momentum[param]
-            for name, param in model.named_parameters()
-            if param in momentum
-        } | live
+    optimizer = state.optimizer
+    slots: dict[Tensor, dict[str, Tensor]] = {}
+    named: dict[str, Tensor] = {}
+    for slot in () if optimizer is None else optimizer.slots:
+        for name, param in state.model.named_parameters():
+            if f"{slot}/{name}" in stored:
+                named[f"{slot}/{name}"] = value = torch.zeros_like(param)
+                slots.setdefault(param, {})[slot] = value
+    live = named | RunState(state.model, average=state.average).tensors()
     wanted = {name.partition("/")[0] for name in live} | {"model"}
     with torch.no_grad():
         fill(live, [name for name in stored if name.partition("/")[0] in wanted])
     broadcast_and_verify(live, comm, root)
-    for param, value in momentum.items():
+    for each, values in slots.items():
         assert optimizer is not None
-        optimizer.set_momentum(param, value)
+        optimizer.set_slots(each, values)

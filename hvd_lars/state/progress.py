@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """All that a resumed run needs to go on with the same bits, but for tensors.
 
@@ -17,12 +17,12 @@ class Progress:
         samples: that they took; not the product with the global batch where that was changed.
         evaluation_due: the evaluation after them was interrupted.
         window_steps: steps since the last log line.
-        window_losses: by rank, its share of their losses.
+        window_losses: by rank, its share of their losses, as last gathered.
         skipped_steps: steps that were left out since the start, as a norm was not finite.
         skipped_in_row: those since the last good one; without those of float16 that a smaller
             scale of the loss may mend.
-        loss_scale: factor of the loss (float16), and
-        good_steps: how many steps it has stood; zeros elsewhere.
+        loss_scale: factor of the loss (float16); 0 elsewhere.
+        good_steps: steps since it last changed.
         top1: of the evaluation after ``step``, where there was one.
     """
 
@@ -30,7 +30,7 @@ class Progress:
     samples: int = 0
     evaluation_due: bool = False
     window_steps: int = 0
-    window_losses: list[float] = field(default_factory=list)
+    window_losses: tuple[float, ...] = ()
     skipped_steps: int = 0
     skipped_in_row: int = 0
     loss_scale: float = 0.0

@@ -13,35 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator
-from hvd_lars.optim import LARS
 
 _PACK = 2**22  # bytes of small tensors that are sent together
 
 
 class ReplicasDifferError(RuntimeError):
     """Ranks that must hold the same bits do not."""
-
-
-def named_state(
-    model: nn.Module,
-    optimizer: LARS | None = None,
-    average: nn.Module | None = None,
-) -> dict[str, Tensor]:
-    """Everything that training carries from step to step, by name, momentum first.
-
-    ``momentum/NAME`` are the optimizer's whole buffers, ``model/NAME`` parameters and buffers of
-    the model, ``average/NAME`` those of its moving average.  The tensors are the live ones, but
-    for momentum that is spread over the ranks; putting that together is collective.
-    """
-    state: dict[str, Tensor] = {}
-    if optimizer is not None:
-        for name, param in model.named_parameters():
-            if (momentum := optimizer.momentum(param)) is not None:
-                state[f"momentum/{name}"] = momentum
-    state.update({f"model/{name}": tensor for name, tensor in model.state_dict().items()})
-    if average is not None:
-        state.update({f"average/{name}": t for name, t in average.state_dict().items()})
-    return state
 
 
 def broadcast_and_verify(state: Mapping[str, Tensor], comm: Communicator, root: int = 0) -> None:

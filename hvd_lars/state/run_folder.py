@@ -105,14 +105,12 @@ def describe_run(
     folder: Path,
     config_yaml: str,
     data: dict[str, Any],
-    ranks: dict[str, Any],
-    device: str,
-    threads: int,
+    machine: dict[str, Any],
 ) -> None:
-    """Write the resolved config, which data it trains on, and what it runs on."""
+    """Write the resolved config, which data it trains on, and on which ranks and device."""
     _replace(folder / CONFIG, config_yaml)
     _replace(folder / DATA, json.dumps(data) + "\n")
-    facts = environment_facts() | {"device": device, "threads": threads} | ranks
+    facts = environment_facts() | machine
     _replace(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 

@@ -3,87 +3,109 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from hvd_lars.comm.base import Communicator
 from hvd_lars.data import Request, Source, stream
 from hvd_lars.errors import UserError
+from hvd_lars.metrics.evaluation import METRICS
 from hvd_lars.state.replicas import average_buffers
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy in nats, fractions that are right, and over how many samples.
+    """Means over the ``num_samples`` samples that could be read, by metric."""
 
-    ``num_samples`` are those that could be read.
-    """
-
-    loss: float
-    top1: float
-    top5: float
+    means: Mapping[str, float]
     num_samples: int
 
+    @property
+    def top1(self) -> float:
+        """Fraction of samples whose largest logit is the right one."""
+        return self.means["top1"]
+
     def record(self, prefix: str = "") -> dict[str, float | int]:
-        """The fields as metrics.jsonl has them; with a prefix, the measures alone."""
-        if not prefix:
-            return asdict(self)
-        return {f"{prefix}{k}": v for k, v in asdict(self).items() if k != "num_samples"}
+        """The means as metrics.jsonl has them; without a prefix, the number of samples, too."""
+        fields: dict[str, float | int] = {f"{prefix}{k}": v for k, v in self.means.items()}
+        return fields if prefix else fields | {"num_samples": self.num_samples}
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    source: Source,
-    comm: Communicator,
-    batch: int,
-    device: torch.device,
-    workers: int = 0,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
-    """Evaluate on every sample exactly once: rank r takes samples r, r + size and so on.
+@final
+class Evaluator:
+    """Evaluates on every sample exactly once: rank r takes samples r, r + world size and so on.
 
-    Nothing is padded, nothing takes the place of what cannot be read, and counts are summed over
-    ranks, so the result does not depend on their number.  Top-5 is top-C where there are C < 5
-    classes.  Collective; ``stopped`` is too, and is asked equally often on all ranks: before every
-    batch, where it ends the evaluation with None, and after the last, where it does not.
+    Nothing is padded, nothing takes the place of an unreadable image, and sums are taken over
+    ranks, so the result does not depend on their number.
 
-    Raises:
-        UserError: on every rank: no sample can be read.
+    Args:
+        source: the images.
+        comm: the ranks.
+        batch: most samples in one forward pass.
+        device: of the model.
+        workers: processes that make batches; 0 for none.
     """
-    average_buffers(model, comm)
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    mine = np.arange(comm.rank, source.num_eval, comm.size)
-    requests = [Request(None, mine[i : i + batch]) for i in range(0, len(mine), batch)]
-    batches = stream(source, requests, workers, device.type)
-    for _ in range(math.ceil(source.num_eval / (comm.size * batch))):  # the most of any rank
-        if stopped():
-            model.train(was_training)
-            return None
-        made = next(batches, None)
-        if made is None:
-            continue
-        request, (images, labels) = made
-        if len(labels) == 0:
-            continue
-        images, labels = source.on_device(images, labels, request)
-        logits = model(images).float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        sums[0] += functional.cross_entropy(logits, labels, reduction="sum").double()
-        sums[1] += best[:, 0].sum()
-        sums[2] += best.sum()
-        sums[3] += len(labels)
-    stopped()
-    model.train(was_training)
-    comm.start_all_reduce_sum(sums, "evaluation").wait()
-    loss, top1, top5, count = sums.tolist()
-    if count == 0:
-        raise UserError(f"none of the {source.num_eval:,} test images can be read")
-    return Evaluation(loss / count, top1 / count, top5 / count, int(count))
+
+    def __init__(
+        self,
+        source: Source,
+        comm: Communicator,
+        batch: int,
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        self._source, self._comm, self._batch = source, comm, batch
+        self._device, self._workers = device, workers
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, stopped: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
+        """Evaluate a model, whose running statistics become their means over ranks; collective.
+
+        Args:
+            model: gives logits (n, classes) for images.
+            stopped: whether to give up, with None as the result; collective.  Called equally often
+                on all ranks: before every batch, and once after the last, where it has no effect.
+
+        Raises:
+            UserError: on every rank: no sample can be read.
+        """
+        source, comm, batch = self._source, self._comm, self._batch
+        average_buffers(model, comm)
+        was_training = model.training
+        model.eval()
+        sums = {name: torch.zeros((), dtype=torch.float64, device=self._device) for name in METRICS}
+        count = torch.zeros((), dtype=torch.float64, device=self._device)
+        mine = np.arange(comm.rank, source.num_eval, comm.size)
+        requests = [Request(None, mine[i : i + batch]) for i in range(0, len(mine), batch)]
+        batches = stream(source, requests, self._workers, self._device.type)
+        for _ in range(math.ceil(source.num_eval / (comm.size * batch))):  # the most of any rank
+            if stopped():
+                model.train(was_training)
+                return None
+            made = next(batches, None)
+            if made is None:
+                continue
+            request, (images, labels) = made
+            if len(labels) == 0:
+                continue
+            images, labels = source.on_device(images, labels, request)
+            logits = model(images).float()
+            for name, metric in METRICS.items():
+                sums[name] += metric.sum(logits, labels)
+            count += len(labels)
+        stopped()
+        model.train(was_training)
+        together = torch.stack([*sums.values(), count])
+        comm.start_all_reduce_sum(together, "evaluation").wait()
+        *totals, samples = together.tolist()
+        if samples == 0:
+            raise UserError(f"none of the {source.num_eval:,} test images can be read")
+        means = {name: total / samples for name, total in zip(METRICS, totals, strict=True)}
+        return Evaluation(means, int(samples))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+_FLOOR, _GROWTH_STEPS = 1.0, 2000
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """What the forward pass runs in: torch's autocast, or nothing for ``fp32``.
+    """The context of a forward pass: torch's autocast, or none for ``fp32``.
 
     Weights, gradients as they are summed over ranks, momentum and norms stay float32.
     """
@@ -22,32 +23,33 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, _DTYPES[precision])
 
 
-@final
-class LossScale:
+class LossScale(NamedTuple):
     """The factor of the loss that keeps float16 gradients above zero and below infinity.
 
     Halved when a step overflows, but not below 1, where it would no longer help; doubled after
-    ``growth_steps`` steps without one.
+    2,000 steps without one.
 
     Source:
         Micikevicius et al. 2018, arXiv 1710.03740, §3.2; the values are those of torch.amp.
     """
 
-    FLOOR = 1.0
+    value: float = 2.0**16
+    good_steps: int = 0  # since it last changed
 
-    def __init__(self, value: float = 2.0**16, growth_steps: int = 2000) -> None:
-        self.value, self._growth_steps, self.good_steps = value, growth_steps, 0
+    @classmethod
+    def of(cls, value: float, good_steps: int) -> LossScale:
+        """As a checkpoint has it, which may have none (0)."""
+        return cls(max(value, _FLOOR), good_steps) if value else cls()
 
     @property
     def at_floor(self) -> bool:
         """Whether a step that is not finite now is so for another reason than the scale."""
-        return self.value <= self.FLOOR
+        return self.value <= _FLOOR
 
-    def update(self, skipped: bool) -> None:
-        """Take note of a step; all ranks must say the same."""
+    def after(self, skipped: bool) -> LossScale:
+        """The scale of the next step; all ranks must say the same of this one."""
         if skipped:
-            self.value, self.good_steps = max(self.value / 2.0, self.FLOOR), 0
-            return
-        self.good_steps += 1
-        if self.good_steps == self._growth_steps:
-            self.value, self.good_steps = self.value * 2.0, 0
+            return LossScale(max(self.value / 2.0, _FLOOR))
+        if self.good_steps + 1 == _GROWTH_STEPS:
+            return LossScale(self.value * 2.0)
+        return LossScale(self.value, self.good_steps + 1)

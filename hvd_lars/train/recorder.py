@@ -1,4 +1,4 @@
-"""What a run records of its steps, its layers and its ranks."""
+"""Records of a run's steps, layers and ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from hvd_lars.comm.base import Communicator
 from hvd_lars.metrics import Sink
 from hvd_lars.runtime.rank_stderr import voice
 from hvd_lars.runtime.terminal import warn
-from hvd_lars.state.progress import Progress
 from hvd_lars.train.trainer import Trainer
 
 _SLOW, _WINDOWS = 1.5, 3  # times the median, in so many log windows in a row
@@ -36,7 +35,7 @@ class Recorder:
     def __init__(self, trainer: Trainer, sinks: Sequence[Sink] = (), layers_every: int = 0) -> None:
         self._trainer, self._comm = trainer, trainer.comm
         self.sinks, self.layers_every = sinks, layers_every
-        self._loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=trainer.feed.device)
         self._names: dict[Tensor, str] = {
             param: name for name, param in trainer.model.named_parameters()
         }
@@ -46,25 +45,23 @@ class Recorder:
 
     def record(self, kind: str, step: int, **fields: object) -> None:
         """Give a record to the sinks."""
-        epoch = round(step / self._trainer.batches.steps_per_epoch, 4)
+        epoch = round(step / self._trainer.feed.batches.steps_per_epoch, 4)
         for sink in self.sinks:
             sink.write({"kind": kind, "step": step, "epoch": epoch, **fields})
 
     def begin(self) -> None:
-        """The run begins, or goes on."""
-        step = self._trainer.progress.step
+        """The run begins, or goes on, perhaps in the middle of a window."""
+        progress = self._trainer.state.progress
+        step = progress.step
+        self._loss.fill_(progress.loss_of(self._comm.rank, self._comm.size))
         self._hosts = hosts_of(self._comm)
         settle_warnings(self._comm)
         event = "resume" if step else "start"
         self.record("event", step, event=event, world_size=self._comm.size, hosts=self._hosts)
         self._started = time.perf_counter()
 
-    def resume(self, progress: Progress) -> None:
-        """Go on in the middle of a window."""
-        self._loss.fill_(progress.loss_of(self._comm.rank, self._comm.size))
-
     def pause(self, seconds: float) -> None:
-        """Something else than training took these."""
+        """Leave out seconds that were not spent on training."""
         self._started += seconds
 
     def losses(self) -> list[float]:
@@ -75,17 +72,16 @@ class Recorder:
         return losses.tolist()
 
     def step_taken(self, loss: Tensor | None) -> None:
-        """A step is done; its share of the loss, or None where it was left out."""
+        """Take a step's share of the loss; None where the step was skipped."""
         if loss is not None:
             self._loss += loss
-            self._trainer.progress.window_steps += 1
-        step = self._trainer.progress.step
+        step = self._trainer.state.progress.step
         if self.layers_every and step % self.layers_every == 0:
             self._log_layers(step)
 
     def log_window(self) -> None:
         """Record the means since the last log line; the loss is summed over the ranks."""
-        trainer, progress = self._trainer, self._trainer.progress
+        trainer, progress = self._trainer, self._trainer.state.progress
         steps, size, rank = progress.window_steps, self._comm.size, self._comm.rank
         took = {part: s / max(steps, 1) for part, s in trainer.watch.seconds.items()}
         # The loss, then by rank the seconds that others do not cause, and what it warned of.
@@ -105,7 +101,7 @@ class Recorder:
             samples=progress.samples,
             loss=sums[0].item() / steps if steps else float("nan"),
             lr=trainer.schedule(progress.step - 1),
-            images_per_second=steps * trainer.batches.global_batch / seconds,
+            images_per_second=steps * trainer.global_batch / seconds,
             step_seconds=seconds / max(steps, 1),
             **{f"{part}_seconds": value for part, value in took.items()},
             **ranks,
@@ -114,13 +110,14 @@ class Recorder:
         self._look_for_stragglers([d + b for d, b in zip(data, busy, strict=True)])
         trainer.watch.reset()
         self._loss.zero_()
-        progress.window_steps, self._started = 0, time.perf_counter()
+        trainer.state.window_logged()
+        self._started = time.perf_counter()
 
     def _log_layers(self, step: int) -> None:
         """Norms that the step computed anyway, by name of the parameter."""
         if not self.sinks:
             return
-        rows = self._trainer.optimizer.layer_norms()
+        rows = self._trainer.optimizer.report.norms()
         names = [self._names[row.param] for row in rows]
         columns = {
             "weight_norm": [row.weight for row in rows],
@@ -143,7 +140,7 @@ class Recorder:
                     f"rank {rank} on {host} takes {1e3 * seconds[rank]:,.0f} ms a step without "
                     f"waiting for others, the median rank {1e3 * usual:,.0f} ms"
                 )
-                step = self._trainer.progress.step
+                step = self._trainer.state.progress.step
                 self.record("event", step, event="straggler", rank=rank, host=host)
 
 

@@ -35,7 +35,7 @@ def test_with_a_loss_scale_it_is_left_out(kernel, take_kernel):
     optimizer = LARS([weight], lr=0.5, kernel=take_kernel(kernel))
     weight.grad = torch.full((5, 4), torch.nan)
     optimizer.step(loss_scale=4.0)
-    assert optimizer.skipped
+    assert optimizer.report.skipped
     assert torch.equal(weight.detach(), torch.ones(5, 4))
 
 

@@ -7,20 +7,18 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending, check_reducible
-from hvd_lars.comm.step_scalars import StepScalars
 from hvd_lars.optim.distributed.absent import AbsentGradient
 from hvd_lars.optim.distributed.layout import check_same_layout
 from hvd_lars.optim.distributed.shard_plan import fill_buckets
-from hvd_lars.optim.kernels import Kernel
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.runtime.stopwatch import Stopwatch
-from hvd_lars.runtime.torch_internals import at_end_of_backward, versions_of
+from hvd_lars.runtime.torch_internals import at_end_of_backward
 
 _LATE = (
     "a gradient arrived after those of its step were summed over the ranks: wrap all but the last "
@@ -45,8 +43,23 @@ class Bucket:
     fresh: set[int] = field(default_factory=set)  # positions whose view is of this window
     missing: set[int] = field(default_factory=set)  # positions whose gradient is still to come
     pending: Pending | None = None
-    sums: Tensor | None = None  # (len(params),) early sums of squares
-    version: int = -1  # of what they were taken from
+
+
+class Reduction(Protocol):
+    """How buckets are summed over the ranks.
+
+    Attributes:
+        multiple: buckets are padded to a multiple of this many elements.
+        in_place: the collective leaves the sums in the bucket; else ``param.grad`` is an
+            :class:`AbsentGradient` until the step.
+    """
+
+    multiple: int
+    in_place: bool
+
+    def start(self, b: int, flat: Tensor) -> Pending:
+        """Begin the collective of the bucket at position ``b``, whose memory is ``flat``."""
+        ...
 
 
 @final
@@ -62,13 +75,9 @@ class GradientBuckets:
         params: parameters to train; those that need no gradient are left out.
         bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
         comm: the ranks.
-        name: of the placement, the same on all ranks.
-        multiple: buckets are padded to a multiple of this many elements.
-        start: begins the collective of the bucket at a position.
-        parts: of a bucket, what early sums of squares are taken from, a tensor for each parameter.
-        in_place: the collective leaves the sums in the bucket; else ``param.grad`` is an
-            :class:`AbsentGradient` until the step.
-        early_norms: sum the squares of each bucket's parts as its reduction completes.
+        reduction: how a bucket is summed over them.
+        watch: its part "communication" is the time spent waiting for other ranks.
+        on_reduced: gets a bucket's position and memory once it is summed, in order.
 
     Raises:
         ValueError: no parameter, one that is not dense in memory or in a placement already, or
@@ -82,13 +91,10 @@ class GradientBuckets:
         self,
         params: Iterable[nn.Parameter],
         comm: Communicator,
-        name: str,
         bucket_bytes: int,
-        multiple: int,
-        start: Callable[[int], Pending],
-        parts: Callable[[int], list[Tensor]],
-        in_place: bool,
-        early_norms: bool,
+        reduction: Reduction,
+        watch: Stopwatch | None = None,
+        on_reduced: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         trained = [param for param in params if param.requires_grad]
         if not trained:
@@ -105,30 +111,37 @@ class GradientBuckets:
                 f"one placement of all parameters, and give it to every optimizer"
             )
         check_same_layout(trained, comm)
-        self.buckets = list(_make_buckets(trained, bucket_bytes, multiple))
+        self.buckets = list(_make_buckets(trained, bucket_bytes, reduction.multiple))
         self.place: dict[Tensor, tuple[int, int]] = {}  # bucket and position in it
-        self._order: dict[Tensor, int] = {}
-        self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order
         hook, handles = _hook_of(self), []
         for b, bucket in enumerate(self.buckets):
             check_reducible(bucket.flat, "gradients")
-            _take_rank_0s(bucket, comm)
             for i, param in enumerate(bucket.params):
                 self.place[param] = (b, i)
-                self._order[param] = len(self._order)
                 handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
-            if not in_place:
+            if not reduction.in_place:
                 bucket.absent = [view.as_subclass(AbsentGradient) for view in bucket.views]
         weakref.finalize(self, _remove, handles)
         self._alive.add(self)
-        self._early_norms = early_norms
-        self._start, self._parts, self._in_place = start, parts, in_place
+        self._comm, self._reduction, self._in_place = comm, reduction, reduction.in_place
+        self._on_reduced = on_reduced
         self._synchronizing, self._used, self._spent = True, False, False
-        self._kernel: Kernel | None = None
         self.steps = 0  # that have used the sums
-        self.scalars = StepScalars(comm, f"{name}.sums_of_squares")
-        self.watch = Stopwatch()  # its part "communication": waiting for other ranks
+        self.watch = watch or Stopwatch()
         self.zero()
+
+    @torch.no_grad()
+    def broadcast_parameters(self, root: int) -> None:
+        """Every rank's parameters become rank ``root``'s; by way of the buckets' memory."""
+        if self._comm.size == 1:
+            return
+        for bucket in self.buckets:
+            for param, view in zip(bucket.params, bucket.views, strict=True):
+                view.copy_(param)
+            self._comm.broadcast(bucket.flat, root)
+            for param, view in zip(bucket.params, bucket.views, strict=True):
+                param.copy_(view)
+            bucket.flat.zero_()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -189,32 +202,6 @@ class GradientBuckets:
             self._forget_gradients()
         self._reduced, self._used, self._spent = False, True, True
         self.steps += 1
-
-    def sum_early(self, kernel: Kernel | None) -> None:
-        """The kernel that may sum squares from the next window on; None: none may."""
-        self._kernel = kernel if self._early_norms else None
-
-    def early_sums(self, params: Sequence[Tensor]) -> Tensor | None:
-        """Those sums for this step, of the norm parts: (len(params),), float64.
-
-        None where they were not taken or somebody has edited the gradients since.
-        """
-        written = versions_of(bucket.flat for bucket in self.buckets)
-        if self._kernel is None or any(
-            bucket.sums is None or bucket.version != version
-            for bucket, version in zip(self.buckets, written, strict=True)
-        ):
-            return None
-        together = torch.cat([bucket.sums for bucket in self.buckets if bucket.sums is not None])
-        if self._asked is None or self._asked[0] is not params:
-            index = torch.tensor([self._order[param] for param in params], device=together.device)
-            self._asked = (params, index)
-        return together[self._asked[1]]
-
-    def complete_sums(self, sums: Tensor) -> Tensor:
-        """Sum (n,) float64 over the ranks in place and return them; the same bits on each rank."""
-        with self.watch.part("communication"):
-            return self.scalars.sum(sums)
 
     def _holds_views(self) -> bool:
         return any(
@@ -278,12 +265,11 @@ class GradientBuckets:
 
     def _start_next(self) -> None:
         bucket = self.buckets[self._next]
-        bucket.sums = None
-        bucket.pending = self._start(self._next)
+        bucket.pending = self._reduction.start(self._next, bucket.flat)
         self._next += 1
 
     def _complete(self, only_done: bool) -> None:
-        """Wait for started buckets in order, and sum one's squares while the next is reduced."""
+        """Wait for started buckets in order."""
         while self._completed < self._next:
             bucket = self.buckets[self._completed]
             assert bucket.pending is not None
@@ -291,24 +277,9 @@ class GradientBuckets:
                 return
             bucket.pending.wait()
             bucket.pending = None
-            if self._kernel is not None:
-                with torch.no_grad():
-                    bucket.sums = self._kernel.sums_of_squares(self._parts(self._completed))
-                (bucket.version,) = versions_of([bucket.flat])
+            if self._on_reduced is not None:
+                self._on_reduced(self._completed, bucket.flat)
             self._completed += 1
-
-
-@torch.no_grad()
-def _take_rank_0s(bucket: Bucket, comm: Communicator) -> None:
-    """Every rank starts from rank 0's parameters; by way of the bucket's memory."""
-    if comm.size == 1:
-        return
-    for param, view in zip(bucket.params, bucket.views, strict=True):
-        view.copy_(param)
-    comm.broadcast(bucket.flat)
-    for param, view in zip(bucket.params, bucket.views, strict=True):
-        param.copy_(view)
-    bucket.flat.zero_()
 
 
 def placed_already(params: Sequence[Tensor]) -> Tensor | None:

@@ -10,7 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hvd_lars.comm.step_scalars import StepScalars
 from hvd_lars.optim.distributed.buckets import GradientBuckets
+from hvd_lars.optim.distributed.early_norms import EarlyNorms
 
 
 class Placement(Protocol):
@@ -18,7 +20,17 @@ class Placement(Protocol):
 
     @property
     def gradients(self) -> GradientBuckets:
-        """The gradients: accumulated, summed over the ranks, their squares' sums."""
+        """The gradients: accumulated, then summed over the ranks."""
+        ...
+
+    @property
+    def scalars(self) -> StepScalars:
+        """The all-reduce of a step's norms, on which other numbers may ride."""
+        ...
+
+    @property
+    def early(self) -> EarlyNorms | None:
+        """Sums of squares of gradients taken before the step; None where they are not wanted."""
         ...
 
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,26 @@ from typing import final
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending, Reducer
+from hvd_lars.comm.step_scalars import StepScalars
 from hvd_lars.optim.distributed.buckets import GradientBuckets
+from hvd_lars.optim.distributed.early_norms import EarlyNorms
 from hvd_lars.optim.distributed.placement import check_placed, check_unmoved
 from hvd_lars.optim.distributed.shard_plan import overlap, part_of
 from hvd_lars.optim.norms import flat
+from hvd_lars.runtime.stopwatch import Stopwatch
+
+
+@final
+class _AllReduce:
+    """Sums a bucket in its own memory."""
+
+    multiple, in_place = 1, True
+
+    def __init__(self, reducer: Reducer, name: str) -> None:
+        self._reducer, self._name = reducer, name
+
+    def start(self, b: int, flat: Tensor) -> Pending:
+        return self._reducer.start_all_reduce_sum(flat, f"{self._name}.{b}")
 
 
 @final
@@ -33,8 +49,6 @@ class Replicated:
     each rank's loss by 1 / global batch.  A parameter that got no gradient in a window has a
     gradient of zero.
 
-    Every rank's parameters become rank 0's when the placement is made.
-
     Args:
         params: parameters to train; those that need no gradient are left out.
         comm: the ranks.
@@ -43,6 +57,9 @@ class Replicated:
             then reads the gradients once less.  Nothing may edit gradients between backward and
             step: torch does not count the edits of ``GradScaler``.
         gradients_through: sums the buckets in place of ``comm``, such as a CompressedReducer.
+        root: every rank's parameters become this rank's; None where they are the same already, or
+            will be before the first step.
+        watch: its part "communication" is the time spent waiting for other ranks.
 
     Raises:
         ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
@@ -59,21 +76,24 @@ class Replicated:
         bucket_bytes: int = 25 * 2**20,
         early_norms: bool = False,
         gradients_through: Reducer | None = None,
+        root: int | None = 0,
+        watch: Stopwatch | None = None,
     ) -> None:
-        self._reducer: Reducer = gradients_through or comm
         # Rank 0 says: a rank that joined later has not made as many.
-        self._name = f"gradients.{comm.broadcast_object(next(Replicated._instances))}"
+        name = f"gradients.{comm.broadcast_object(next(Replicated._instances))}"
+        watch = watch or Stopwatch()
+        self.early = EarlyNorms(self._norm_parts) if early_norms else None
+        self.scalars = StepScalars(comm, f"{name}.sums_of_squares", watch)
         self.gradients = GradientBuckets(
             params,
             comm,
-            self._name,
             bucket_bytes,
-            multiple=1,
-            start=self._start,
-            parts=self._norm_parts,
-            in_place=True,
-            early_norms=early_norms,
+            _AllReduce(gradients_through or comm, name),
+            watch,
+            None if self.early is None else self.early.on_reduced,
         )
+        if root is not None:
+            self.gradients.broadcast_parameters(root)
         self._owned: dict[Tensor, tuple[int, int]] = {}
         for bucket in self.gradients.buckets:
             begin, end = part_of(bucket.flat.numel(), comm.rank, comm.size)
@@ -106,11 +126,6 @@ class Replicated:
     def part(self, param: Tensor, whole: Tensor) -> Tensor:
         """``whole`` itself."""
         return whole
-
-    def _start(self, b: int) -> Pending:
-        return self._reducer.start_all_reduce_sum(
-            self.gradients.buckets[b].flat, f"{self._name}.{b}"
-        )
 
     def _norm_parts(self, b: int) -> list[Tensor]:
         bucket = self.gradients.buckets[b]

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending
+from hvd_lars.comm.step_scalars import StepScalars
 from hvd_lars.optim.distributed.buckets import GradientBuckets
+from hvd_lars.optim.distributed.early_norms import EarlyNorms
 from hvd_lars.optim.distributed.forward_reads import ForwardReads
 from hvd_lars.optim.distributed.placement import check_placed, check_unmoved
 from hvd_lars.optim.distributed.shard_plan import overlap
 from hvd_lars.optim.norms import flat
+from hvd_lars.runtime.stopwatch import Stopwatch
 
 
 @dataclass(slots=True)
@@ -37,6 +40,27 @@ class _Share:
     weight: Tensor  # (end - begin,), a view of the parameter's own memory
     gradient: Tensor  # (end - begin,)
     whole: Tensor  # the parameter as it lies in its bucket
+
+
+@final
+class _ReduceScatter:
+    """Sums a bucket into this rank's shard of it."""
+
+    in_place = False
+
+    def __init__(self, comm: Communicator, name: str) -> None:
+        self.multiple = comm.size
+        self._comm, self._name = comm, name
+        self._shards: dict[int, Tensor] = {}
+
+    def shard(self, b: int, flat: Tensor) -> Tensor:
+        """Where this rank's sums of the bucket are: (numel / size,)."""
+        if b not in self._shards:
+            self._shards[b] = flat.new_zeros(flat.numel() // self.multiple)
+        return self._shards[b]
+
+    def start(self, b: int, flat: Tensor) -> Pending:
+        return self._comm.start_reduce_scatter_sum(flat, self.shard(b, flat), f"{self._name}.{b}")
 
 
 @final
@@ -54,13 +78,14 @@ class Sharded:
     device, and before anything keeps a reference to ``param.data``.  ``LARS.state_dict`` holds this
     rank's part of the momentum; :meth:`LARS.momentum` gives whole ones.
 
-    Every rank's parameters become rank 0's when the placement is made.
-
     Args:
         params: parameters to train; those that need no gradient are left out.
         comm: the ranks.
         bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
         early_norms: sum the squares of each bucket as its reduction completes.
+        root: every rank's parameters become this rank's; None where they are the same already, or
+            will be before the first step.
+        watch: its part "communication" is the time spent waiting for other ranks.
 
     Raises:
         ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
@@ -79,30 +104,34 @@ class Sharded:
         comm: Communicator,
         bucket_bytes: int = 25 * 2**20,
         early_norms: bool = False,
+        root: int | None = 0,
+        watch: Stopwatch | None = None,
     ) -> None:
         self._comm = comm
         # Rank 0 says: a rank that joined later has not made as many.
         self._name = f"shards.{comm.broadcast_object(next(Sharded._instances))}"
+        watch = watch or Stopwatch()
+        self.early = EarlyNorms(self._norm_parts) if early_norms else None
+        self.scalars = StepScalars(comm, f"{self._name}.sums_of_squares", watch)
+        reduction = _ReduceScatter(comm, f"{self._name}.gradients")
         self.gradients = GradientBuckets(
             params,
             comm,
-            self._name,
             bucket_bytes,
-            multiple=comm.size,
-            start=self._start,
-            parts=self._norm_parts,
-            in_place=False,
-            early_norms=early_norms,
+            reduction,
+            watch,
+            None if self.early is None else self.early.on_reduced,
         )
+        if root is not None:
+            self.gradients.broadcast_parameters(root)
         self._weights: list[Tensor] = []  # by bucket: (numel,), all parameters
-        self._shards: list[Tensor] = []  # by bucket: (numel / size,), summed gradients
         self._shares: dict[Tensor, _Share] = {}
         self._gathering: dict[int, Pending] = {}  # by bucket
         self._reads: ForwardReads | None = None
-        for bucket in self.gradients.buckets:
+        for b, bucket in enumerate(self.gradients.buckets):
             weights = torch.zeros_like(bucket.flat)
             part = weights.numel() // comm.size
-            shard = weights.new_zeros(part)
+            shard = reduction.shard(b, bucket.flat)
             first = comm.rank * part
             for param, start in zip(bucket.params, bucket.starts, strict=True):
                 view = weights.as_strided(param.shape, param.stride(), start)
@@ -118,7 +147,6 @@ class Sharded:
                     view,
                 )
             self._weights.append(weights)
-            self._shards.append(shard)
 
     def gather_during_forward(self, model: nn.Module) -> None:
         """Return from a step at once, and wait for parameters before the part that reads them.
@@ -183,11 +211,6 @@ class Sharded:
         if share.end - share.begin == param.numel():
             return laid_out
         return flat(laid_out)[share.begin : share.end].clone()
-
-    def _start(self, b: int) -> Pending:
-        return self._comm.start_reduce_scatter_sum(
-            self.gradients.buckets[b].flat, self._shards[b], f"{self._name}.gradients.{b}"
-        )
 
     def _norm_parts(self, b: int) -> list[Tensor]:
         return [self._shares[param].gradient for param in self.gradients.buckets[b].params]

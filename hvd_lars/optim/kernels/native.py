@@ -89,38 +89,44 @@ class NativeKernel:
         """As the protocol says; no sums where a block was left out or went the eager way."""
         if live is not None and not live:
             return None
-        taken = list(blocks)
-        scales = ratios.numpy()
-        if any(map(is_skipped, blocks, scales)) or not all(map(_has_row, blocks)):
-            taken = []
-            for block, ratio in zip(blocks, scales.tolist(), strict=True):
-                if is_skipped(block, ratio):
-                    continue
-                if _has_row(block):
-                    taken.append(block)
-                else:
-                    update_on_host(block, ratio, unscale)
-            kept = [
-                not is_skipped(b, r) and _has_row(b) for b, r in zip(blocks, scales, strict=True)
-            ]
-            scales = scales[kept]
+        taken, scales = self._taken(blocks, ratios.numpy(), unscale)
         if not taken:
             return None
         table = np.array([block.row for block in taken], dtype=np.int64)
         rules = {id(block.group): block.group for block in taken}
-        coefficients = {key: _coefficients(group, unscale) for key, group in rules.items()}
-        rows = np.array([coefficients[id(block.group)] for block in taken], dtype=np.float64)
+        numbers = dict(zip(rules, range(len(rules)), strict=True))
+        coefficients = np.array(
+            [_coefficients(g, unscale) for g in rules.values()], dtype=np.float64
+        )
+        rows = coefficients[[numbers[id(block.group)] for block in taken]]
         rows[:, 2] *= scales
         sums = np.empty((len(taken), 2))
         _call(self._update, table, rows, sums)
-        for block in taken:  # autograd must see what it cannot see ctypes do
-            torch.autograd.graph.increment_version(block.weight)
-            if block.copy is not None:
-                torch.autograd.graph.increment_version(block.copy)
+        written = [b.weight for b in taken] + [b.copy for b in taken if b.copy is not None]
+        torch.autograd.graph.increment_version(written)  # autograd cannot see what ctypes does
         if len(taken) < len(blocks):
             return None
         before, after = torch.from_numpy(sums).unbind(1)
         return before, after
+
+    def _taken(
+        self, blocks: Sequence[Block], ratios: np.ndarray[Any, Any], unscale: float
+    ) -> tuple[Sequence[Block], np.ndarray[Any, Any]]:
+        """Blocks for the kernel, with their λ; updates the eager way those that it cannot take."""
+        skips = any(block.group["zero_norm"] == "skip" for block in blocks)
+        if all(block.row is not None or _has_row(block) for block in blocks) and not (
+            skips and any(map(is_skipped, blocks, ratios))
+        ):
+            return blocks, ratios
+        kept = []
+        for i, (block, ratio) in enumerate(zip(blocks, ratios.tolist(), strict=True)):
+            if is_skipped(block, ratio):
+                continue
+            if _has_row(block):
+                kept.append(i)
+            else:
+                update_on_host(block, ratio, unscale)
+        return [blocks[i] for i in kept], ratios[kept]
 
 
 def _coefficients(group: dict[str, Any], unscale: float) -> tuple[float, ...]:

@@ -1,0 +1,137 @@
+"""From a config and a communicator to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hvd_lars.assemble.recording import make_sinks
+from hvd_lars.assemble.resuming import Resume
+from hvd_lars.assemble.starting import Start, find_start
+from hvd_lars.assemble.trainer import Built, build_trainer
+from hvd_lars.comm.agree import on_root
+from hvd_lars.comm.base import Communicator
+from hvd_lars.config.file import dump_config
+from hvd_lars.config.schema import Config
+from hvd_lars.health.agreement import Agreement
+from hvd_lars.health.stop_requests import StopRequests
+from hvd_lars.launchers.environment import ALONE, Launch
+from hvd_lars.metrics import check_loggers
+from hvd_lars.models import check_model_name
+from hvd_lars.state import run_folder
+from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.state.snapshots import Snapshots
+from hvd_lars.train.evaluation import Evaluator
+from hvd_lars.train.loop import Loop
+from hvd_lars.train.profiling import Profile
+
+
+def build_run(
+    config: Config,
+    comm: Communicator,
+    launch: Launch,
+    resume: Resume | None = None,
+    snapshots: Snapshots | None = None,
+    after_snapshot: Callable[[], None] = lambda: None,
+) -> tuple[Loop, Path]:
+    """One rank's part of a run, and the run folder; collective.
+
+    The config is resolved, the checkpoint found and verified, and everything built before the run
+    folder is made or changed.
+
+    Args:
+        config: the user's.
+        comm: the ranks.
+        launch: how they were started.
+        resume: what to continue; None for a new run.
+        snapshots: of an elastic job; the run starts from the newest and takes more.
+        after_snapshot: called after each.
+
+    Raises:
+        UserError: on every rank alike, for anything in the config that cannot be done, or a run
+            that cannot be resumed.
+        ReplicasDifferError: ranks do not hold the same bits.
+    """
+    check_loggers(config.run.loggers)
+    check_model_name(config.model.name)
+    start = find_start(config, comm, resume, snapshots)
+    built = build_trainer(start.config, comm, launch)
+    state = built.trainer.state
+    start.check_data(built.trainer.feed.source.identity, comm)
+    start.load(state, comm, snapshots)
+    folder = _prepare_folder(start, built, comm, launch)
+    take_snapshot = None
+    if snapshots is not None:
+        settings = (built.config, str(folder))
+        snapshots.announce(settings)
+
+        def take_snapshot() -> None:
+            snapshots.take(state, settings)
+            after_snapshot()
+
+    stops = _stop_requests(built.config, folder if comm.rank == 0 else None, snapshots)
+    return _make_loop(built, folder, stops, take_snapshot, launch is ALONE), folder
+
+
+def _prepare_folder(start: Start, built: Built, comm: Communicator, launch: Launch) -> Path:
+    """Make the run folder, or prepare the run's own for its next part; collective."""
+    config, trainer = built.config, built.trainer
+
+    def prepare() -> str:
+        folder = run_folder.create_run_folder(start.directory, config.run.name, start.continues)
+        ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
+        run_folder.describe_run(
+            folder,
+            dump_config(config),
+            trainer.feed.source.identity.record(),
+            ranks | {"device": str(trainer.feed.device), "threads": torch.get_num_threads()},
+        )
+        if start.snapshot is None:
+            (folder / run_folder.STOP).unlink(missing_ok=True)
+        run_folder.forget_after(folder, trainer.state.progress.step)
+        return str(folder)
+
+    return Path(on_root(comm, prepare))
+
+
+def _make_loop(
+    built: Built,
+    folder: Path,
+    stops: StopRequests,
+    take_snapshot: Callable[[], None] | None,
+    alone: bool,
+) -> Loop:
+    """The loop around the trainer, which keeps its checkpoints in the run folder."""
+    trainer, config, intervals = built.trainer, built.config, built.plan.intervals
+    source, comm, steps = trainer.feed.source, trainer.comm, config.train.profiled_steps
+    checkpoints = folder / run_folder.CHECKPOINTS
+    return Loop(
+        trainer,
+        intervals,
+        Evaluator(
+            source, comm, config.train.eval_batch, trainer.feed.device, config.data.num_workers
+        ),
+        Checkpointer(checkpoints, comm, config.checkpoint.keep_last, source.identity),
+        make_sinks(config, folder, intervals.total, alone) if comm.rank == 0 else (),
+        Agreement(
+            comm,
+            stops,
+            source.unreadable,
+            source.num_train,
+            source.num_eval,
+            config.data.tolerated_bad_fraction,
+            intervals.checkpoint_seconds,
+        ),
+        take_snapshot,
+        None if steps is None else Profile(*steps, folder / "profile", comm),
+    )
+
+
+def _stop_requests(
+    config: Config, folder: Path | None, snapshots: Snapshots | None
+) -> StopRequests:
+    """This rank's, which an elastic job keeps over its attempts; ``folder`` where it may look."""
+    stops = StopRequests.within(config.run.max_hours) if snapshots is None else snapshots.stops
+    return stops.with_file(None if folder is None else folder / run_folder.STOP)

@@ -1,0 +1,57 @@
+"""Which keys bind a run, and which a recipe: every key says it where it is defined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Literal
+
+from pydantic import BaseModel
+
+from hvd_lars.config.schema import Config
+from hvd_lars.settings.tree import leaves
+
+
+def values_of(config: Config) -> dict[str, object]:
+    """Values of a config by their dotted keys, as plain values; lists are values."""
+    return dict(leaves(config.model_dump(mode="json")))
+
+
+def changes(
+    before: Config,
+    after: Config,
+    bound: Literal["run", "recipe"],
+    describe: Callable[[str, object, object], str],
+    allowed: Collection[str] = (),
+) -> list[str]:
+    """A line for every key that binds a run, or a recipe, and has another value.
+
+    Args:
+        before: the run's, or the recipe's config.
+        after: the config at hand.
+        bound: what the keys bind.
+        describe: makes the line from the key and its values before and after.
+        allowed: keys that may change, or sections.
+    """
+    was, now = values_of(before), values_of(after)
+    binds = dict(_binds(before)) | dict(_binds(after))
+    return [
+        describe(key, was.get(key), now.get(key))
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+        and bound in binds[key].split(" and ")
+        and not any(_overlap(key, other) for other in allowed)
+    ]
+
+
+def _overlap(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _binds(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """What every key binds; of a section that may be absent, its own key, too."""
+    for name, field in type(section).model_fields.items():
+        extra, value = field.json_schema_extra, getattr(section, name)
+        if isinstance(extra, dict):
+            yield f"{prefix}{name}", str(extra["binds"])
+        if isinstance(value, BaseModel):
+            yield from _binds(value, f"{prefix}{name}.")

@@ -1,0 +1,225 @@
+"""Blocks of memory that a kernel updates, and whether they still are those of the parameters.
+
+Kernels work on addresses, so everything that could have moved between two steps is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from hvd_lars.optim.distributed.placement import Placement
+from hvd_lars.optim.kernels import Block
+from hvd_lars.optim.layers import Layer
+from hvd_lars.optim.norms import flat, in_layout_of, is_dense
+
+States = MutableMapping[Tensor, dict[str, Any]]
+_Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
+_shape = attrgetter("shape")
+
+
+def _places_of(tensors: Sequence[Tensor]) -> list[_Place]:
+    """Where their elements lie: ``.data = …`` and ``.set_()`` leave the objects as they are."""
+    addresses, strides = map(Tensor.data_ptr, tensors), map(Tensor.stride, tensors)
+    return list(zip(addresses, map(_shape, tensors), strides, strict=True))
+
+
+def _place_of(tensor: Tensor) -> _Place | None:
+    return _places_of([tensor])[0] if tensor.layout == torch.strided else None
+
+
+def is_half(param: Tensor) -> bool:
+    """Whether the parameter needs a float32 master."""
+    return param.dtype in (torch.bfloat16, torch.float16)
+
+
+@final
+class Blocks:
+    """The blocks of one device's layers, made anew where parameters, state or gradients moved.
+
+    Comparisons run over lists in C: at 1,000 small layers a step is Python's overhead.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._params = [layer.param for layer in layers]
+        self._blocks: list[Block] = []
+        self._param_places: list[_Place] = []
+        self._kept: list[_KeptState] = []
+        self._gradients: list[Tensor] = []
+        self._gradient_places: list[_Place | None] = []
+        self._copied: set[int] = set()  # blocks with a copy of the gradient, in another layout
+
+    def in_place(self) -> bool:
+        """Whether every parameter lies where it lay when its block was made."""
+        return _places_of(self._params) == self._param_places
+
+    def current(
+        self, states: States, placement: Placement | None, untouched: bool, same_states: bool
+    ) -> list[Block]:
+        """The blocks of this step; makes the state that they need.
+
+        Args:
+            states: the optimizer's state.
+            placement: where gradients are summed.
+            untouched: nobody has edited or moved a parameter since the last step.
+            same_states: nobody has put another dictionary into ``states``.
+
+        Raises:
+            RuntimeError: state or gradient of another shape than the parameter's, or sparse.
+        """
+        if (
+            not self._blocks
+            or not untouched
+            or any(kept.has_moved() for kept in self._kept)
+            or not (same_states or self._has_states(states))
+        ):
+            self._make(states, placement)
+        elif placement is None:
+            self._renew_gradients()
+        return self._blocks
+
+    def _has_states(self, states: States) -> bool:
+        return all(
+            not block.state or states.get(param) is block.state
+            for param, block in zip(self._params, self._blocks, strict=True)
+        )
+
+    def _make(self, states: States, placement: Placement | None) -> None:
+        self._blocks = []  # until all are made
+        blocks = [_make_block(layer, states, placement) for layer in self._layers]
+        self._param_places = _places_of(self._params)
+        self._kept = [
+            _KeptState("momentum_buffer", [b.state for b in blocks if b.buffer is not None]),
+            _KeptState("master_weight", [b.state for b in blocks if b.copy is not None]),
+        ]
+        if placement is None:
+            self._gradients = [_gradient_of(param) for param in self._params]
+            self._gradient_places = list(map(_place_of, self._gradients))
+            self._copied = {
+                i
+                for i, (block, place) in enumerate(zip(blocks, self._gradient_places, strict=True))
+                if place is None or place[0] != block.gradient.data_ptr()
+            }
+        self._blocks = blocks
+
+    def _renew_gradients(self) -> None:
+        """Let the blocks have the gradients of this step."""
+        gradients = [_gradient_of(param) for param in self._params]
+        same = all(map(is_, gradients, self._gradients)) and not self._copied
+        if same and _places_of(gradients) == self._gradient_places:
+            return
+        for i, gradient in enumerate(gradients):
+            self._renew_gradient(i, gradient)
+
+    def _renew_gradient(self, i: int, gradient: Tensor) -> None:
+        block = self._blocks[i]
+        place, before = _place_of(gradient), self._gradient_places[i]
+        if (
+            place is not None
+            and before is not None
+            and place[1:] == before[1:]
+            and i not in self._copied
+            and block.row
+            and gradient.dtype == block.gradient.dtype
+        ):
+            block.gradient = gradient.as_strided(block.gradient.shape, block.gradient.stride())
+            block.row = (block.row[0], place[0], *block.row[2:])
+        else:
+            block.gradient, block.row = _dense_gradient(self._params[i], gradient), None
+            if place is None or place[0] != block.gradient.data_ptr():
+                self._copied.add(i)
+            else:
+                self._copied.discard(i)
+        self._gradients[i], self._gradient_places[i] = gradient, place
+
+
+@final
+class _KeptState:
+    """One name's tensors in the optimizer's state, to tell whether somebody replaced or moved one.
+
+    ``states`` are the dictionaries that hold it.
+    """
+
+    def __init__(self, name: str, states: list[dict[str, Any]]) -> None:
+        self._states, self._of = states, itemgetter(name)
+        self._tensors: list[Tensor] = list(map(self._of, states))
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+
+    def has_moved(self) -> bool:
+        try:
+            found = list(map(self._of, self._states))
+        except KeyError:
+            return True
+        return (
+            not all(map(is_, found, self._tensors))
+            or list(map(Tensor.data_ptr, found)) != self._addresses
+        )
+
+
+def _gradient_of(param: Tensor) -> Tensor:
+    assert param.grad is not None  # or it were no layer
+    return param.grad
+
+
+def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"LARS takes dense gradients; a parameter of shape {tuple(param.shape)} has a "
+            f"sparse one"
+        )
+    if grad.shape != param.shape:  # through .data, which torch does not check
+        raise RuntimeError(
+            f"LARS: a gradient of {tuple(grad.shape)} for a parameter of {tuple(param.shape)}"
+        )
+    return flat(in_layout_of(param, grad)) if is_dense(param) else grad
+
+
+def _make_block(layer: Layer, states: States, placement: Placement | None) -> Block:
+    param, group = layer.param, layer.group
+    if placement is not None:
+        weight, gradient = placement.block(param)
+        norm_part = placement.norm_part(param)
+    else:
+        norm_part = (0, param.numel())
+        gradient = _dense_gradient(param, _gradient_of(param))
+        weight = flat(param) if is_dense(param) else param
+    copy = buffer = None
+    state = states[param] if is_half(param) or group["momentum"] != 0 else {}
+    if is_half(param):
+        copy = weight
+        if "master_weight" not in state:
+            state["master_weight"] = copy.float()
+        weight = state["master_weight"]
+        _check_shape("master_weight", weight, copy, param)
+        if not torch.equal(weight.to(copy.dtype), copy):  # somebody has edited the parameter
+            weight.copy_(copy)
+    if group["momentum"] != 0:
+        like = param if weight.numel() == param.numel() else weight
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = torch.zeros_like(like, dtype=weight.dtype)
+        _check_shape("momentum_buffer", buffer, like, param)
+        if buffer.stride() != like.stride() or buffer.dtype != weight.dtype:  # as it was loaded
+            buffer = torch.empty_like(like, dtype=weight.dtype).copy_(buffer)
+        state["momentum_buffer"] = buffer
+        if weight.dim() == 1:
+            buffer = flat(buffer)
+    block = Block(weight, gradient, buffer, copy, group, state, norm_part)
+    block.check()
+    return block
+
+
+def _check_shape(name: str, found: Tensor, like: Tensor, param: Tensor) -> None:
+    """Raise RuntimeError where a state that was loaded or set is not of its tensor's shape."""
+    if found.shape != like.shape:
+        part = "" if like.shape == param.shape else f", of a parameter of {tuple(param.shape)},"
+        raise RuntimeError(
+            f"LARS: {name} has shape {tuple(found.shape)}; the weight that it is for{part} has "
+            f"{tuple(like.shape)}: it is the state of another model, of a parameter that was "
+            f"replaced since, or of another number of ranks"
+        )

@@ -1,0 +1,219 @@
+"""The phases of a LARS step on the layers of one device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from hvd_lars.optim.blocks import Blocks, States
+from hvd_lars.optim.distributed.placement import Placement
+from hvd_lars.optim.kernels import Block, Kernel, choose_kernel
+from hvd_lars.optim.kernels.fused import unfold_all
+from hvd_lars.optim.layers import DeviceLayers
+from hvd_lars.optim.ratios import trust_ratios
+from hvd_lars.runtime.torch_internals import versions_of
+
+
+class Measured(NamedTuple):
+    """Norms and trust ratios of a step, all float64 on their device.
+
+    Attributes:
+        ratios: λ of every layer, (layers,), 1 where it has none.
+        weights: ‖w‖ of those in ``DeviceLayers.sources``, (sources,).
+        gradients: ‖g‖ of the same, or ‖g + βw‖.
+    """
+
+    ratios: Tensor
+    weights: Tensor
+    gradients: Tensor
+
+
+@final
+class DeviceStep:
+    """Kept from step to step, with the sums of squares of the weights as the last one left them.
+
+    Call ``begin``, ``sums_of_squares``, ``measure``, ``update`` and ``end`` in that order.
+    """
+
+    def __init__(self, layers: DeviceLayers) -> None:
+        self.layers = layers
+        self._params = [layer.param for layer in layers.layers]
+        self._blocks = Blocks(layers.layers)
+        self._current: list[Block] = []
+        self._kernel: Kernel
+        # Of this rank's parts, (layers,) float64, where they are known.
+        self.weight_sums: Tensor | None = None
+        self._known: Tensor | None = None  # those, where they hold in this step
+        self._versions: list[int] = []
+
+    def begin(self, states: States, placement: Placement | None, same_states: bool) -> None:
+        """Choose the kernel, and find the memory that it works on.
+
+        Args:
+            states: the optimizer's state; what is missing is made.
+            placement: where gradients are summed.
+            same_states: nobody has put another dictionary into ``states`` since the last step.
+
+        Raises:
+            ValueError: the kernel does not run on this device.
+            RuntimeError: state or gradient of another shape than the parameter's, or sparse.
+        """
+        untouched = versions_of(self._params) == self._versions and self._blocks.in_place()
+        self._known = self.weight_sums if untouched else None
+        self._kernel = choose_kernel(self.layers.layers[0].group["kernel"], self.layers.device.type)
+        self._current = self._blocks.current(states, placement, untouched, same_states)
+        if self._kernel.name != "fused":  # another kernel may have taken the step before
+            unfold_all(block.state for block in self._current)
+
+    def sums_of_squares(self, placement: Placement | None, unscale: float) -> Tensor:
+        """Sums over this rank's parts: of the sources' weights, then of their gradients.
+
+        (2 × sources,) float64.  ``unscale`` is the factor of the gradients, which the sums of
+        combined denominators have in them.
+        """
+        sources = [self._current[i] for i in self.layers.sources]
+        combined = self._is_combined()
+        gradients = None
+        if placement is not None and placement.early is not None:
+            kernel = None if combined else self._kernel
+            gradients = placement.early.take(self.layers.adapted, placement.gradients, kernel)
+        if gradients is None:
+            parts = [_gradient(block, unscale, combined) for block in sources]
+            gradients = self._kernel.sums_of_squares(parts)
+        if self._known is None:
+            parts = [_norm_part(block, block.weight) for block in sources]
+            weights = self._kernel.sums_of_squares(parts)
+        else:
+            weights = self._known[self.layers.places]
+        return torch.cat([weights, gradients])
+
+    def measure(self, sums: Tensor, unscale: float) -> Measured:
+        """Every layer's λ from the sums over all ranks."""
+        one = torch.ones(1, dtype=torch.float64, device=self.layers.device)
+        if not self.layers.sources:
+            return Measured(one.expand(len(self._current)), one[:0], one[:0])
+        weights, gradients = sums.sqrt().chunk(2)
+        if not self._is_combined():
+            gradients = gradients * unscale
+        groups = [self.layers.layers[i].group for i in self.layers.sources]
+        ratios = torch.cat([trust_ratios(groups, weights, gradients), one])
+        return Measured(ratios[self.layers.ratio_of], weights, gradients)
+
+    def update(self, ratios: Tensor, unscale: float, live: Tensor | None) -> None:
+        """Update every layer in place, or none where ``live``, 0-dim bool, is False."""
+        sums = self._kernel.update(self._current, ratios, unscale, live)
+        self.weight_sums = _kept_sums(self.weight_sums, sums, self._known)
+
+    def end(self) -> None:
+        """The placement is done with the parameters, too: note how they were left."""
+        self._versions = versions_of(self._params)
+
+    def _is_combined(self) -> bool:
+        """Whether any denominator is ‖g + βw‖, whose sums need unscaled gradients."""
+        return any(_is_combined(self.layers.layers[i].group) for i in self.layers.sources)
+
+
+def _is_combined(group: dict[str, Any]) -> bool:
+    return bool(group["denominator"] == "combined" and group["weight_decay"] != 0)
+
+
+def _norm_part(block: Block, tensor: Tensor) -> Tensor:
+    begin, end = block.norm_part
+    return tensor if end - begin == tensor.numel() else tensor[begin:end]
+
+
+def _gradient(block: Block, unscale: float, combined: bool) -> Tensor:
+    """This rank's part of the denominator's vector: g, or g + βw with g unscaled for that."""
+    gradient = _norm_part(block, block.gradient)
+    if not combined:
+        return gradient
+    gradient = gradient.to(block.weight.dtype) * unscale
+    if _is_combined(block.group):
+        gradient.add_(_norm_part(block, block.weight), alpha=block.group["weight_decay"])
+    return gradient
+
+
+def _kept_sums(
+    memory: Tensor | None, sums: tuple[Tensor | None, Tensor] | None, known: Tensor | None
+) -> Tensor | None:
+    """The weights' sums after an update, in the memory of the sums before it.
+
+    In the same memory, since a step in a CUDA graph reads at each replay what the one before it
+    left there.
+    """
+    if sums is None:
+        return None
+    before, after = sums
+    if (
+        before is not None
+        and known is not None
+        and not torch.allclose(before, known, rtol=0.0, atol=0.0, equal_nan=True)
+    ):
+        warnings.warn(
+            "weights were edited through .data between two steps: this step took its trust "
+            "ratios from their norms before that",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return after if memory is None else memory.copy_(after)
+
+
+class LayerNorms(NamedTuple):
+    """A layer in a step: ‖w‖ before it, ‖g‖ (‖g + βw‖ where the denominator is combined), λ, γλ."""
+
+    param: Tensor
+    weight: float
+    gradient: float
+    ratio: float
+    rate: float
+
+
+@final
+class StepReport:
+    """A step's norms, and whether it was taken; stays on the device until somebody asks.
+
+    Args:
+        found: layers and their norms, by device.
+        checked: the step was to be left out where a gradient's norm is not finite.
+    """
+
+    def __init__(
+        self, found: Sequence[tuple[DeviceLayers, Measured]] = (), checked: bool = False
+    ) -> None:
+        self._found = found
+        self.finite: Tensor | None = None  # 0-dim bool; None where that was not checked
+        for _, measured in found if checked else ():
+            finite = measured.gradients.isfinite().all()
+            self.finite = finite if self.finite is None else self.finite.to(finite.device) & finite
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step was left out; waits for the device."""
+        return self.finite is not None and not bool(self.finite)
+
+    def first_nonfinite(self) -> Tensor | None:
+        """The first parameter whose gradient's norm is not finite; waits for the device."""
+        for layers, measured in self._found:
+            bad = measured.gradients.isfinite().logical_not().nonzero()
+            if len(bad):
+                return layers.adapted[int(bad[0])]
+        return None
+
+    def norms(self) -> list[LayerNorms]:
+        """Norms and trust ratios of all layers whose norms were taken; waits for the device.
+
+        Those that take a trust ratio, and all where the step had a ``loss_scale``.  They cost no
+        pass over memory.
+        """
+        rows = []
+        for layers, measured in self._found:
+            ratios, weights, gradients = (each.tolist() for each in measured)
+            for i, source in enumerate(layers.sources):
+                layer, ratio = layers.layers[source], ratios[source]
+                rate = ratio * float(layer.group["lr"])
+                rows.append(LayerNorms(layer.param, weights[i], gradients[i], ratio, rate))
+        return rows

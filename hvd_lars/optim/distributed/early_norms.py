@@ -1,0 +1,68 @@
+"""Sums of squares of gradients, taken while the next bucket is still being reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvd_lars.optim.distributed.buckets import GradientBuckets
+from hvd_lars.optim.kernels import Kernel
+from hvd_lars.runtime.torch_internals import versions_of
+
+
+@final
+class EarlyNorms:
+    """Sums each bucket's squares as its reduction completes; none before a step asked for them.
+
+    Args:
+        parts: of the bucket at a position, the elements that this rank sums the squares of, a
+            tensor for each parameter.
+    """
+
+    def __init__(self, parts: Callable[[int], list[Tensor]]) -> None:
+        self._parts = parts
+        self._kernel: Kernel | None = None
+        self._sums: dict[int, tuple[Tensor, int]] = {}  # by bucket: of a version of its memory
+        self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order
+
+    @torch.no_grad()
+    def on_reduced(self, b: int, flat: Tensor) -> None:
+        """The bucket at position ``b`` holds its sums over the ranks."""
+        if self._kernel is not None:
+            sums = self._kernel.sums_of_squares(self._parts(b))
+            self._sums[b] = (sums, versions_of([flat])[0])
+
+    def take(
+        self, params: Sequence[Tensor], gradients: GradientBuckets, kernel: Kernel | None
+    ) -> Tensor | None:
+        """The sums of this window for ``params``, (len(params),) float64.
+
+        None where they were not taken, or where somebody has edited the gradients since.
+
+        Args:
+            params: whose; the same list in every step.
+            gradients: the buckets.
+            kernel: sums the squares from the next window on; None for nobody.
+        """
+        before, self._kernel = self._kernel, kernel
+        versions = versions_of(bucket.flat for bucket in gradients.buckets)
+        found = [self._sums.pop(b, None) for b in range(len(versions))]
+        if before is None or kernel is None:
+            return None
+        taken = [
+            entry[0]
+            for entry, version in zip(found, versions, strict=True)
+            if entry is not None and entry[1] == version
+        ]
+        if len(taken) < len(versions):
+            return None
+        together = torch.cat(taken)
+        if self._asked is None or self._asked[0] is not params:
+            params_in_order = [p for bucket in gradients.buckets for p in bucket.params]
+            order: dict[Tensor, int] = {p: i for i, p in enumerate(params_in_order)}
+            index = torch.tensor([order[param] for param in params], device=together.device)
+            self._asked = (params, index)
+        return together[self._asked[1]]

@@ -1,0 +1,111 @@
+"""LARS as the config's optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from hvd_lars.optimizers.settings import OptimizerSettings
+from hvd_lars.settings.fields import Rate, key
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from hvd_lars.comm.base import Communicator
+    from hvd_lars.optim import LARS, Placement
+
+
+class LarsSettings(OptimizerSettings):
+    """LARS; see the docstring of hvd_lars.LARS."""
+
+    TRUST_RATIOS: ClassVar[bool] = True
+
+    name: Literal["lars"] = key(
+        binds="run and recipe", default="lars", description="which optimizer"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = key(
+        binds="run and recipe", default=0.9, description="μ"
+    )
+    weight_decay: Rate = key(binds="run and recipe", default=0.0, description="β")
+    trust_coefficient: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(
+        binds="run and recipe", default=0.001, description="l, of λ = l · ‖w‖ / (‖g‖ + β‖w‖ + ε)"
+    )
+    eps: Rate = key(binds="run and recipe", default=0.0, description="ε")
+    nesterov: bool = key(
+        binds="run and recipe", default=False, description="look ahead by one momentum step"
+    )
+    lr_position: Literal["momentum", "update"] = key(
+        binds="run and recipe",
+        default="momentum",
+        description="where γ stands: inside the momentum (the paper), or before the whole update",
+    )
+    denominator: Literal["separate", "combined"] = key(
+        binds="run and recipe",
+        default="separate",
+        description="‖g‖ + β‖w‖ (the paper), or ‖g + βw‖ (optax, SimCLR)",
+    )
+    trust_clip: bool = key(
+        binds="run and recipe",
+        default=False,
+        description="no layer's rate exceeds γ: min(λ/γ, 1) for λ (LARC)",
+    )
+    zero_norm: Literal["unit", "skip", "coast"] = key(
+        binds="run and recipe",
+        default="unit",
+        description="where a norm is zero: λ = 1, or the layer stays as it is",
+    )
+    adapt: Literal["weights", "layer", "all"] = key(
+        binds="run and recipe",
+        default="weights",
+        description="what takes a trust ratio: weights alone; layer: biases take their weight's; "
+        "all: each tensor its own",
+    )
+    decay: Literal["weights", "all"] = key(
+        binds="run and recipe",
+        default="weights",
+        description="what is decayed: not biases and normalisation, or all",
+    )
+    kernel: Literal["auto", "native", "fused", "eager"] = key(
+        binds="nothing",
+        default="auto",
+        description="how a step is computed; auto: the fastest that all ranks have",
+    )
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> LarsSettings:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov is true with momentum 0; it needs momentum above 0")
+        return self
+
+    def build(self, model: nn.Module, lr: float, placement: Placement) -> LARS:
+        """As :meth:`OptimizerSettings.build`."""
+        from hvd_lars.optim import LARS
+
+        not_options = {"name", "adapt", "decay", "weight_decay", "placement"}
+        options = self.model_dump(exclude=not_options)
+        return LARS(self.groups(model), lr=lr, placement=placement, **options)
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """As :meth:`OptimizerSettings.groups`."""
+        from hvd_lars.optim import parameter_groups
+
+        adapt = self.adapt if self.TRUST_RATIOS else "none"
+        return parameter_groups(model, self.weight_decay, adapt, self.decay)
+
+    @property
+    def num_slots(self) -> int:
+        """Momentum."""
+        return int(self.momentum > 0)
+
+    def summary(self) -> str:
+        """As :meth:`OptimizerSettings.summary`."""
+        nesterov = ", Nesterov" if self.nesterov else ""
+        return f"{self.name}, momentum {self.momentum:g}{nesterov}"
+
+    def resolved(self, device: torch.device, comm: Communicator) -> LarsSettings:
+        """With a kernel that all ranks have."""
+        from hvd_lars.optim.kernels.agreed import agree_on_kernel
+
+        return self.model_copy(update={"kernel": agree_on_kernel(self.kernel, device, comm)})

@@ -1,0 +1,36 @@
+"""This rank's device and CPU threads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from hvd_lars.launchers.environment import Launch
+from hvd_lars.runtime.allocator import keep_freed_memory
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """This rank's GPU where there is one; a launcher that shows each rank one GPU counts as 0."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(wanted: int | None, launch: Launch) -> int:
+    """CPU threads of this rank: as asked, as OMP_NUM_THREADS says, or its share of the cores.
+
+    Ranks that share cores wait for each other's threads in every small operation, so a rank
+    whose neighbours are unknown takes one.
+    """
+    if wanted is None and "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    share = len(os.sched_getaffinity(0)) // launch.local_size if launch.local_size else 1
+    if launch.threads is not None:  # the affinity is one task's already
+        share = launch.threads
+    threads = wanted or max(1, share)
+    torch.set_num_threads(threads)
+    return threads

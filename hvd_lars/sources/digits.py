@@ -1,0 +1,41 @@
+"""scikit-learn's handwritten digits as a data set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from hvd_lars.settings.fields import Positive, key
+from hvd_lars.sources.settings import BuildContext, Shape, SourceSettings, Statistics
+
+if TYPE_CHECKING:
+    from hvd_lars.data.warps import WarpedImages
+
+
+class DigitsData(SourceSettings):
+    """scikit-learn's handwritten digits, 8×8: 897 images to train on, 900 to test on."""
+
+    name: Literal["digits"] = key(binds="run", description="which data set")
+    copies: Positive = key(
+        binds="run and recipe",
+        default=12,
+        description="randomly warped copies of an image in an epoch",
+    )
+
+    def build(self, context: BuildContext) -> WarpedImages:
+        """Make the source."""
+        return self._load(context.seed)
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Grey, 8×8."""
+        return [(1, 8, 8)]
+
+    def statistics(self, seed: int) -> Statistics:
+        """Of the training images."""
+        made = self._load(seed)
+        return (made.mean,), (made.deviation,)
+
+    def _load(self, seed: int) -> WarpedImages:
+        from hvd_lars.data.digits import load_digits
+
+        return load_digits(self.copies, seed)

@@ -1,0 +1,41 @@
+"""Drawn signs as a data set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from hvd_lars.settings.fields import Positive, key
+from hvd_lars.sources.settings import BuildContext, Shape, SourceSettings, Statistics
+
+if TYPE_CHECKING:
+    from hvd_lars.data.warps import WarpedImages
+
+
+class GlyphsData(SourceSettings):
+    """Drawn signs of 40 classes, 16×16, generated: 2,000 images to train on, 2,000 to test on."""
+
+    name: Literal["glyphs"] = key(binds="run", description="which data set")
+    copies: Positive = key(
+        binds="run and recipe",
+        default=6,
+        description="randomly warped copies of an image in an epoch",
+    )
+
+    def build(self, context: BuildContext) -> WarpedImages:
+        """Make the source."""
+        return self._load(context.seed)
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Grey, 16×16."""
+        return [(1, 16, 16)]
+
+    def statistics(self, seed: int) -> Statistics:
+        """Of the training images."""
+        made = self._load(seed)
+        return (made.mean,), (made.deviation,)
+
+    def _load(self, seed: int) -> WarpedImages:
+        from hvd_lars.data.glyphs import draw_glyphs
+
+        return draw_glyphs(self.copies, seed)

@@ -1,0 +1,222 @@
+"""What all data sets of photographs share: crops, augmentation, tolerance."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from hvd_lars.errors import UserError
+from hvd_lars.runtime.terminal import warn
+from hvd_lars.settings.fields import Positive, Rate, Section, key
+from hvd_lars.sources.settings import BuildContext, Expected, Shape, SourceSettings, Statistics
+
+if TYPE_CHECKING:
+    from hvd_lars.comm.base import Communicator
+    from hvd_lars.data import Source
+    from hvd_lars.data.identity import DataIdentity
+    from hvd_lars.data.images import ImageStore
+
+    Stores = tuple[ImageStore, ImageStore, DataIdentity, str]
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+EXPECT = "how large the data set must be; others are refused"
+# Mean and deviation of ImageNet's channels in [0, 1], as every published recipe uses them.
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class AugmentSettings(Section):
+    """What happens to training images; see the docstring of hvd_lars.data.Augment."""
+
+    crop: Literal["resized", "window", "padded"] = key(
+        binds="run and recipe",
+        default="resized",
+        description="a random part, resized; a window of the resized image; of the padded one",
+    )
+    crop_scale: Annotated[tuple[Probability, Probability], Field(strict=False)] = key(
+        binds="run and recipe",
+        default=(0.08, 1.0),
+        description="resized: least and greatest share of the area",
+    )
+    flip: bool = key(binds="run and recipe", default=True, description="mirror half of the images")
+    trivial_augment: bool = key(
+        binds="run and recipe", default=False, description="one random operation an image"
+    )
+    brightness: Rate = key(
+        binds="run and recipe", default=0.0, description="greatest relative change"
+    )
+    contrast: Rate = key(
+        binds="run and recipe", default=0.0, description="greatest relative change"
+    )
+    saturation: Rate = key(
+        binds="run and recipe", default=0.0, description="greatest relative change"
+    )
+    hue: Annotated[float, Field(ge=0, le=0.5)] = key(
+        binds="run and recipe", default=0.0, description="greatest change, in turns"
+    )
+    lighting: Rate = key(
+        binds="run and recipe", default=0.0, description="deviation along ImageNet's colours"
+    )
+    random_erasing: Probability = key(
+        binds="run and recipe", default=0.0, description="share of images"
+    )
+    mixup: Rate = key(binds="run and recipe", default=0.0, description="α of Beta(α, α); 0: off")
+    cutmix: Rate = key(binds="run and recipe", default=0.0, description="α of Beta(α, α); 0: off")
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> AugmentSettings:
+        low, high = self.crop_scale
+        if not 0 < low <= high:
+            raise ValueError(f"crop_scale is [{low}, {high}]; needs 0 < least ≤ greatest ≤ 1")
+        return self
+
+
+class Resize(Section):
+    """From this epoch on, training images have this side."""
+
+    epoch: Annotated[int, Field(ge=0)] = key(binds="run and recipe", description="counted from 0")
+    image_size: Positive = key(binds="run and recipe", description="side, in pixels")
+
+
+class ImageSettings(SourceSettings):
+    """What all data sets of photographs share."""
+
+    image_size: Positive = key(
+        binds="run and recipe", default=224, description="side of the crop, in pixels"
+    )
+    eval_resize: Positive = key(
+        binds="run and recipe", default=256, description="shorter side before the centre crop"
+    )
+    workers: Annotated[int, Field(ge=0)] = key(
+        binds="nothing", default=4, description="processes a rank that decode images ahead of time"
+    )
+    augment: AugmentSettings = key(
+        binds="run and recipe",
+        default=AugmentSettings(),
+        description="what happens to training images",
+    )
+    progressive: Annotated[tuple[Resize, ...], Field(strict=False)] = key(
+        binds="run and recipe",
+        default=(),
+        description="progressive resizing: sides of the training images by epoch",
+    )
+    expect: Expected | None = key(binds="nothing", default=None, description=EXPECT)
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = key(
+        binds="recipe",
+        default=0.001,
+        description="of the training, and of the test images, that may be unreadable",
+    )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> ImageSettings:
+        if self.eval_resize < self.image_size:
+            raise ValueError(
+                f"eval_resize is {self.eval_resize}; at least image_size {self.image_size}"
+            )
+        largest = max([self.image_size, *(entry.image_size for entry in self.progressive)])
+        if self.augment.crop == "window" and self.eval_resize < largest:
+            raise ValueError(
+                f"eval_resize is {self.eval_resize}; at least {largest}, the largest side, where "
+                f"augment.crop is window"
+            )
+        epochs = [entry.epoch for entry in self.progressive]
+        if epochs != sorted(set(epochs)):
+            raise ValueError(f"progressive has epochs {epochs}; each must be above the one before")
+        return self
+
+    COLOURS: ClassVar[Statistics] = IMAGENET_STATISTICS
+
+    @abstractmethod
+    def stores(self, comm: Communicator) -> Stores:
+        """Training and test images, their identity, and what was left out; collective."""
+
+    def build(self, context: BuildContext) -> Source:
+        """As :meth:`SourceSettings.build`; names what was left out, and checks ``expect``."""
+        from hvd_lars.data import Augment, Images
+        from hvd_lars.data.images import Sizes
+
+        train, val, identity, left_out = self.stores(context.comm)
+        where = getattr(self, "root", self.name)
+        if left_out and context.comm.rank == 0:
+            warn(f"data.root: {where}: left out, as they are no images of a class: {left_out}")
+        classes = len(identity.classes)
+        found = {"train": len(train.labels), "eval": len(val.labels), "classes": classes}
+        if self.expect is not None and found != self.expect.model_dump():
+            raise UserError(
+                f"data.expect: {where} has {_counts(found)}; "
+                f"{_counts(self.expect.model_dump())} are expected; data.expect=null takes any"
+            )
+        progressive = [(entry.epoch, entry.image_size) for entry in self.progressive]
+        return Images(
+            train,
+            val,
+            identity,
+            Augment(**self.augment.model_dump()),
+            Sizes(self.image_size, self.eval_resize, progressive),
+            context.seed,
+            self.COLOURS,
+            context.gpu,
+        )
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Square, the side of evaluation first, then those of progressive resizing."""
+        return [(3, side, side) for side in self._sides()]
+
+    @property
+    def expected(self) -> Expected | None:
+        """``expect``."""
+        return self.expect
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """For mixup and cutmix."""
+        return self.augment.mixup > 0 or self.augment.cutmix > 0
+
+    @property
+    def num_workers(self) -> int:
+        """``workers``."""
+        return self.workers
+
+    @property
+    def tolerated_bad_fraction(self) -> float:
+        """``max_bad_fraction``."""
+        return self.max_bad_fraction
+
+    def statistics(self, seed: int) -> Statistics:
+        """As published recipes have them."""
+        return self.COLOURS
+
+    def shared_bytes(self, micro_batch: int, eval_batch: int) -> int:
+        """Of the batches that workers make ahead."""
+        from hvd_lars.data.loader import shared_bytes
+
+        sides = self._sides()
+        pixels = max(micro_batch * max(sides) ** 2, eval_batch * self.image_size**2)
+        return shared_bytes(3 * pixels, self.workers)
+
+    def facts(self) -> dict[str, int]:
+        """Of the centre crop."""
+        return {"image_size": self.image_size, "eval_resize": self.eval_resize}
+
+    def made_up(self, num_train: int) -> SourceSettings:
+        """Random images of the crop's size."""
+        from hvd_lars.sources.synthetic import SyntheticData
+
+        return SyntheticData(
+            name="synthetic",
+            num_train=num_train,
+            num_eval=1,
+            num_classes=1000 if self.expect is None else self.expect.classes,
+            image_size=self.image_size,
+            channels=3,
+        )
+
+    def _sides(self) -> Sequence[int]:
+        return [self.image_size, *(entry.image_size for entry in self.progressive)]
+
+
+def _counts(sizes: dict[str, int]) -> str:
+    return f"{sizes['train']:,} + {sizes['eval']:,} images of {sizes['classes']:,} classes"

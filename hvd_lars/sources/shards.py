@@ -1,0 +1,58 @@
+"""Tar shards as a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from hvd_lars.runtime.files import expand_user, listing_cache
+from hvd_lars.settings.fields import key
+from hvd_lars.sources.images import ImageSettings
+
+if TYPE_CHECKING:
+    from hvd_lars.comm.base import Communicator
+    from hvd_lars.sources.images import Stores
+
+
+class ShardsData(ImageSettings):
+    """Tar shards that ``hvd-lars pack`` wrote, or others in WebDataset's layout."""
+
+    FAMILY: ClassVar[str] = "photographs"
+
+    name: Literal["shards"] = key(binds="run", description="which data set")
+    root: str = key(binds="nothing", description="folder")
+    train_shards: str = key(
+        binds="run",
+        default="*train*.tar",
+        description="names of the shards, where there is no dataset.json",
+    )
+    val_shards: str = key(binds="run", default="*val*.tar", description="the same for the test set")
+    cache_dir: str | None = key(
+        binds="nothing",
+        default=None,
+        description="folder on the node's own disk; shards are copied there once",
+    )
+
+    @property
+    def location(self) -> Path:
+        """``root``."""
+        return expand_user(self.root, "data.root")
+
+    def stores(self, comm: Communicator) -> Stores:
+        """As :meth:`ImageSettings.stores`; rank 0 reads the index, each node fills its cache."""
+        from hvd_lars.comm.agree import on_each_node, on_root
+        from hvd_lars.data import ShardImages, cached_root, copy_shards, load_shards
+
+        classes = None if self.expect is None else self.expect.classes
+        patterns = self.train_shards, self.val_shards
+        shards = on_root(comm, lambda: load_shards(self.root, *patterns, listing_cache(), classes))
+        root, cache_dir = Path(shards.root), self.cache_dir
+        if cache_dir is not None:
+            on_each_node(comm, lambda: copy_shards(shards, cache_dir))
+            root = cached_root(shards, cache_dir)
+        stores = ShardImages(root, shards.train), ShardImages(root, shards.val)
+        return *stores, shards.identity(), shards.left_out
+
+    def read_only(self) -> ShardsData:
+        """Without a copy on the node."""
+        return self.model_copy(update={"cache_dir": None})

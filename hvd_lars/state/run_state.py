@@ -1,0 +1,108 @@
+"""The state of a run: everything that training carries from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from hvd_lars.optim.protocol import Optimizer
+from hvd_lars.state.progress import Progress
+
+
+@final
+class RunState:
+    """Model, optimizer, moving average and progress; only its methods change ``progress``.
+
+    Args:
+        model: with the weights to train or to evaluate.
+        optimizer: of its parameters; None for an evaluation.
+        average: moving average of the model.
+        progress: where the run stands.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        average: AveragedModel | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self._progress = progress or Progress()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self._progress
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, the optimizer's first.
+
+        ``SLOT/NAME`` are whole slots of the optimizer (``momentum/conv.weight``), ``model/NAME``
+        parameters and buffers of the model, ``average/NAME`` those of its moving average.  They
+        are the live tensors, but for slots that are spread over the ranks; gathering those is
+        collective.
+        """
+        state: dict[str, Tensor] = {}
+        optimizer = self.optimizer
+        for slot in () if optimizer is None else optimizer.slots:
+            assert optimizer is not None
+            for name, param in self.model.named_parameters():
+                if (value := optimizer.slot(slot, param)) is not None:
+                    state[f"{slot}/{name}"] = value
+        state.update({f"model/{name}": t for name, t in self.model.state_dict().items()})
+        if self.average is not None:
+            state.update({f"average/{name}": t for name, t in self.average.state_dict().items()})
+        return state
+
+    def restored(self, progress: Progress) -> None:
+        """The tensors are those of ``progress`` now."""
+        self._progress = progress
+
+    def step_taken(
+        self, samples: int, skipped: bool = False, excused: bool = False, **loss_scale: Any
+    ) -> None:
+        """Count an optimizer step.
+
+        Args:
+            samples: of its global batch.
+            skipped: it was left out.
+            excused: it does not count among the skipped steps in a row.
+            loss_scale: ``loss_scale`` and ``good_steps`` for the next step.
+        """
+        was = self._progress
+        # An old checkpoint did not count samples.
+        before = was.samples or was.step * samples
+        in_row = was.skipped_in_row + (not excused) if skipped else 0
+        self._change(
+            step=was.step + 1,
+            samples=before + samples,
+            top1=None,
+            window_steps=was.window_steps + (not skipped),
+            skipped_steps=was.skipped_steps + skipped,
+            skipped_in_row=in_row,
+            **loss_scale,
+        )
+
+    def evaluation_due(self) -> None:
+        """An evaluation of this step was begun, or has to be."""
+        self._change(evaluation_due=True)
+
+    def evaluated(self, top1: float) -> None:
+        """The evaluation of this step is complete."""
+        self._change(evaluation_due=False, top1=top1)
+
+    def window_logged(self) -> None:
+        """A log window begins."""
+        self._change(window_steps=0)
+
+    def note_losses(self, losses: Sequence[float]) -> None:
+        """By rank, the sum of its shares of the losses in this log window."""
+        self._change(window_losses=tuple(losses))
+
+    def _change(self, **values: Any) -> None:
+        self._progress = replace(self._progress, **values)
