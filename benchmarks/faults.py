@@ -276,20 +276,21 @@ def rank_with(fault: str, arguments: list[str]) -> None:
     take_step = Trainer.train_step
     marker = Path(next(a for a in arguments if a.startswith("run.dir="))[8:]).with_name("done")
 
-    def train_step(self, step, batches):  # type: ignore[no-untyped-def]
+    def train_step(self, batches):  # type: ignore[no-untyped-def]
+        step = self.state.progress.step
         if step == FAULT_AT and self.comm.rank == 1 and not marker.exists():
             marker.touch()
             param = next(self.model.parameters())
             if fault == "nan":
                 hook = param.register_hook(lambda grad: torch.full_like(grad, float("nan")))
                 try:
-                    return take_step(self, step, batches)
+                    return take_step(self, batches)
                 finally:
                     hook.remove()
             with torch.no_grad():
                 bits = param.view(-1)[:1].view(torch.int32)
                 bits.bitwise_xor_(1 << 20)
-        return take_step(self, step, batches)
+        return take_step(self, batches)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
     main(arguments)

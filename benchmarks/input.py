@@ -35,10 +35,11 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from hvd_lars.data import Augment, FolderImages, Images, ShardImages, list_folder, load_shards
-from hvd_lars.data.images import IMAGENET_COLOURS
+from hvd_lars.data.images import Sizes
 from hvd_lars.data.loader import stream
 from hvd_lars.data.shards.writer import pack
 from hvd_lars.data.source import Request
+from hvd_lars.sources.images import IMAGENET_STATISTICS
 
 BATCH = 32
 
@@ -46,7 +47,7 @@ BATCH = 32
 def cases_of(root: Path, shards: Path) -> dict[str, Callable[[], Iterator[object]]]:
     """Every contestant, making the batches of one epoch."""
     listing, packed = list_folder(str(root), None), load_shards(str(shards), "", "", None)
-    options = (Augment(), 224, 256, 0)
+    options = (Augment(), Sizes(224, 256), 0, IMAGENET_STATISTICS)
     folder = Images(
         FolderImages(listing.root, listing.train),
         FolderImages(listing.root, listing.val),
@@ -62,7 +63,7 @@ def cases_of(root: Path, shards: Path) -> dict[str, Callable[[], Iterator[object
             transforms.RandomResizedCrop(224),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(*IMAGENET_COLOURS),
+            transforms.Normalize(*IMAGENET_STATISTICS),
         ]
     )
     dataset = datasets.ImageFolder(root / "train", transform)

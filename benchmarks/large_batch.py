@@ -72,12 +72,12 @@ class Bench:
             "checkpoint.every=20 epochs",
             "train.max_skipped_steps=1000000",  # a rate that is too high has no other end
             f"run.seed={seed}",
+            "run.console=none",
             f"run.dir={self.folder}/{len(self.runs)}",
         ]
         name = {"digits": "digits-sgd-b32", "glyphs": "glyphs-sgd-b32"}[self.data]
         launch = detect_launch(os.environ)
         loop, _ = build_run(load_config(name, overrides), self.comm, launch)
-        loop.sinks = []
         if watch:
             self._watch(loop.trainer)
         top1 = 100.0 * loop.run().evaluation.top1
@@ -97,12 +97,12 @@ class Bench:
         """Keep λ of every weight, from the step's gradient and the weight that the step left."""
         step = trainer.train_step
 
-        def watched(number, batches):
-            loss = step(number, batches)
+        def watched(batches):
+            loss = step(batches)
             for group in trainer.optimizer.param_groups:
                 if group["adapt"] != "own":
                     continue
-                ratios = {"step": number}
+                ratios = {"step": trainer.state.progress.step - 1}
                 for layer, param in zip(group["names"], group["params"], strict=True):
                     w, g = param.detach().norm().item(), param.grad.norm().item()
                     beta = group["weight_decay"]

@@ -16,13 +16,14 @@ import sys
 import time
 
 import torch
-from hvd_lars.assemble.training import make_trainer
+from hvd_lars.assemble.trainer import build_trainer
 from report import print_head
 from torch.profiler import ProfilerActivity, profile
 
 from hvd_lars.comm import connect, detect_launch
 from hvd_lars.config.file import load_config
 from hvd_lars.runtime.stopwatch import PARTS
+from hvd_lars.state.replicas import broadcast_and_verify
 
 STEPS, TOP = 10, 14
 SETTINGS = [
@@ -39,21 +40,23 @@ def main() -> None:
     size = [f"train.global_batch={8 * (launch.size or 1)}"]
     config = load_config("digits", [*SETTINGS, *size, *sys.argv[1:]])
     comm = connect(config.comm.backend, parts=config.optimizer.placement != "replicated")
-    trainer, config = make_trainer(config, comm, launch)
+    built = build_trainer(config, comm, launch)
+    trainer, config = built.trainer, built.config
+    broadcast_and_verify(trainer.state.tensors(), comm)
     trainer.model.train()
     batches = trainer.feed.from_step(0)
-    for step in range(3):
-        trainer.train_step(step, batches)
+    for _ in range(3):
+        trainer.train_step(batches)
     comm.barrier()
     trainer.watch.reset()
     begun = time.perf_counter()
-    for step in range(3, 3 + STEPS):
-        trainer.train_step(step, batches)
+    for _ in range(STEPS):
+        trainer.train_step(batches)
     seconds = time.perf_counter() - begun
     parts = {part: trainer.watch.seconds[part] / STEPS * 1e3 for part in PARTS}
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for step in range(3 + STEPS, 3 + 2 * STEPS):
-            trainer.train_step(step, batches)
+        for _ in range(STEPS):
+            trainer.train_step(batches)
     if comm.rank == 0:
         whole = seconds / STEPS * 1e3
         print_head(f"A training step of {config.model.name}, {comm.size} ranks", ["torch"])

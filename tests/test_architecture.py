@@ -68,3 +68,10 @@ def test_modules_stay_small_and_say_what_they_hold(path):
 
 def test_there_is_no_drawer_for_odds_and_ends():
     assert not [path for path in MODULES if path.stem in ("utils", "common", "helpers", "misc")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_fit_on_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 61, node.name

@@ -116,7 +116,7 @@ class LARS(Optimizer):
     report = StepReport()  # of the last step
     _last: _Memory | None = None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - hyper-parameters are arguments, as of every torch optimizer
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 0.1,

@@ -12,7 +12,8 @@ from reference.mpijob import validate
 
 from hvd_lars.errors import UserError
 from hvd_lars.launchers.local import local_command
-from hvd_lars.launchers.submit import KINDS, start_of
+from hvd_lars.launchers.kinds import KINDS
+from hvd_lars.launchers.start import Request
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ROOT = ["--allow-run-as-root"] if os.geteuid() == 0 else []
@@ -125,7 +126,7 @@ def test_a_wrong_mpijob_would_be_refused(place, key, value):
     ("options", "message"),
     [
         (["--on", "local", "--hosts", "a:2"], "--hosts: --on local has no use for it"),
-        (["--on", "slurm", "--nic", "eth0"], "--on slurm leaves both to the scheduler"),
+        (["--on", "slurm", "--nic", "eth0"], "--on slurm leaves it to the scheduler"),
         (["--on", "horovodrun", "-np", "2"], "-np: horovodrun takes all slots"),
         (["--on", "kubernetes", "-np", "6"], "-np: found 6; a worker has 4 slots"),
         (["--on", "pbs"], "a value with a blank or a comma"),
@@ -150,7 +151,7 @@ def test_a_program_that_is_not_here(monkeypatch):
 def test_every_kind_is_covered():
     for kind in KINDS:
         try:
-            assert start_of(kind, ["digits"], None, None, None, {}).command
+            assert KINDS[kind](Request(kind, ["digits"], None, None, None, {})).command
         except UserError as error:
             raise AssertionError(kind) from error
 

@@ -1,0 +1,13 @@
+"""Ranks on this machine."""
+
+from __future__ import annotations
+
+from hvd_lars.launchers.local import local_command
+from hvd_lars.launchers.start import Request, Start
+
+
+def start(request: Request) -> Start:
+    """``mpirun``, with two ranks if no number is given."""
+    request.refuse_hosts("has no use for it")
+    program = ["hvd-lars", "train", *request.training]
+    return Start(local_command("mpirun", request.ranks or 2, program))

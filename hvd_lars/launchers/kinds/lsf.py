@@ -1,0 +1,14 @@
+"""Ranks by LSF."""
+
+from __future__ import annotations
+
+from hvd_lars.launchers.start import Request, Start, script
+
+
+def start(request: Request) -> Start:
+    """A job of launch/lsf.sh."""
+    request.refuse_hosts("leaves it to the scheduler")
+    request.refuse_blanks()
+    config, *options = request.without_resume()
+    variables = {"CONFIG": config} | ({"OPTIONS": " ".join(options)} if options else {})
+    return Start(["bsub"], variables, script("lsf.sh"))

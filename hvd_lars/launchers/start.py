@@ -1,0 +1,93 @@
+"""Starting training: the request, and the command that a launcher makes of it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hvd_lars.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def script(name: str) -> Path:
+    """A file of launch/: inside a wheel, or beside the package in a checkout."""
+    inside = _PACKAGE / "launch"
+    return (inside if inside.is_dir() else _PACKAGE.parent / "launch") / name
+
+
+@dataclass(frozen=True)
+class Request:
+    """``hvd-lars train *training`` over ranks.
+
+    Attributes:
+        kind: the launcher, as ``--on`` names it.
+        training: CONFIG, overrides and options of train.
+        ranks: their number; the slots of hosts or allocation, if None.
+        hosts: ``a:4,b:4``; those of the allocation, or this machine, if None.
+        nic: interface that all traffic keeps to.
+        environment: which may have a scheduler's variables.
+    """
+
+    kind: str
+    training: Sequence[str]
+    ranks: int | None
+    hosts: str | None
+    nic: str | None
+    environment: Mapping[str, str]
+
+    def variables(self) -> dict[str, str]:
+        """Hosts, ranks and interface for a script of launch/."""
+        ranks = self.ranks and str(self.ranks)
+        given = (("HOSTS", self.hosts), ("NP", ranks), ("NIC", self.nic))
+        return {name: value for name, value in given if value}
+
+    def refuse_hosts(self, why: str) -> None:
+        """Raise UserError where hosts or an interface are named."""
+        for option, value in (("--hosts", self.hosts), ("--nic", self.nic)):
+            if value:
+                raise UserError(f"{option}: --on {self.kind} {why}")
+
+    def with_run_folder(self, root: str) -> Request:
+        """With a run.dir, so that a job that is started again finds its run."""
+        if any(word.startswith("run.dir=") for word in self.training):
+            return self
+        name = f"{Path(self.training[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return replace(self, training=[*self.training, f"run.dir={root}/{name}"])
+
+    def without_resume(self) -> list[str]:
+        """The training, for a script that resumes in any case."""
+        return [word for word in self.training if word != "--resume"]
+
+    def refuse_blanks(self) -> None:
+        """Raise UserError where a word does not get through a scheduler's variables."""
+        if any(" " in word or "," in word for word in self.training):
+            raise UserError(
+                f"--on {self.kind}: a value with a blank or a comma does not get through its "
+                f"variables; put it into the config (durations may be written 5epochs)"
+            )
+
+
+@dataclass(frozen=True)
+class Start:
+    """A command, with variables for its environment and a text for its standard input.
+
+    ``stdin`` is a file, or the text itself.
+    """
+
+    command: list[str]
+    variables: dict[str, str] = field(default_factory=dict)
+    stdin: Path | str | None = None
+
+    def line(self) -> str:
+        """As one would type it."""
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        words += [shlex.quote(word) for word in self.command]
+        if isinstance(self.stdin, Path):
+            words += ["<", shlex.quote(str(self.stdin))]
+        elif self.stdin is not None:
+            words += ["<<'EOF'\n" + self.stdin + "EOF"]
+        return " ".join(words)
