@@ -16,10 +16,10 @@ import sys
 import time
 
 import torch
-from hvd_lars.assemble.trainer import build_trainer
 from report import print_head
 from torch.profiler import ProfilerActivity, profile
 
+from hvd_lars.assemble.trainer import build_trainer
 from hvd_lars.comm import connect, detect_launch
 from hvd_lars.config.file import load_config
 from hvd_lars.runtime.stopwatch import PARTS

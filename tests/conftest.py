@@ -1,7 +1,7 @@
 """Ranks for tests: ``@pytest.mark.ranks(2, 3)`` tests run where pytest itself is what is launched.
 
-Plain ``pytest`` runs everything: tests/launch/test_rank_suites.py starts the launchers.  To run
-one by hand:  HVD_LARS_TEST_BACKEND=horovod mpirun -np 3 python -m pytest tests/contract
+Plain ``pytest`` runs everything: tests/launch/test_rank_suites.py starts the launchers, with as
+many ranks as tests/sessions.py says.  To run one by hand:  HVD_LARS_TEST_BACKEND=horovod mpirun -np 3 python -m pytest tests/contract
 """
 
 import os
@@ -11,6 +11,7 @@ import tempfile
 
 import pytest
 import torch
+from sessions import SESSIONS, sizes_of
 
 from hvd_lars.comm import connect, detect_launch
 from hvd_lars.optim import device_step
@@ -35,12 +36,20 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    size = detect_launch(os.environ).size if BACKEND else None
+    launch = detect_launch(os.environ)
     kept, dropped = [], []
     for item in items:
         mark = item.get_closest_marker("ranks")
-        wanted = size in mark.args if mark and BACKEND else not (mark or BACKEND)
-        (kept if wanted else dropped).append(item)
+        sizes = sizes_of(mark) if mark else {}
+        for kind, wanted in sizes.items():
+            if not wanted <= set(SESSIONS[kind]):
+                raise pytest.UsageError(f"{item.nodeid}: no session of {kind} has {wanted} ranks")
+        if BACKEND:
+            kind = "gloo" if launch.launcher == "horovodrun --gloo" else BACKEND
+            taken = launch.size in sizes.get(kind, ())
+        else:
+            taken = mark is None
+        (kept if taken else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 

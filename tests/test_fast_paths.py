@@ -1,4 +1,4 @@
-"""Precision, compression and the choice of kernel and placement; run by test_rank_suites."""
+"""Precision, compression and the choice of kernel and placement."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from hvd_lars.optimizers import LarsSettings
 from hvd_lars.state.progress import Progress
 from hvd_lars.state.replicas import verify_agreement
 
-pytestmark = pytest.mark.ranks(1, 2, 3)
+pytestmark = pytest.mark.ranks(1, 2, 3, gloo=())
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""LARS inside Horovod's own DistributedOptimizer; run under launchers by test_rank_suites."""
+"""LARS inside Horovod's own DistributedOptimizer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Several ranks compute what one device computes; run under launchers by test_rank_suites."""
+"""Several ranks compute what one device computes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a run records of its layers and its ranks; run by test_rank_suites."""
+"""What a run records of its layers and its ranks."""
 
 import json
 import socket

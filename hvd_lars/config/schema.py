@@ -50,12 +50,12 @@ class Run(Section):
     rank_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = key(
         binds="nothing",
         default=120.0,
-        description="seconds without a sign of life from a rank that end the job",
+        description="seconds without a heartbeat from a rank that end the job",
     )
     stall_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = key(
         binds="nothing",
         default=1800.0,
-        description="seconds in which no rank gets on that end the job",
+        description="seconds without progress of any rank that end the job",
     )
     console: Literal["auto", "bar", "lines", "none"] = key(
         binds="nothing",

@@ -222,7 +222,7 @@ class Watchdog:
         if silent:
             seconds = self._heartbeats.rank_timeout
             self._replace(
-                silent, f"no sign of life for {seconds:g} s ({self._section}rank_timeout) from:"
+                silent, f"no heartbeat for {seconds:g} s ({self._section}rank_timeout) from:"
             )
             return
         known[0].stack, known[0].waits = self._stack()
@@ -231,7 +231,7 @@ class Watchdog:
         if not lost:
             lost, who = sorted(known), "each waits for the others, at another point of the program:"
         seconds = self._heartbeats.stall_timeout
-        line = f"no rank got on for {seconds:g} s ({self._section}stall_timeout)"
+        line = f"no rank made progress for {seconds:g} s ({self._section}stall_timeout)"
         self._replace(lost[:8], f"{line}\n{who}")
 
     def _replace(self, lost: list[int], why: str) -> None:

@@ -1,4 +1,4 @@
-"""What every communicator does, at 1 to 4 ranks; run under launchers by test_rank_suites."""
+"""What every communicator does, at 1 to 4 ranks."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from hvd_lars.comm.agree import on_each_node, on_root
 from hvd_lars.comm.base import REDUCIBLE
 from hvd_lars.errors import UserError
 
-pytestmark = pytest.mark.ranks(1, 2, 3, 4)
+EVERYWHERE = dict.fromkeys(("horovod", "mpi", "gloo"), (1, 2, 3, 4))
+pytestmark = pytest.mark.ranks(1, 2, 3, 4, **EVERYWHERE)
 
 DTYPES = [getattr(torch, name) for name in REDUCIBLE]
 

@@ -126,6 +126,6 @@ def test_a_stopped_rank_on_another_host_is_named(hosts, tmp_path):
     ranks[0].send_signal(signal.SIGSTOP)
     output, _ = process.communicate(timeout=HANG_GUARD)
     assert process.returncode != 0
-    assert "no sign of life for 5 s (run.rank_timeout) from:" in output
+    assert "no heartbeat for 5 s (run.rank_timeout) from:" in output
     assert f"rank 1 (host node2, pid {ranks[0].pid})" in output
     assert psutil.wait_procs(ranks, timeout=60)[1] == []

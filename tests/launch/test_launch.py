@@ -11,8 +11,8 @@ from commands import hvd_lars, records_of
 from reference.mpijob import validate
 
 from hvd_lars.errors import UserError
-from hvd_lars.launchers.local import local_command
 from hvd_lars.launchers.kinds import KINDS
+from hvd_lars.launchers.local import local_command
 from hvd_lars.launchers.start import Request
 
 LAUNCH = Path(__file__).parents[2] / "launch"

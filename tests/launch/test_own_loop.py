@@ -54,7 +54,7 @@ def test_a_rank_that_takes_more_steps_is_named(placed, backend):
     program = [sys.executable, "-c", MORE_STEPS, backend, placed]
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode not in (0, 124), result.stdout
-    assert "no rank got on for 5 s (stall_timeout)" in result.stdout
+    assert "no rank made progress for 5 s (stall_timeout)" in result.stdout
     assert re.search(r"rank 0 .*: 3 steps done, then in the end of its loop", result.stdout)
     assert re.search(r"rank 1 .*: 3 steps done, then in communication", result.stdout)
 
