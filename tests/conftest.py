@@ -1,7 +1,9 @@
 """Ranks for tests: ``@pytest.mark.ranks(2, 3)`` tests run where pytest itself is what is launched.
 
 Plain ``pytest`` runs everything: tests/launch/test_rank_suites.py starts the launchers, with as
-many ranks as tests/sessions.py says.  To run one by hand:  HVD_LARS_TEST_BACKEND=horovod mpirun -np 3 python -m pytest tests/contract
+many ranks as tests/sessions.py says.  To run some by hand:
+
+    HVD_LARS_TEST_BACKEND=horovod mpirun -np 3 python -m pytest tests/contract
 """
 
 import os

@@ -7,7 +7,7 @@ import os
 
 from hvd_lars.cli.command import add_config, load_config
 from hvd_lars.errors import UserError
-from hvd_lars.launchers.kinds import KINDS
+from hvd_lars.launchers.kinds import KINDS, start_of
 from hvd_lars.launchers.start import Request
 from hvd_lars.launchers.submit import submit
 
@@ -34,4 +34,4 @@ def run(options: argparse.Namespace) -> int:
     resume = ["--resume"] if options.resume else []
     training = [options.config, *options.overrides, *resume]
     request = Request(options.on, training, options.ranks, options.hosts, options.nic, os.environ)
-    return submit(KINDS[options.on](request), options.print_only)
+    return submit(start_of(request), options.print_only)

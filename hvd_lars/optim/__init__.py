@@ -1,4 +1,4 @@
-"""The LARS optimizer and where its blocks live."""
+"""The LARS optimizer and its placements over ranks."""
 
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.distributed.replicated import Replicated

@@ -1,4 +1,4 @@
-"""Blocks of memory that a kernel updates, and whether they still are those of the parameters.
+"""Blocks of memory that a kernel updates, rebuilt when the parameters' memory has changed.
 
 Kernels work on addresses, so everything that could have moved between two steps is compared.
 """
@@ -23,7 +23,7 @@ _shape = attrgetter("shape")
 
 
 def _places_of(tensors: Sequence[Tensor]) -> list[_Place]:
-    """Where their elements lie: ``.data = …`` and ``.set_()`` leave the objects as they are."""
+    """Return addresses, shapes and strides; ``.data = …`` and ``.set_()`` keep the objects."""
     addresses, strides = map(Tensor.data_ptr, tensors), map(Tensor.stride, tensors)
     return list(zip(addresses, map(_shape, tensors), strides, strict=True))
 
@@ -33,15 +33,15 @@ def _place_of(tensor: Tensor) -> _Place | None:
 
 
 def is_half(param: Tensor) -> bool:
-    """Whether the parameter needs a float32 master."""
+    """Return whether the parameter needs a float32 master."""
     return param.dtype in (torch.bfloat16, torch.float16)
 
 
 @final
 class Blocks:
-    """The blocks of one device's layers, made anew where parameters, state or gradients moved.
+    """The blocks of one device's layers, rebuilt when parameters, state or gradients move.
 
-    Comparisons run over lists in C: at 1,000 small layers a step is Python's overhead.
+    Comparisons run over lists in C: with 1,000 small layers Python's overhead dominates a step.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -52,25 +52,25 @@ class Blocks:
         self._kept: list[_KeptState] = []
         self._gradients: list[Tensor] = []
         self._gradient_places: list[_Place | None] = []
-        self._copied: set[int] = set()  # blocks with a copy of the gradient, in another layout
+        self._copied: set[int] = set()  # blocks whose gradient is a copy in the weight's layout
 
     def in_place(self) -> bool:
-        """Whether every parameter lies where it lay when its block was made."""
+        """Return whether no parameter has moved since its block was made."""
         return _places_of(self._params) == self._param_places
 
     def current(
         self, states: States, placement: Placement | None, untouched: bool, same_states: bool
     ) -> list[Block]:
-        """The blocks of this step; makes the state that they need.
+        """Return the blocks of this step; missing state is created.
 
         Args:
             states: the optimizer's state.
             placement: where gradients are summed.
-            untouched: nobody has edited or moved a parameter since the last step.
-            same_states: nobody has put another dictionary into ``states``.
+            untouched: no parameter was edited or moved since the last step.
+            same_states: no dictionary in ``states`` was replaced.
 
         Raises:
-            RuntimeError: state or gradient of another shape than the parameter's, or sparse.
+            RuntimeError: a state or gradient differs in shape from its parameter, or is sparse.
         """
         if (
             not self._blocks
@@ -108,7 +108,7 @@ class Blocks:
         self._blocks = blocks
 
     def _renew_gradients(self) -> None:
-        """Let the blocks have the gradients of this step."""
+        """Point the blocks at the gradients of this step."""
         gradients = [_gradient_of(param) for param in self._params]
         same = all(map(is_, gradients, self._gradients)) and not self._copied
         if same and _places_of(gradients) == self._gradient_places:
@@ -140,9 +140,9 @@ class Blocks:
 
 @final
 class _KeptState:
-    """One name's tensors in the optimizer's state, to tell whether somebody replaced or moved one.
+    """The tensors of one name in the optimizer's state, to detect that one was replaced or moved.
 
-    ``states`` are the dictionaries that hold it.
+    ``states`` are the dictionaries that hold them.
     """
 
     def __init__(self, name: str, states: list[dict[str, Any]]) -> None:
@@ -162,7 +162,7 @@ class _KeptState:
 
 
 def _gradient_of(param: Tensor) -> Tensor:
-    assert param.grad is not None  # or it were no layer
+    assert param.grad is not None  # layers_of skips parameters without one
     return param.grad
 
 
@@ -196,7 +196,7 @@ def _make_block(layer: Layer, states: States, placement: Placement | None) -> Bl
             state["master_weight"] = copy.float()
         weight = state["master_weight"]
         _check_shape("master_weight", weight, copy, param)
-        if not torch.equal(weight.to(copy.dtype), copy):  # somebody has edited the parameter
+        if not torch.equal(weight.to(copy.dtype), copy):  # the parameter was edited
             weight.copy_(copy)
     if group["momentum"] != 0:
         like = param if weight.numel() == param.numel() else weight
@@ -204,7 +204,7 @@ def _make_block(layer: Layer, states: States, placement: Placement | None) -> Bl
         if buffer is None:
             buffer = torch.zeros_like(like, dtype=weight.dtype)
         _check_shape("momentum_buffer", buffer, like, param)
-        if buffer.stride() != like.stride() or buffer.dtype != weight.dtype:  # as it was loaded
+        if buffer.stride() != like.stride() or buffer.dtype != weight.dtype:  # it was loaded
             buffer = torch.empty_like(like, dtype=weight.dtype).copy_(buffer)
         state["momentum_buffer"] = buffer
         if weight.dim() == 1:
@@ -215,11 +215,11 @@ def _make_block(layer: Layer, states: States, placement: Placement | None) -> Bl
 
 
 def _check_shape(name: str, found: Tensor, like: Tensor, param: Tensor) -> None:
-    """Raise RuntimeError where a state that was loaded or set is not of its tensor's shape."""
+    """Raise RuntimeError if a state that was loaded or set has the wrong shape."""
     if found.shape != like.shape:
         part = "" if like.shape == param.shape else f", of a parameter of {tuple(param.shape)},"
         raise RuntimeError(
-            f"LARS: {name} has shape {tuple(found.shape)}; the weight that it is for{part} has "
-            f"{tuple(like.shape)}: it is the state of another model, of a parameter that was "
-            f"replaced since, or of another number of ranks"
+            f"LARS: {name} has shape {tuple(found.shape)}, but its weight{part} has "
+            f"{tuple(like.shape)}: the state is of another model, of a parameter that was "
+            f"replaced since, or of another world size"
         )

@@ -22,9 +22,9 @@ class Measured(NamedTuple):
     """Norms and trust ratios of a step, all float64 on their device.
 
     Attributes:
-        ratios: λ of every layer, (layers,), 1 where it has none.
-        weights: ‖w‖ of those in ``DeviceLayers.sources``, (sources,).
-        gradients: ‖g‖ of the same, or ‖g + βw‖.
+        ratios: λ of every layer, (layers,); 1 for a layer without a ratio.
+        weights: ‖w‖ of the layers in ``DeviceLayers.sources``, (sources,).
+        gradients: ‖g‖ of the same layers, or ‖g + βw‖.
     """
 
     ratios: Tensor
@@ -34,7 +34,7 @@ class Measured(NamedTuple):
 
 @final
 class DeviceStep:
-    """Kept from step to step, with the sums of squares of the weights as the last one left them.
+    """The step on one device; keeps the weights' sums of squares from step to step.
 
     Call ``begin``, ``sums_of_squares``, ``measure``, ``update`` and ``end`` in that order.
     """
@@ -45,35 +45,35 @@ class DeviceStep:
         self._blocks = Blocks(layers.layers)
         self._current: list[Block] = []
         self._kernel: Kernel
-        # Of this rank's parts, (layers,) float64, where they are known.
+        # Sums of squares of this rank's parts, (layers,) float64; None if unknown.
         self.weight_sums: Tensor | None = None
-        self._known: Tensor | None = None  # those, where they hold in this step
+        self._known: Tensor | None = None  # the same, if still valid in this step
         self._versions: list[int] = []
 
     def begin(self, states: States, placement: Placement | None, same_states: bool) -> None:
-        """Choose the kernel, and find the memory that it works on.
+        """Choose the kernel and collect the memory that it works on.
 
         Args:
-            states: the optimizer's state; what is missing is made.
+            states: the optimizer's state; missing state is created.
             placement: where gradients are summed.
-            same_states: nobody has put another dictionary into ``states`` since the last step.
+            same_states: no dictionary in ``states`` was replaced since the last step.
 
         Raises:
             ValueError: the kernel does not run on this device.
-            RuntimeError: state or gradient of another shape than the parameter's, or sparse.
+            RuntimeError: a state or gradient differs in shape from its parameter, or is sparse.
         """
         untouched = versions_of(self._params) == self._versions and self._blocks.in_place()
         self._known = self.weight_sums if untouched else None
         self._kernel = choose_kernel(self.layers.layers[0].group["kernel"], self.layers.device.type)
         self._current = self._blocks.current(states, placement, untouched, same_states)
-        if self._kernel.name != "fused":  # another kernel may have taken the step before
+        if self._kernel.name != "fused":  # the previous step may have used the fused kernel
             unfold_all(block.state for block in self._current)
 
     def sums_of_squares(self, placement: Placement | None, unscale: float) -> Tensor:
-        """Sums over this rank's parts: of the sources' weights, then of their gradients.
+        """Return sums of squares over this rank's parts: (2 × sources,) float64.
 
-        (2 × sources,) float64.  ``unscale`` is the factor of the gradients, which the sums of
-        combined denominators have in them.
+        The sources' weights come first, then their gradients.  ``unscale`` is the factor of the
+        gradients; only the sums for combined denominators include it.
         """
         sources = [self._current[i] for i in self.layers.sources]
         combined = self._is_combined()
@@ -92,7 +92,7 @@ class DeviceStep:
         return torch.cat([weights, gradients])
 
     def measure(self, sums: Tensor, unscale: float) -> Measured:
-        """Every layer's λ from the sums over all ranks."""
+        """Compute norms and every layer's λ from the sums over all ranks."""
         one = torch.ones(1, dtype=torch.float64, device=self.layers.device)
         if not self.layers.sources:
             return Measured(one.expand(len(self._current)), one[:0], one[:0])
@@ -104,16 +104,16 @@ class DeviceStep:
         return Measured(ratios[self.layers.ratio_of], weights, gradients)
 
     def update(self, ratios: Tensor, unscale: float, live: Tensor | None) -> None:
-        """Update every layer in place, or none where ``live``, 0-dim bool, is False."""
+        """Update every layer in place, or none if ``live``, a 0-dim bool, is False."""
         sums = self._kernel.update(self._current, ratios, unscale, live)
         self.weight_sums = _kept_sums(self.weight_sums, sums, self._known)
 
     def end(self) -> None:
-        """The placement is done with the parameters, too: note how they were left."""
+        """Record the parameters' versions; call after the placement has published them."""
         self._versions = versions_of(self._params)
 
     def _is_combined(self) -> bool:
-        """Whether any denominator is ‖g + βw‖, whose sums need unscaled gradients."""
+        """Return whether any denominator is ‖g + βw‖, whose sums need unscaled gradients."""
         return any(_is_combined(self.layers.layers[i].group) for i in self.layers.sources)
 
 
@@ -127,7 +127,7 @@ def _norm_part(block: Block, tensor: Tensor) -> Tensor:
 
 
 def _gradient(block: Block, unscale: float, combined: bool) -> Tensor:
-    """This rank's part of the denominator's vector: g, or g + βw with g unscaled for that."""
+    """Return this rank's part of g, or of g + βw with g unscaled, for the denominator."""
     gradient = _norm_part(block, block.gradient)
     if not combined:
         return gradient
@@ -140,10 +140,9 @@ def _gradient(block: Block, unscale: float, combined: bool) -> Tensor:
 def _kept_sums(
     memory: Tensor | None, sums: tuple[Tensor | None, Tensor] | None, known: Tensor | None
 ) -> Tensor | None:
-    """The weights' sums after an update, in the memory of the sums before it.
+    """Return the weights' sums after an update, written into ``memory`` if there is any.
 
-    In the same memory, since a step in a CUDA graph reads at each replay what the one before it
-    left there.
+    The memory must stay the same: each replay of a CUDA graph reads the previous replay's sums.
     """
     if sums is None:
         return None
@@ -154,8 +153,8 @@ def _kept_sums(
         and not torch.allclose(before, known, rtol=0.0, atol=0.0, equal_nan=True)
     ):
         warnings.warn(
-            "weights were edited through .data between two steps: this step took its trust "
-            "ratios from their norms before that",
+            "weights were edited through .data between two steps: this step computed its trust "
+            "ratios from the norms before the edit",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -163,7 +162,7 @@ def _kept_sums(
 
 
 class LayerNorms(NamedTuple):
-    """A layer in a step: ‖w‖ before it, ‖g‖ (‖g + βw‖ where the denominator is combined), λ, γλ."""
+    """A layer's ‖w‖ before the step, ‖g‖ (‖g + βw‖ if the denominator is combined), λ and γλ."""
 
     param: Tensor
     weight: float
@@ -174,29 +173,29 @@ class LayerNorms(NamedTuple):
 
 @final
 class StepReport:
-    """A step's norms, and whether it was taken; stays on the device until somebody asks.
+    """A step's norms and whether it was skipped; stays on the device until read.
 
     Args:
         found: layers and their norms, by device.
-        checked: the step was to be left out where a gradient's norm is not finite.
+        checked: the step is skipped if a gradient norm is not finite.
     """
 
     def __init__(
         self, found: Sequence[tuple[DeviceLayers, Measured]] = (), checked: bool = False
     ) -> None:
         self._found = found
-        self.finite: Tensor | None = None  # 0-dim bool; None where that was not checked
+        self.finite: Tensor | None = None  # 0-dim bool; None if not checked
         for _, measured in found if checked else ():
             finite = measured.gradients.isfinite().all()
             self.finite = finite if self.finite is None else self.finite.to(finite.device) & finite
 
     @property
     def skipped(self) -> bool:
-        """Whether the step was left out; waits for the device."""
+        """Whether the step was skipped; waits for the device."""
         return self.finite is not None and not bool(self.finite)
 
     def first_nonfinite(self) -> Tensor | None:
-        """The first parameter whose gradient's norm is not finite; waits for the device."""
+        """Return the first parameter with a non-finite gradient norm; waits for the device."""
         for layers, measured in self._found:
             bad = measured.gradients.isfinite().logical_not().nonzero()
             if len(bad):
@@ -204,10 +203,10 @@ class StepReport:
         return None
 
     def norms(self) -> list[LayerNorms]:
-        """Norms and trust ratios of all layers whose norms were taken; waits for the device.
+        """Return the computed norms and trust ratios; waits for the device.
 
-        Those that take a trust ratio, and all where the step had a ``loss_scale``.  They cost no
-        pass over memory.
+        They cover the layers with a trust ratio, or all layers if the step had a ``loss_scale``,
+        and cost no pass over memory.
         """
         rows = []
         for layers, measured in self._found:

@@ -1,4 +1,4 @@
-"""Which tensors of a model are adapted and decayed, and what a group may hold."""
+"""Parameter groups: which tensors are adapted and decayed, and the checks of a group."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ def parameter_groups(
     adapt: Literal["weights", "layer", "all", "none"] = "weights",
     decay: Literal["weights", "all"] = "weights",
 ) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`LARS`: weights in one, biases and normalisation in others.
+    """Return parameter groups for :class:`LARS`, with weights apart from biases and norms.
 
     Weights are the tensors of two dimensions or more.  Adaptation and weight decay are separate
-    choices; each group carries its own ``adapt`` and ``weight_decay``, free to be changed.
+    choices; each group carries its own ``adapt`` and ``weight_decay``, which may be changed.
 
     Args:
-        model: the model, uncompiled; frozen parameters are left out.
-        weight_decay: β of the tensors that are decayed.
-        adapt: which tensors get a trust ratio.  ``"weights"``: weights only, the others move by
-            plain momentum SGD with rate γ (every published recipe).  ``"layer"``: a bias also
-            takes the ratio of the weight in its module, which keeps networks without
-            normalisation stable at rates of 16 and more.  ``"all"``: every tensor its own ratio,
-            as the Caffe code of 2017; beware that a zero-initialised tensor then moves by the
-            full γ.  ``"none"``: momentum SGD.
+        model: the model, uncompiled; frozen parameters are omitted.
+        weight_decay: β of the decayed tensors.
+        adapt: which tensors get a trust ratio.  ``"weights"``: weights only; the others use plain
+            momentum SGD with rate γ (every published recipe).  ``"layer"``: a bias also takes the
+            ratio of the weight in its module, which keeps networks without normalisation stable
+            at rates of 16 and more.  ``"all"``: every tensor has its own ratio, as in the Caffe
+            code of 2017; a zero-initialised tensor then moves by the full γ.  ``"none"``:
+            momentum SGD.
         decay: which tensors are decayed.
 
     Returns:
-        Up to three groups, each ``{"params", "names", "adapt", "weight_decay"}``, and
-        ``ratio_from`` where ``adapt`` is ``"layer"``.
+        Up to three groups, each ``{"params", "names", "adapt", "weight_decay"}``, plus
+        ``ratio_from`` if its ``adapt`` is ``"layer"``.
 
     Raises:
-        ValueError: ``adapt`` or ``decay`` is not among its choices, or nothing can be trained.
+        ValueError: ``adapt`` or ``decay`` is not among its choices, or the model has no trainable
+            parameter.
     """
     if adapt not in ("weights", "layer", "all", "none"):
         raise ValueError(f"adapt is {adapt!r}; allowed: weights, layer, all, none")
@@ -71,9 +72,9 @@ def parameter_groups(
 
 
 def _owned_biases(model: nn.Module) -> dict[Tensor, Tensor]:
-    """The weight beside each bias in its module, also where it is tied, or parametrised.
+    """Map each bias to the weight of its module, which may be tied or parametrised.
 
-    LSTM's ``bias_ih_l0`` belongs to ``weight_ih_l0``; of a weight norm the direction is the weight.
+    LSTM's ``bias_ih_l0`` belongs to ``weight_ih_l0``; with weight norm the direction is the weight.
     """
     owned: dict[Tensor, Tensor] = {}
     for module in model.modules():
@@ -103,14 +104,14 @@ def _group(
 
 
 def check_group(group: dict[str, Any], count: int) -> None:
-    """Raise ValueError for the first hyper-parameter or tensor of a group that is not allowed.
+    """Raise ValueError for the first invalid hyper-parameter or tensor of a group.
 
-    ``count`` tensors are in this group and those before it: where ``ratio_from`` may point.
+    ``count`` is the number of tensors in this and all previous groups, which bounds ``ratio_from``.
     """
     for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"):
         value = group[name]
         if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
-            continue  # to look at it would wait for its device
+            continue  # reading it would wait for its device
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"LARS: {name} is {value}; it must be finite and not negative")
     for name, allowed in CHOICES.items():
@@ -122,7 +123,7 @@ def check_group(group: dict[str, Any], count: int) -> None:
         if hasattr(param, "placements") and hasattr(param, "to_local"):
             raise ValueError(
                 f"LARS takes plain tensors; a parameter of shape {tuple(param.shape)} is a DTensor "
-                f"(FSDP2, tensor parallel), of which it would take the norms of one rank's part"
+                f"(FSDP2, tensor parallel), whose norms would cover this rank's part only"
             )
         if param.is_complex() or param.is_sparse:
             kind = "complex" if param.is_complex() else "sparse"
@@ -139,10 +140,10 @@ def check_group(group: dict[str, Any], count: int) -> None:
 
 
 def check_ours(state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise ValueError where the state is another optimizer's."""
+    """Raise ValueError if the state is another optimizer's."""
     for group in state_dict["param_groups"]:
         missing = sorted(defaults.keys() - group.keys())
         if missing:
             raise ValueError(
-                f"LARS: the state is another optimizer's: a group without {', '.join(missing)}"
+                f"LARS: the state is another optimizer's: a group lacks {', '.join(missing)}"
             )

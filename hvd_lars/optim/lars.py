@@ -1,7 +1,7 @@
 """LARS, layer-wise adaptive rate scaling: the mathematics of a step.
 
-Where gradients come from (one device, or the sum over ranks) is the placement's affair, how a step
-is computed the kernel's.
+The placement supplies the gradients (of one device, or summed over ranks); the kernel computes the
+update.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ ZeroNorm = Literal["unit", "skip", "coast"]
 
 @dataclass
 class _Memory:
-    """What a step leaves to the next one."""
+    """Data kept from one step to the next."""
 
     signature: list[object]
     devices: list[DeviceStep]
-    state: object  # the optimizer's, which the devices' blocks are of
-    state_ids: list[int]  # of its dictionaries, which the blocks keep alive
+    state: object  # the optimizer state that the devices' blocks refer to
+    state_ids: list[int]  # ids of its dictionaries, which the blocks keep alive
 
 
 class LARS(Optimizer):
@@ -53,24 +53,25 @@ class LARS(Optimizer):
 
     A step has four phases: the placement completes the reduction of the gradients; each rank sums
     squares over its part of every layer; one all-reduce completes those sums; every layer is
-    updated.  Without a placement there is no first and third.  No phase copies a value from the
-    device to the host.  ``report`` has the last step's norms, and whether it was left out.
+    updated.  Without a placement the first and third phases are absent.  No phase copies a value
+    from the device to the host.  ``report`` holds the norms of the last step and whether it was
+    skipped.
 
-    The norms cost no pass over memory where the kernel is native: sums of squares of gradients are
-    taken as their reductions complete, those of weights while the step before writes them.
-    Weights that somebody else edits or replaces in between are noticed and read again; an edit
-    inside ``param.data``, which torch does not count, is noticed one step late, with a warning.
+    With the native kernel the norms need no extra pass over memory: gradients are summed as their
+    reductions complete, weights while the previous step writes them.  Weights edited or replaced
+    between steps are detected and read again; an edit through ``param.data``, which torch does not
+    count, is detected one step late, with a warning.
 
-    Parameters of half precision have float32 masters and momentum in the optimizer's state.  An
-    edit inside their ``.data`` is not noticed, and the next step undoes it: edit them under
+    Half-precision parameters have float32 masters and momentum in the optimizer's state.  An edit
+    through their ``.data`` is not detected, and the next step undoes it: edit them under
     ``torch.no_grad()``.
 
     Args:
-        params: parameters, or parameter groups as :func:`parameter_groups` makes them.  Every
-            argument below can be set per group; a group may also hold ``adapt``: ``"own"`` (the
-            default: each tensor takes its own ratio), ``"layer"`` (the ratio of another tensor,
-            whose position over all groups stands in the group's ``ratio_from``) or ``"none"``
-            (plain momentum SGD with rate γ).
+        params: parameters, or parameter groups from :func:`parameter_groups`.  Every argument
+            below can be set per group; a group may also hold ``adapt``: ``"own"`` (default: each
+            tensor has its own ratio), ``"layer"`` (the ratio of another tensor, whose position
+            over all groups is in the group's ``ratio_from``) or ``"none"`` (plain momentum SGD
+            with rate γ).
         lr: γ, the scheduled learning rate.
         momentum: μ.
         weight_decay: β.
@@ -81,22 +82,22 @@ class LARS(Optimizer):
             ``"update"`` multiplies the buffer by γ as timm, apex and VISSL do.
         denominator: ``"separate"`` is :math:`\lVert g\rVert + \beta\lVert w\rVert`, ``"combined"``
             is :math:`\lVert g + \beta w\rVert` (optax, SimCLR, VISSL).
-        trust_clip: use min(λ/γ, 1) in place of λ, so that no layer's rate exceeds γ (LARC); not of
-            the 1 at a zero norm, which timm clips to 1/γ where γ > 1.
-        zero_norm: ``"unit"`` uses λ = 1 where a norm is zero (paper), ``"coast"`` λ = 0, so that
-            the layer moves on by its momentum alone (apex, lightly), ``"skip"`` leaves such a
-            layer and its momentum as they are.
-        kernel: how a step is computed: ``"native"`` (C++ on CPU), ``"fused"`` (torch's fused SGD
-            on CPU), ``"eager"`` (plain torch) or ``"auto"``, the fastest there is.  They agree
-            but for rounding; ranks must not mix them.
-        placement: sums gradients over ranks; None for one process, or where something else does
+        trust_clip: use min(λ/γ, 1) in place of λ, so that no layer's rate exceeds γ (LARC).  The 1
+            at a zero norm is not clipped; timm clips it to 1/γ if γ > 1.
+        zero_norm: at a zero norm, ``"unit"`` uses λ = 1 (paper), ``"coast"`` λ = 0, so that the
+            layer moves by its momentum alone (apex, lightly), and ``"skip"`` leaves the layer and
+            its momentum unchanged.
+        kernel: implementation of the step: ``"native"`` (C++ on CPU), ``"fused"`` (torch's fused
+            SGD on CPU), ``"eager"`` (plain torch) or ``"auto"``, the fastest available.  They
+            agree up to rounding; all ranks must use the same one.
+        placement: sums gradients over ranks; None for one process, or if something else sums them
             (``hvd.DistributedOptimizer``, DDP).
 
     Raises:
         ValueError: a hyper-parameter is negative, not finite or not among its choices; a
             parameter is complex or sparse.
-        RuntimeError: from ``step``: a gradient is sparse, or state, gradient or parameter have
-            another shape than they had or should have.
+        RuntimeError: from ``step``: a gradient is sparse, or a state, gradient or parameter has
+            the wrong shape.
 
     Example:
         >>> import torch
@@ -110,13 +111,13 @@ class LARS(Optimizer):
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1.
     """
 
-    # Class attributes, since a copy and Horovod's DistributedOptimizer lose an instance's own.
+    # Class attributes: copies and Horovod's DistributedOptimizer lose instance attributes.
     placement: Placement | None = None
     slots: tuple[str, ...] = ("momentum",)
     report = StepReport()  # of the last step
     _last: _Memory | None = None
 
-    def __init__(  # noqa: PLR0913 - hyper-parameters are arguments, as of every torch optimizer
+    def __init__(  # noqa: PLR0913 - hyper-parameters are arguments, as in every torch optimizer
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 0.1,
@@ -163,7 +164,7 @@ class LARS(Optimizer):
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; under a placement its flat buffers are kept and zeroed."""
+        """Reset the gradients; a placement keeps its flat buffers."""
         if self.placement is None:
             torch_internals.zero_grad(self, set_to_none)
         else:
@@ -185,25 +186,25 @@ class LARS(Optimizer):
 
         Args:
             closure: recomputes the loss, which is then returned.
-            loss_scale: factor of the loss, by which gradients are divided.  With one, be it 1, the
-                step is left out on all ranks where a gradient is not finite (``report.skipped``);
-                without one, gradients are neither divided nor checked.
+            loss_scale: factor of the loss; gradients are divided by it.  If given, even as 1, all
+                ranks skip the step if a gradient is not finite (``report.skipped``); if None,
+                gradients are neither divided nor checked.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         placement, unscale = self.placement, 1.0 / (loss_scale or 1.0)
-        if placement is not None:  # 1. Gradients are summed over the ranks.
+        if placement is not None:  # 1. Complete the gradients' reduction.
             placement.complete_parameters()
             placement.gradients.finish()
         memory = self._begin(checked=loss_scale is not None)
         devices = memory.devices
-        # 2. Each rank sums squares over its part of every layer.
+        # 2. Sum squares over this rank's part of every layer.
         sums = [device.sums_of_squares(placement, unscale) for device in devices]
-        if placement is not None:  # 3. One all-reduce completes the sums.
+        if placement is not None:  # 3. Complete the sums in one all-reduce.
             sums = [placement.scalars.sum(part) for part in sums]
-        # 4. Every layer's trust ratio, and the update.
+        # 4. Compute trust ratios and update every layer.
         found = [device.measure(part, unscale) for device, part in zip(devices, sums, strict=True)]
         layers = [device.layers for device in devices]
         self.report = StepReport(list(zip(layers, found, strict=True)), loss_scale is not None)
@@ -218,7 +219,7 @@ class LARS(Optimizer):
         return loss
 
     def _begin(self, checked: bool) -> _Memory:
-        """Find out what to work on; ``checked`` also takes norms that no trust ratio needs."""
+        """Prepare the layers of this step; ``checked`` adds norms that no trust ratio needs."""
         placed, last = self.placement is not None, self._last
         now = signature(self.param_groups, placed, checked)
         if last is None or last.signature != now or last.state is not self.state:
@@ -238,42 +239,45 @@ class LARS(Optimizer):
         return list(map(id, self.state.values()))
 
     def _check_not_placed(self) -> None:
-        """Raise RuntimeError where a placement sums the gradients and this is not told of it."""
+        """Raise RuntimeError if the parameters are in a placement that was not passed here."""
         params = [param for group in self.param_groups for param in group["params"]]
         if (placed := placed_already(params)) is not None:
             shape = tuple(placed.shape)
             if hasattr(self, "skip_synchronize"):
                 raise RuntimeError(
-                    f"hvd.DistributedOptimizer is around a LARS whose parameters, such as one of "
-                    f"shape {shape}, are in a placement: both sum the gradients, leave one out"
+                    f"hvd.DistributedOptimizer is around a LARS whose parameters (such as one of "
+                    f"shape {shape}) are in a placement: both sum the gradients; remove one of them"
                 )
             raise RuntimeError(
                 f"a parameter of shape {shape} is in a placement that its optimizer was not given: "
-                f"LARS(…, placement=placement)"
+                f"pass it as LARS(…, placement=placement)"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; momentum is v, whichever kernel wrote it."""
+        """Return the state as torch does; momentum is v, whichever kernel wrote it."""
         self.unfold_momentum()
         state: dict[str, Any] = torch_internals.state_dict(self)
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy and for pickle; RuntimeError under a placement, which they would lose."""
+        """Return the state for copy and pickle.
+
+        Raises RuntimeError under a placement, which the copy would lose.
+        """
         if self.placement is not None:
             raise RuntimeError(
-                "LARS with a placement cannot be copied or pickled: make a new one with a "
-                "placement of its own, and give it this one's state_dict()"
+                "LARS with a placement cannot be copied or pickled: make a new LARS with its own "
+                "placement, and load this one's state_dict() into it"
             )
         state: dict[str, Any] = super().__getstate__()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but float32 state of half parameters stays float32.
+        """Load a state as torch does, but keep the float32 state of half parameters float32.
 
-        Raises ValueError where it is another optimizer's.
+        Raises ValueError if the state is another optimizer's.
         """
-        loaded = []  # what torch loads: a hook may have put something else in its place
+        loaded = []  # the state that torch loads, which a hook may have replaced
 
         def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
             check_ours(state_dict, self.defaults)
@@ -283,7 +287,7 @@ class LARS(Optimizer):
             self._last = None
             self._keep_precision(loaded[-1])
 
-        # Ours is the last of the hooks before, and the first of those after.
+        # Run last of the pre-hooks and first of the post-hooks.
         ours = [
             torch_internals.before_loading(self, before),
             torch_internals.after_loading(self, after, prepend=True),
@@ -295,7 +299,7 @@ class LARS(Optimizer):
                 handle.remove()
 
     def _keep_precision(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of half parameters anew, which torch has rounded to their dtype."""
+        """Reload the state of half parameters, which torch has rounded to their dtype."""
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for number, param in zip(numbers, params, strict=True):
@@ -305,9 +309,9 @@ class LARS(Optimizer):
                         self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def momentum(self, param: Tensor) -> Tensor | None:
-        """Momentum v of a parameter, in its shape; None before its first step.
+        """Return a parameter's momentum v in the parameter's shape; None before its first step.
 
-        Collective under a placement; the live tensor where this rank holds the whole.
+        Collective under a placement.  The live tensor, not a copy, if this rank holds all of it.
         """
         state = self.state.get(param, {})
         unfold(state)
@@ -317,9 +321,9 @@ class LARS(Optimizer):
         return self.placement.whole(param, buffer)
 
     def set_momentum(self, param: Tensor, value: Tensor) -> None:
-        """Let v of a parameter be ``value``, of its shape; kept, not copied, where it is whole.
+        """Set a parameter's momentum v; not copied if this rank holds all of it.
 
-        Raises RuntimeError where it has another shape.
+        Raises RuntimeError if ``value`` does not have the parameter's shape.
         """
         if value.shape != param.shape:
             raise RuntimeError(
@@ -330,29 +334,29 @@ class LARS(Optimizer):
         self.state[param] = {"momentum_buffer": part}
 
     def slot(self, name: str, param: Tensor) -> Tensor | None:
-        """:meth:`momentum`, the only slot; see :class:`~hvd_lars.optim.protocol.Optimizer`."""
+        """Return :meth:`momentum`, the only slot of this optimizer."""
         assert name in self.slots
         return self.momentum(param)
 
     def set_slots(self, param: Tensor, values: Mapping[str, Tensor]) -> None:
-        """:meth:`set_momentum` by name."""
+        """Set the momentum, the only slot of this optimizer."""
         self.set_momentum(param, values["momentum"])
 
     def unfold_momentum(self) -> None:
-        """Make every ``state[param]["momentum_buffer"]`` hold v; only the fused kernel's do not."""
+        """Make every ``state[param]["momentum_buffer"]`` hold v; the fused kernel scales it."""
         for state in self.state.values():
-            if isinstance(state, dict):  # a scheduler or hook may keep something of its own there
+            if isinstance(state, dict):  # schedulers and hooks may store their own entries there
                 unfold(state)
 
 
 def _check_not_horovods_restore() -> None:
-    """Raise RuntimeError where Horovod steps with zero gradients, to have a state to fill."""
+    """Raise RuntimeError if Horovod takes a step with zero gradients to initialise the state."""
     frame = sys._getframe()
     while (caller := frame.f_back) is not None:
         if caller.f_code.co_name == "broadcast_optimizer_state":
             raise RuntimeError(
                 "hvd.broadcast_optimizer_state takes a step with zero gradients on ranks that have "
-                "no state yet, which would move their weights: a new LARS needs no broadcast; to "
-                "restore one, load its state_dict() on every rank (hvd.broadcast_object sends it)"
+                "no state yet, which would change their weights: a new LARS needs no broadcast; to "
+                "restore one, load its state_dict() on every rank (send it by hvd.broadcast_object)"
             )
         frame = caller

@@ -1,4 +1,4 @@
-"""The layers of a step: which parameters, on which device, and whose trust ratio each takes."""
+"""The layers of a step, by device, and the source of each layer's trust ratio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 class Layer:
     """One parameter tensor in a step.
 
-    ``source`` is the layer of its device whose trust ratio applies, by index, or -1 for none.
+    ``source`` is the index, on the same device, of the layer whose trust ratio applies; -1 for
+    none.
     """
 
     param: Tensor
@@ -27,12 +28,12 @@ class DeviceLayers:
     """The layers of one device.
 
     Attributes:
-        layers: all that are updated.
-        sources: indices of those whose norms are taken: whose trust ratio is used, or all.
-        adapted: their parameters.
+        layers: all updated layers.
+        sources: indices of the layers whose norms are computed: those whose trust ratio is used,
+            or all.
+        adapted: the parameters of ``sources``.
         places: ``sources`` as an int64 tensor (sources,) on the device.
-        ratio_of: (layers,), the index of each layer's ratio among the sources' ratios, which a 1
-            follows.
+        ratio_of: (layers,), each layer's index into the sources' ratios followed by a 1.
     """
 
     layers: list[Layer]
@@ -43,12 +44,12 @@ class DeviceLayers:
 
     @property
     def device(self) -> torch.device:
-        """The device of all of them."""
+        """The device of all layers."""
         return self.ratio_of.device
 
 
 def signature(groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool) -> list[object]:
-    """A key that changes where :func:`layers_of` would give other layers."""
+    """Return a key that changes whenever the result of :func:`layers_of` would."""
     key: list[object] = [all_norms]
     key += [(id(g), g["adapt"], g["momentum"] != 0, tuple(g.get("ratio_from", ()))) for g in groups]
     for group in groups:
@@ -63,15 +64,15 @@ def signature(groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool) -
 def layers_of(
     groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool
 ) -> list[DeviceLayers]:
-    """Parameters that have a gradient and are not frozen, by device, in the order of the groups.
+    """Return the unfrozen parameters that have a gradient, by device, in group order.
 
     Args:
         groups: the optimizer's parameter groups.
         placed: a placement gives every parameter a gradient.
-        all_norms: also take norms that no trust ratio needs.
+        all_norms: also compute norms that no trust ratio needs.
 
     Raises:
-        RuntimeError: tensors were taken out of a group that shares trust ratios.
+        RuntimeError: tensors were added to or removed from a group that shares trust ratios.
     """
     layers: dict[torch.device, list[Layer]] = {}
     places: dict[int, tuple[torch.device, int]] = {}  # by position over all groups
@@ -88,7 +89,7 @@ def layers_of(
                 here.append(Layer(param, group, len(here) if group["adapt"] == "own" else -1))
             position += 1
     for device, index, source in shared:
-        # A bias whose weight is frozen or elsewhere has no ratio to share: it takes the plain rate.
+        # A bias whose weight is frozen or on another device has no ratio to share: plain rate.
         found, where = places.get(source, (None, -1))
         if found == device:
             layer = layers[device][index]
@@ -97,13 +98,13 @@ def layers_of(
 
 
 def _check_complete(group: dict[str, Any]) -> None:
-    """Raise RuntimeError where tensors that share a ratio were taken out of their group."""
+    """Raise RuntimeError if a group that shares ratios has lost or gained tensors."""
     sources = group.get("ratio_from", ())
     if group["adapt"] == "layer" and len(group["params"]) != len(sources):
         raise RuntimeError(
-            f'LARS: a group with adapt="layer" has {len(group["params"])} tensors and '
-            f"{len(sources)} in ratio_from: tensors were added or taken out, as "
-            f'hvd.Adasum does, which steps on one at a time; there, use adapt="weights"'
+            f'LARS: a group with adapt="layer" has {len(group["params"])} tensors but '
+            f"{len(sources)} entries in ratio_from: tensors were added or removed.  hvd.Adasum "
+            f'steps on one tensor at a time: use adapt="weights" with it'
         )
 
 

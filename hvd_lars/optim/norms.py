@@ -11,7 +11,7 @@ _BLOCK = 4096
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one gapless piece of memory, in any order of dimensions."""
+    """Return whether the elements fill memory without gaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -27,7 +27,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """View of a dense tensor as (numel,), in memory order; a gapped one is copied."""
+    """Return a view of a dense tensor as (numel,), in memory order; a copy if it has gaps."""
     if tensor.numel() == 0:
         return tensor.reshape(-1)
     if is_dense(tensor):
@@ -36,7 +36,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
-    """``grad`` with the strides of ``param``, copied only where they differ.
+    """Return ``grad`` with the strides of ``param``, copied only if they differ.
 
     A channels_last weight may get a contiguous gradient; flat views of both must pair up the
     same elements.
@@ -47,16 +47,16 @@ def in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of squares of each flat tensor: (len(tensors),), float64, on their device.
+    """Return the sum of squares of each flat tensor: (len(tensors),), float64, on their device.
 
-    float64 tensors are summed in float64; the others in float32 within blocks of 4096 elements
-    and in float64 across blocks, so the error does not grow with the layer.
+    float64 tensors are summed in float64; others in float32 within blocks of 4096 elements and in
+    float64 across blocks, so the error does not grow with the layer.
     """
     return torch.stack([_sum_of_squares(flat(tensor)) for tensor in tensors])
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:
-    """Sum of squares of one (numel,) tensor: 0-dim float64."""
+    """Return the sum of squares of one (numel,) tensor: 0-dim float64."""
     if not tensor.numel():
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32

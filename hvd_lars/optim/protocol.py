@@ -1,4 +1,4 @@
-"""The interface that the trainer, checkpoints and records ask of an optimizer."""
+"""The optimizer interface that the trainer, checkpoints and records rely on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hvd_lars.optim.device_step import StepReport
 
 
 class Optimizer(Protocol):
-    """An optimizer over ranks; :class:`~hvd_lars.LARS` is one.
+    """An optimizer over ranks, such as :class:`~hvd_lars.LARS`.
 
-    Slots are the tensors that it keeps for every parameter, by name and in the parameter's shape.
-    Checkpoints hold slot ``s`` of parameter ``p`` as ``s/p``.
+    Slots are the named tensors kept for every parameter, each in the parameter's shape.
+    Checkpoints store slot ``s`` of parameter ``p`` as ``s/p``.
     """
 
     slots: tuple[str, ...]
@@ -22,20 +22,23 @@ class Optimizer(Protocol):
     report: StepReport  # of the last step
 
     def zero_grad(self) -> None:
-        """Begin a window of gradients."""
+        """Begin a new window of gradients."""
         ...
 
     def step(self, closure: None = None, loss_scale: float | None = None) -> None:
         """Take one step with gradients of the loss times ``loss_scale``.
 
-        All ranks skip the step where a gradient's norm is not finite.
+        All ranks skip the step if a gradient norm is not finite.
         """
         ...
 
     def slot(self, name: str, param: Tensor) -> Tensor | None:
-        """A parameter's slot, whole; None before its first step.  Collective under a placement."""
+        """Return a parameter's whole slot, or None before its first step.
+
+        Collective under a placement.
+        """
         ...
 
     def set_slots(self, param: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Replace a parameter's state by these whole slots."""
+        """Replace a parameter's state with these whole slots."""
         ...

@@ -12,11 +12,11 @@ from torch import Tensor
 def trust_ratios(
     groups: Sequence[dict[str, Any]], weight_norms: Tensor, gradient_norms: Tensor
 ) -> Tensor:
-    """λ of every layer that takes its own, by the group it is in; all (layers,), float64.
+    """Return λ of every layer that has its own, by the layers' groups; all (layers,), float64.
 
-    λ = l‖w‖ / (‖g‖ + β‖w‖ + ε), or with a combined gradient norm l‖w‖ / (‖g + βw‖ + ε); what
-    ``trust_clip`` and ``zero_norm`` make of it.  A norm that is not finite makes λ NaN: any number
-    would be a step of another size.  Stays on the device.
+    λ = l‖w‖ / (‖g‖ + β‖w‖ + ε), or l‖w‖ / (‖g + βw‖ + ε) with a combined norm, subject to
+    ``trust_clip`` and ``zero_norm``.  A non-finite norm makes λ NaN, since any number would be a
+    wrong step size.  Stays on the device.
 
     Source:
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1; LARC for the clip.

@@ -1,18 +1,21 @@
 """One file an optimizer: its section of the YAML, and ``build()``, which makes it.
 
-To add one, write its file and add its settings to ``KINDS``.  Torch is imported by ``build``
-alone.
+To add one, write its file, with its settings in ``KINDS``, and name the file in ``_FILES``.  Torch
+is imported by ``build`` alone.
 """
 
 from functools import reduce
+from importlib import import_module
 from operator import or_
 from typing import TYPE_CHECKING
 
 from hvd_lars.optimizers.lars import LarsSettings
 from hvd_lars.optimizers.settings import OptimizerSettings
-from hvd_lars.optimizers.sgd import SgdSettings
 
-KINDS: tuple[type[OptimizerSettings], ...] = (LarsSettings, SgdSettings)
+_FILES = ("lars", "sgd")
+KINDS: tuple[type[OptimizerSettings], ...] = tuple(
+    kind for file in _FILES for kind in import_module(f"{__name__}.{file}").KINDS
+)
 if TYPE_CHECKING:
     Optimizer = OptimizerSettings
 else:

@@ -109,3 +109,6 @@ class LarsSettings(OptimizerSettings):
         from hvd_lars.optim.kernels.agreed import agree_on_kernel
 
         return self.model_copy(update={"kernel": agree_on_kernel(self.kernel, device, comm)})
+
+
+KINDS = (LarsSettings,)

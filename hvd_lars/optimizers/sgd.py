@@ -14,3 +14,6 @@ class SgdSettings(LarsSettings):
     TRUST_RATIOS: ClassVar[bool] = False
 
     name: Literal["sgd"] = key(binds="run and recipe", description="which optimizer")  # type: ignore[assignment]
+
+
+KINDS = (SgdSettings,)

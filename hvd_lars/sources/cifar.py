@@ -90,3 +90,6 @@ class Cifar100Data(_Cifar):
         default=Expected(train=50_000, eval=10_000, classes=100),
         description=EXPECT,
     )
+
+
+KINDS = (Cifar10Data, Cifar100Data)

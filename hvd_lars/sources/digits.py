@@ -39,3 +39,6 @@ class DigitsData(SourceSettings):
         from hvd_lars.data.digits import load_digits
 
         return load_digits(self.copies, seed)
+
+
+KINDS = (DigitsData,)

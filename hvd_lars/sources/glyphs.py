@@ -39,3 +39,6 @@ class GlyphsData(SourceSettings):
         from hvd_lars.data.glyphs import draw_glyphs
 
         return draw_glyphs(self.copies, seed)
+
+
+KINDS = (GlyphsData,)

@@ -35,3 +35,6 @@ class ImageFolderData(ImageSettings):
         listing = on_root(comm, lambda: list_folder(self.root, listing_cache()))
         train, val = (FolderImages(listing.root, split) for split in (listing.train, listing.val))
         return train, val, listing.identity(), listing.left_out
+
+
+KINDS = (ImageFolderData,)

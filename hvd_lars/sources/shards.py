@@ -56,3 +56,6 @@ class ShardsData(ImageSettings):
     def read_only(self) -> ShardsData:
         """Without a copy on the node."""
         return self.model_copy(update={"cache_dir": None})
+
+
+KINDS = (ShardsData,)

@@ -41,3 +41,6 @@ class SyntheticData(SourceSettings):
     def made_up(self, num_train: int) -> SyntheticData:
         """The same, of another number of images."""
         return self.model_copy(update={"num_train": num_train, "num_eval": 1})
+
+
+KINDS = (SyntheticData,)

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
 
 import psutil
 import pytest
 from commands import HANG_GUARD, ranks_under, start, wait_for_step
 from test_image_folder import make_folder
+
+from hvd_lars.launchers.local import launcher_environment, local_command, this_python
 
 LONG = [
     "train.duration=100000 steps", "train.eval_every=100000 steps", "train.log_every=1 steps",
@@ -72,3 +75,37 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
     assert "no rank made progress for 5 s (run.stall_timeout)" in output
     assert output.count("steps done, then in data") == 1  # the other rank waits
     assert "hvd_lars/data/image_folder.py" in output
+
+
+SUBMITS = """
+import os, signal, sys, time, torch
+import horovod.torch as hvd
+hvd.init()
+pids = hvd.allgather(torch.tensor([os.getpid()]), name="pids").tolist()
+if hvd.rank() == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    for count in range(10**9):
+        hvd.allreduce_async_(torch.ones(10), name=f"tensor {count}", op=hvd.Sum)
+        if count % 20 == 0:
+            time.sleep(0.0005)
+except Exception as error:
+    print("ended:", type(error).__name__, flush=True)
+    os.kill(pids[1], signal.SIGKILL)
+    os._exit(3)
+"""
+
+
+def test_a_rank_that_submits_tensors_while_horovod_gives_up_does_not_hang(tmp_path):
+    """Horovod's thread frees them under a lock, for which it takes the GIL of the one that waits.
+
+    It hung every time before launch/horovod_edits.py let the GIL go.
+    """
+    program = tmp_path / "submits.py"
+    program.write_text(SUBMITS)
+    command = local_command("horovodrun --gloo", 2, this_python(str(program)))
+    command[2:2] = ["--gloo-timeout-seconds", "5", "--network-interfaces", "lo"]
+    done = subprocess.run(
+        command, env=launcher_environment(), capture_output=True, text=True, timeout=HANG_GUARD
+    )
+    assert "ended: HorovodInternalError" in done.stdout, done.stdout + done.stderr

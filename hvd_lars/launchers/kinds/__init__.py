@@ -1,17 +1,27 @@
-"""One file a way to start ranks; to add one, write its file and add it to ``KINDS``."""
+"""One file a way to start ranks; to add one, write its file and name it in ``KINDS``."""
 
-from collections.abc import Callable
+from importlib import import_module
 
-from hvd_lars.launchers.kinds import horovodrun, kubernetes, local, lsf, mpirun, pbs, slurm
 from hvd_lars.launchers.start import Request, Start
 
-KINDS: dict[str, Callable[[Request], Start]] = {
-    "local": local.start,
-    "horovodrun": horovodrun.start,
-    "openmpi": mpirun.start,
-    "mpich": mpirun.start,
-    "slurm": slurm.start,
-    "pbs": pbs.start,
-    "lsf": lsf.start,
-    "kubernetes": kubernetes.start,
+# By what ``--on`` calls it: the file whose ``start`` makes the command.
+KINDS = {
+    "local": "local",
+    "horovodrun": "horovodrun",
+    "openmpi": "mpirun",
+    "mpich": "mpirun",
+    "slurm": "slurm",
+    "pbs": "pbs",
+    "lsf": "lsf",
+    "kubernetes": "kubernetes",
 }
+
+
+def start_of(request: Request) -> Start:
+    """Return the command for a request.
+
+    Raises:
+        UserError: its options and its kind do not go together.
+    """
+    start: Start = import_module(f"{__name__}.{KINDS[request.kind]}").start(request)
+    return start
