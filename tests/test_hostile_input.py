@@ -433,7 +433,7 @@ def test_grey_values_keep_their_share_of_white(white, shares):
     try:
         found = to_bytes(grey.view(np.int32) if dtype is np.uint32 else grey, white)
     except ValueError as error:
-        assert "what they mean is not known" in str(error)
+        assert "their scale is unknown" in str(error)
         assert white > 65535
         assert 0 < grey.max() < white / 255
     else:

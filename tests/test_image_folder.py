@@ -268,7 +268,7 @@ def test_whatever_pillow_reads_is_an_image_in_sub_folders_too(tmp_path):
     cache = tmp_path / "cache"
     listing = list_folder(str(root), cache)
     assert listing.train.labels.tolist() == [0, *[1] * 9, 2]
-    assert listing.left_out == "2 .txt, 1 .eps, 1 .h5, 1 .mpg, 1 without an ending"
+    assert listing.left_out == "2 .txt, 1 .eps, 1 .h5, 1 .mpg, 1 without an extension"
     (root / "train/bee/deep/up").unlink()
     theirs = ImageFolder(str(root / "train"), is_valid_file=lambda path: "." in path[-5:])
     odd = (".txt", ".mpg", ".h5", ".eps")
@@ -307,7 +307,7 @@ def break_by(folder, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no train", "train: No such file or directory; a folder with one folder of images a"),
+        ("no train", "train: No such file or directory; expected a folder with one folder of"),
         ("no classes", "val: no class folders in it"),
         ("classes differ", r"class cat is in train but not in val \(2 in one split only\)"),
         ("no images", "val/bee: no images in it, only 1 .txt"),

@@ -167,7 +167,7 @@ def test_a_checkpoint_that_cannot_be_written_beside_training_is_told_and_forgott
     failure = checkpointer.finish()
     assert (failure is not None) == (comm.rank == 0)
     if comm.rank == 0:
-        assert "the run goes on" in capfd.readouterr().err
+        assert "the run continues" in capfd.readouterr().err
         folder.unlink()
         folder.with_name("aside").rename(folder)
     comm.barrier()

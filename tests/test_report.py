@@ -105,7 +105,7 @@ def test_a_page_shows_what_was_recorded(page):
     assert "1,022" in page  # images a second, the median
     assert "optimizer.name" in page and "lars</td><td>sgd" in page
     assert "rank 1 · n2" in page and "30.0" in page  # waits for data
-    assert "recorded rates are not as planned" in page
+    assert "recorded rates differ from the plan" in page
     assert "features.0.weight" in page
     assert page.count("<svg") == 2 + 1 + 4 + 3 + 2
 
@@ -118,7 +118,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
     write_report([folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     Page(page)
-    assert "goes on, or was killed" in page
+    assert "running, or killed" in page
     assert "no norms of layers were recorded" in page
 
 
@@ -138,8 +138,8 @@ def test_the_plan_is_the_schedule_of_the_config(tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "config.yaml").unlink(), "not a run folder: no config.yaml in it"),
-        (lambda f: (f / "metrics.jsonl").write_text(""), "no step is recorded there yet"),
-        (lambda f: (f / "metrics.jsonl").write_text("x\n{}\n"), "line 1 is no record: b'x'"),
+        (lambda f: (f / "metrics.jsonl").write_text(""), "no step has been recorded yet"),
+        (lambda f: (f / "metrics.jsonl").write_text("x\n{}\n"), "line 1 is not a record: b'x'"),
         (lambda f: (f / "environment.json").write_text("{"), "environment.json: cannot be read"),
     ],
 )

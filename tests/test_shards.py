@@ -175,7 +175,7 @@ def test_a_changed_source_is_not_passed_off_as_what_it_was(folder, packed, tmp_p
     for path in packed.glob("train-*.tar"):
         path.unlink()
     for _ in range(2):  # the second time as the first
-        with pytest.raises(UserError, match="not what it was: files of .*copy have changed"):
+        with pytest.raises(UserError, match="files of .*copy changed since it was packed"):
             pack(str(copy), packed, 1, 10, QUIET)
 
 
@@ -192,7 +192,7 @@ def test_a_source_that_got_other_bytes_is_named(own):
     victim = folder / "train/bee/2.JPEG"
     before, times = victim.read_bytes(), (victim.stat().st_atime_ns, victim.stat().st_mtime_ns)
     same_size(victim)
-    message = f"{packed}: {victim}: not what was packed: it has other bytes now"
+    message = f"{packed}: {victim}: changed since it was packed"
     with pytest.raises(UserError, match=re.escape(message)):
         pack(str(folder), packed, 1, 10, QUIET)
     assert contents(packed) == wanted
@@ -212,7 +212,7 @@ def test_a_source_that_got_other_bytes_is_named(own):
         assert pack(str(folder), packed, 1, 10, QUIET).written == 0
     code, output = hvd_lars("pack", folder, packed, "--shard-samples=10", "--verify")
     assert code == 0, output
-    assert f"they hold what the files of {folder} hold" in output
+    assert f"the shards match the files of {folder}" in output
 
 
 def test_a_source_that_changes_before_a_pack_is_whole_is_packed_as_it_is(own, tmp_path):
@@ -240,7 +240,7 @@ def test_pack_takes_what_training_takes(own, tmp_path):
     (folder / "train/bee/notes.txt").touch()
     code, output = hvd_lars("pack", folder, tmp_path / "shards", "--shard-samples=10")
     assert code == 0, output
-    assert "left out, as they are no images of a class: 1 .txt, 1 hidden" in output
+    assert "skipped, not images of a class: 1 .txt, 1 hidden" in output
     shards = load(tmp_path / "shards")
     assert (shards.classes, len(shards.train.labels)) == (("ant", "bee", "cat"), 28)
     images, _ = images_of(shards, tmp_path / "shards").train_batch(0, np.arange(28))
@@ -350,13 +350,13 @@ def tar_of(path, files):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.jpg": b"x"}, "sample a has not a .cls label"),
-        ({"a.cls": b"1"}, "sample a has not an image"),
-        ({"a.jpg": b"x", "a.cls": b"one"}, "a.cls: found b'one'; a label is a number"),
+        ({"a.jpg": b"x"}, "sample a has no .cls label"),
+        ({"a.cls": b"1"}, "sample a has no readable image"),
+        ({"a.jpg": b"x", "a.cls": b"one"}, "a.cls: found b'one'; a label must be a number"),
         ({"a.jpg": b"x", "a.cls": b"9" * 30}, "a.cls: found b'999"),
         (
             {"a.heic": b"x", "a.cls": b"1"},
-            r"sample a has not an image that is read \(beside a.heic",
+            r"sample a has no readable image \(found a.heic",
         ),
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "a has two images, a.jpg and a.png; it"),
         ({"a.jpg": b"x", "./a.cls": b"1", "./a.jpg": b"y"}, "a has two images, a.jpg and ./a.jpg"),
@@ -400,7 +400,7 @@ def test_what_is_no_sample_in_a_foreign_shard_is_passed_over_and_counted(foreign
             first, second = (getattr(getattr(set_, split), array) for set_ in (wanted, found))
             assert first.tolist() == second.tolist()
     shards = len(list(foreign.glob("*.tar")))
-    counts = f"{4 * shards} hidden, {shards} .md, {shards} without an ending, "
+    counts = f"{4 * shards} hidden, {shards} .md, {shards} without an extension, "
     assert found.left_out == counts + f"{len(found.train.names)} .txt"
 
 
@@ -426,7 +426,7 @@ def test_second_names_in_a_foreign_shard_are_samples(tmp_path):
         member = tarfile.TarInfo("b.jpg")
         member.type, member.linkname = tarfile.LNKTYPE, "elsewhere.jpg"
         tar.addfile(member)
-    with pytest.raises(UserError, match="t.tar: b.jpg is a link to elsewhere.jpg, which is not"):
+    with pytest.raises(UserError, match="t.tar: b.jpg is a link to elsewhere.jpg, which does not"):
         scan_tar(tmp_path / "t.tar")
 
 

@@ -97,7 +97,7 @@ FORMS = {
     ),
     "whole module": (lambda m, s, p: torch.save({"model": m}, p), "its key model"),
     "half": (lambda m, s, p: torch.save({n: halved(t) for n, t in s.items()}, p), ""),
-    "run": (lambda m, s, p: run_of(m, p), "a checkpoint of ours"),
+    "run": (lambda m, s, p: run_of(m, p), "an hvd-lars checkpoint"),
     "hub": (lambda m, s, p: hub_folder(s, p), ""),
     "ours.safetensors": (lambda m, s, p: save_file(s, p), ""),
     "safetensors by another name.bin": (lambda m, s, p: save_file(s, p), ""),
@@ -121,7 +121,7 @@ def test_weights_are_taken_from_what_people_have(resnet, form, tmp_path):
     other = build_model("resnet18", 5)
     taken = load_weights(other, str(tmp_path / form), 5)
     assert (taken.count, taken.left) == (122, {})
-    assert taken.lines()[0].startswith("122 of the network's 122 tensors taken")
+    assert taken.lines()[0].startswith("122 of the network's 122 tensors loaded")
     assert said in taken.lines()[0]
     for found, wanted in zip(
         other.state_dict().values(), resnet.state_dict().values(), strict=True
@@ -133,8 +133,8 @@ def test_weights_are_taken_from_what_people_have(resnet, form, tmp_path):
 def test_what_stands_beside_the_network_is_named(resnet, tmp_path):
     FORMS["self-supervised"][0](resnet, resnet.state_dict(), tmp_path / "x")
     taken = load_weights(build_model("resnet18", 5), str(tmp_path / "x"), 5)
-    assert len(taken.unused["beside the network"]) == 123
-    assert "beside the network): module.encoder_k.conv1.weight, " in taken.lines()[1]
+    assert len(taken.unused["outside the network"]) == 123
+    assert "outside the network): module.encoder_k.conv1.weight, " in taken.lines()[1]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_head_of_another_width_stays_as_it_starts(name, head, tmp_path):
     taken = load_weights(other, str(tmp_path / "w.pth"), 9)
     why = "the file has a head of another width"
     assert taken.left == {why: (f"{head}.weight", f"{head}.bias")}
-    assert f"left as they start ({why}): {head}.weight, {head}.bias" in taken.lines()
+    assert f"left as initialised ({why}): {head}.weight, {head}.bias" in taken.lines()
     assert torch.equal(other.get_submodule(head).weight, fresh)
     assert torch.equal(next(other.parameters()), next(model.parameters()))
 
@@ -210,7 +210,7 @@ def test_old_names_of_densenet_and_of_vit(tmp_path):
         assert old.keys() != model.state_dict().keys()
         torch.save({k: t for k, t in old.items() if "num_batches" not in k}, tmp_path / "w.pth")
         taken = load_weights(other, str(tmp_path / "w.pth"), 4)
-        assert "names of before renamed" in taken.lines()[0]
+        assert "old names updated" in taken.lines()[0]
         for found, wanted in zip(other.parameters(), model.parameters(), strict=True):
             assert torch.equal(found, wanted)
 

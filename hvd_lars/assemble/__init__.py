@@ -1,4 +1,4 @@
-"""From a Config and a Communicator to a run: the one place that knows both."""
+"""Build a run from a Config and a Communicator; the only package that knows both."""
 
 from hvd_lars.assemble.evaluation import evaluate_run
 from hvd_lars.assemble.plan import Plan, make_plan, plan_facts

@@ -1,4 +1,4 @@
-"""How fast a config trains on made-up images."""
+"""Measure how fast a config trains on made-up images."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from hvd_lars.settings.durations import Duration
 from hvd_lars.state.replicas import broadcast_and_verify
 from hvd_lars.train.trainer import Trainer
 
-# A step reads weights and gradients for the norms, then reads them and momentum and writes both.
+# A step reads weights and gradients for the norms, then reads them again with the momentum, and
+# writes weights and momentum: 7 float32 values.
 BYTES_A_PARAMETER = 28
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured; times are means over steps and ranks, memory is the largest rank's."""
+    """A measurement; times are means over steps and ranks, memory is the largest rank's."""
 
     ranks: int
     global_batch: int
@@ -35,17 +36,17 @@ class Bench:
     parameters: int
     kernel: str
     placement: str
-    images_per_second: float  # of all ranks together
-    half_interval: float  # 95 % interval of that mean over the windows, on either side
-    windows: tuple[float, ...]  # images a second of each
+    images_per_second: float  # over all ranks
+    half_interval: float  # half of that mean's 95 % interval over the windows
+    windows: tuple[float, ...]  # images/s of each window
     step_seconds: float
-    part_seconds: dict[str, float]  # by stopwatch.PARTS, a step
-    floor_seconds: float  # 28 bytes for each parameter that a rank updates, at measured bandwidth
+    part_seconds: dict[str, float]  # per step, by stopwatch.PARTS
+    floor_seconds: float  # 28 bytes per parameter that a rank updates, at measured bandwidth
     peak_bytes: int
 
     @property
     def floor_ratio(self) -> float:
-        """Optimizer time over its floor."""
+        """Optimizer time divided by its floor."""
         return self.part_seconds["optimizer"] / self.floor_seconds
 
 
@@ -54,11 +55,12 @@ def bench(
 ) -> Bench:
     """Train on random images for ``windows`` windows of ``steps`` steps; collective.
 
-    Every rank takes ``accumulate`` full micro-batches a step.  A window of warm-up comes first.
-    Digits and glyphs are in memory and stay as they are; other data becomes images of its shape.
+    Every rank processes ``accumulate`` full micro-batches per step.  A warm-up window comes first.
+    Digits and glyphs are in memory and used as they are; other data is replaced by random images
+    of its shape.
 
     Raises:
-        UserError: on every rank alike, for anything in the config that cannot be done.
+        UserError: on every rank alike: the config cannot be run.
     """
     total = (windows + 1) * steps
     watch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -110,7 +112,7 @@ def bench(
 
 
 def _bench_config(config: Config, ranks: int, total: int, accumulate: int) -> Config:
-    """The config with full micro-batches of made-up images and a rate that moves nothing far."""
+    """Return the config with full micro-batches of made-up images and a tiny learning rate."""
     all_steps = Duration(total, "steps")
     batch = config.train.micro_batch * ranks * accumulate
     train = config.train.model_copy(
@@ -145,7 +147,7 @@ def _largest_over_ranks(value: float, comm: Communicator) -> float:
 
 
 def _floor_seconds(parameters: int, trainer: Trainer, comm: Communicator) -> float:
-    """Seconds to move the bytes of a step, by ``a += b`` on all ranks at once: 12 bytes each."""
+    """Time the memory traffic of a step, as ``a += b`` on all ranks at once: 12 bytes each."""
     a = torch.zeros(max(1, parameters * BYTES_A_PARAMETER // 12), device=trainer.feed.device)
     b = torch.ones_like(a)
     taken = []
@@ -160,5 +162,5 @@ def _floor_seconds(parameters: int, trainer: Trainer, comm: Communicator) -> flo
 
 
 def _resident_peak() -> int:
-    """Most bytes of memory that this process has had."""
+    """Return the peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""A run examined without running it: plan, optimizer groups, memory, warnings."""
+"""Examine a run without starting it: plan, optimizer groups, memory, warnings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hvd_lars.sources import BuildContext, SourceSettings
 
 @dataclass(frozen=True)
 class Group:
-    """One optimizer group: what it holds and how it moves."""
+    """One optimizer group: its size, trust ratio and weight decay."""
 
     tensors: int
     parameters: int
@@ -31,7 +31,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Report:
-    """A plan with what surrounds it; memory in bytes a rank, by what takes it."""
+    """A plan with optimizer groups, memory (bytes per rank, by use), warnings and notes."""
 
     plan: Plan
     num_classes: int
@@ -42,7 +42,7 @@ class Report:
 
     @property
     def memory_total(self) -> float:
-        """Bytes a rank."""
+        """Estimated bytes per rank."""
         return sum(self.memory.values())
 
 
@@ -51,16 +51,16 @@ def examine(
 ) -> Report:
     """Plan a run over ``ranks`` ranks.
 
-    A data set that is not on this machine is taken to be what ``data.expect`` says.
+    If the data set is not on this machine, its size is taken from ``data.expect``.
 
     Args:
-        config: what would run.
-        ranks: over how many ranks.
-        device_memory: bytes of a rank's device, to warn against.
-        recipe: the bundled config without overrides, to tell where ``config`` leaves it.
+        config: config of the run.
+        ranks: world size.
+        device_memory: bytes of a rank's device; a larger estimate is a warning.
+        recipe: the bundled config without overrides, to report departures from it.
 
     Raises:
-        UserError: it could not run.
+        UserError: the config cannot be run.
     """
     num_train, num_classes, notes = _size(config)
     plan = make_plan(config, num_train, ranks)
@@ -85,7 +85,7 @@ def examine(
 
 
 def _size(config: Config) -> tuple[int, int, list[str]]:
-    """Training images, classes and a note about them; nothing is copied or downloaded."""
+    """Return training images, classes and notes about them; copy and download nothing."""
     expect, location = config.data.expected, config.data.location
     if expect is not None and location is not None and not location.exists():
         note = f"{location} is not here: planned for the {expect.train:,} images expected"
@@ -96,7 +96,7 @@ def _size(config: Config) -> tuple[int, int, list[str]]:
 
 
 def _memory(config: Config, size: Footprint, plan: Plan) -> dict[str, float]:
-    """Bytes a rank, by what takes them."""
+    """Return bytes per rank, by use."""
     slots = size.parameters * config.optimizer.num_slots
     if config.optimizer.placement == "sharded":
         slots = -(-slots // plan.ranks)
@@ -110,7 +110,7 @@ def _memory(config: Config, size: Footprint, plan: Plan) -> dict[str, float]:
 
 
 def _departures(config: Config, recipe: Config | None, plan: Plan, normalised: bool) -> list[str]:
-    """How a config differs from its recipe, and that from the published setting."""
+    """Describe where a config departs from its recipe, and the recipe from the publication."""
     if config.recipe is None:
         return []
     lines = [f"not as published: {departure}" for departure in config.recipe.departures]
@@ -133,7 +133,7 @@ def _departures(config: Config, recipe: Config | None, plan: Plan, normalised: b
 def _measure(
     settings: Model, optimizer: OptimizerSettings, data: SourceSettings, num_classes: int
 ) -> tuple[tuple[Group, ...], Footprint, bool]:
-    """Optimizer groups and memory of a network, and whether it has BatchNorm."""
+    """Return optimizer groups and memory of a network, and whether it has BatchNorm."""
     model = build_network(settings, data, num_classes, torch.device("cpu"))
     groups = tuple(
         Group(

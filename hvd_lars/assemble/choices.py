@@ -1,6 +1,6 @@
-"""Choices that a config leaves to measurement, made before training.
+"""Resolve the ``auto`` settings of a config by measurements before training.
 
-A run keeps what was chosen in its ``config.yaml``: another choice has other bits.
+A run keeps the choices in its ``config.yaml``, as others would change its bits.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def settle(
     comm: Communicator,
     device: torch.device,
 ) -> Config:
-    """The config with every ``auto`` of kernel, bucket and placement decided; collective.
+    """Return the config with kernel, bucket size and placement chosen; collective.
 
-    Rank 0 prints what was measured.
+    Rank 0 prints the measurements.
 
     Raises:
-        UserError: on every rank alike, some of them do not have the kernel that is wanted.
+        UserError: on every rank alike: some rank does not have the requested kernel.
     """
     config = config.with_section("optimizer", config.optimizer.resolved(device, comm))
     if config.comm.bucket_mb == "auto":
@@ -75,7 +75,7 @@ class _Trial:
         self._labels = torch.arange(batch, device=device) % num_classes
 
     def milliseconds(self, kind: str = "replicated", bucket_mb: float | None = None) -> float:
-        """Median of a step over the ranks; the same number on all of them."""
+        """Return the median step time, averaged over the ranks and equal on all of them."""
         config = self._config.with_values("optimizer", placement=kind)
         if bucket_mb is not None:
             config = config.with_values("comm", bucket_mb=bucket_mb)

@@ -27,11 +27,11 @@ def evaluate_run(
 ) -> tuple[Evaluation, Evaluation | None]:
     """Evaluate a checkpoint of a run folder, and its averaged weights; collective.
 
-    ``which``: as of :func:`checkpoint_files.choose`.
+    ``which`` selects the checkpoint, as in :func:`checkpoint_files.choose`.
 
     Raises:
-        UserError: on every rank alike: there is no sound checkpoint, the data is not what the run
-            has seen, or more of it cannot be read than ``data.max_bad_fraction``.
+        UserError: on every rank alike: there is no sound checkpoint, the data differs from the
+            run's, or more than ``data.max_bad_fraction`` of it is unreadable.
     """
     set_threads(config.train.threads, launch)
     device = choose_device(comm.local_rank)
@@ -56,7 +56,7 @@ def evaluate_run(
     def note_unreadable() -> bool:
         try:
             agreement.decide()
-        except UserError as error:  # all that cannot be read is to be named first
+        except UserError as error:  # raised after all unreadable images are named
             too_many.append(error)
         return False
 
@@ -68,5 +68,5 @@ def evaluate_run(
         too_many.insert(0, error)
     if too_many:
         raise too_many[-1]
-    assert result is not None  # nothing stops it
+    assert result is not None  # note_unreadable never asks to stop
     return result, None if average is None else evaluator.evaluate(average.module)

@@ -1,4 +1,4 @@
-"""Weights of a run for other programs."""
+"""Export the weights of a run for other programs."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ ENDINGS = (".safetensors", ".pth", ".pt", ".onnx")
 
 
 def export(folder: Path, config: Config, output: Path, which: str, average: bool) -> str:
-    """Write the network's tensors under their plain names; returns a line about what was written.
+    """Write the network's tensors under their plain names; return a one-line summary.
 
-    ``torch.load`` of a ``.pth`` gives a state dict, whose attribute ``hvd_lars`` is the metadata;
-    a ``.safetensors`` file has it as text, an ``.onnx`` file as properties: ``model``, ``classes``
-    by label, ``mean`` and ``std`` of the channels in [0, 1], ``image_size``, ``eval_resize``,
-    ``step`` and, of the plain weights, ``top1``, each as JSON.
+    The metadata is ``model``, ``classes`` by label, ``mean`` and ``std`` of the channels in
+    [0, 1], ``image_size``, ``eval_resize``, ``step`` and, for the plain weights, ``top1``.  It is
+    the attribute ``hvd_lars`` of the state dict in a ``.pth`` file; a ``.safetensors`` file has
+    each value as JSON in its metadata, an ``.onnx`` file in its properties.
 
     Args:
         folder: a run folder.
         config: its resolved config.
-        output: file to write, whose ending says what kind.
-        which: checkpoint, as of :func:`checkpoint_files.choose`.
+        output: file to write; its ending selects the format.
+        which: checkpoint, as in :func:`checkpoint_files.choose`.
         average: write the moving average of the weights.
 
     Raises:
-        UserError: there is no such checkpoint or average, or the file cannot be written.
+        UserError: no such checkpoint or average, or the file cannot be written.
     """
     if output.suffix not in ENDINGS:
         raise UserError(f"-o: {output}: found {output.suffix!r}; allowed: {', '.join(ENDINGS)}")
@@ -52,10 +52,10 @@ def export(folder: Path, config: Config, output: Path, which: str, average: bool
     prefix = "average/module." if average else "model/"
     tensors = checkpoint_files.tensors_of(found, prefix)
     if average and not tensors:
-        raise UserError(f"--average: {found.folder} has none; model.ema_decay keeps one")
+        raise UserError(f"--average: {found.folder} has no average; model.ema_decay keeps one")
     facts = _metadata(config, found)
     if average:
-        facts.pop("top1")  # it is of the plain weights
+        facts.pop("top1")  # measured with the plain weights
     classes = len(facts["classes"]) if "classes" in facts else _width(tensors)
     model = build_network(config.model, config.data, classes, torch.device("cpu")).eval()
     _check_of(model, tensors, found.folder)
@@ -66,7 +66,7 @@ def export(folder: Path, config: Config, output: Path, which: str, average: bool
         ".onnx": lambda path: _write_onnx(model, tensors, facts, path),
     }
     _write(output, writers.get(output.suffix, lambda path: _write_state_dict(tensors, facts, path)))
-    passed = f" ({'; '.join(found.passed_over)}: passed over)" if found.passed_over else ""
+    passed = f" (skipped: {'; '.join(found.passed_over)})" if found.passed_over else ""
     return (
         f"{output}: {len(tensors)} tensors of {config.model.name} after step {found.progress.step}"
         f"{', averaged' if average else ''}{passed}"
@@ -74,7 +74,7 @@ def export(folder: Path, config: Config, output: Path, which: str, average: bool
 
 
 def _metadata(config: Config, found: checkpoint_files.Found) -> dict[str, Any]:
-    """What a user of the weights needs to know, as plain values."""
+    """Return the metadata that a user of the weights needs, as plain values."""
     facts: dict[str, Any] = {
         "hvd_lars": hvd_lars.__version__,
         "model": config.model.name,
@@ -91,11 +91,11 @@ def _metadata(config: Config, found: checkpoint_files.Found) -> dict[str, Any]:
 
 
 def _write(output: Path, write: Callable[[Path], None]) -> None:
-    """The whole file under its name, or nothing."""
+    """Write the whole file under its name, or nothing."""
     draft = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
         with draft.open("wb"):
-            pass  # an error that names the file
+            pass  # so that an error names the file
         write(draft)
         let_umask_decide(draft)
         sync(draft)
@@ -114,7 +114,7 @@ def _write_state_dict(tensors: dict[str, Tensor], facts: dict[str, Any], path: P
 
 
 class _Named(nn.Module):
-    """The network with a name for what it takes and what it gives."""
+    """The network with a named input, for the exported graph."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -126,20 +126,22 @@ class _Named(nn.Module):
 
 
 def _check_of(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Raise UserError where a checkpoint is not of the run's network."""
+    """Raise UserError if a checkpoint does not match the run's network."""
     wanted = model.state_dict()
     odd = sorted(wanted.keys() ^ tensors.keys())
     odd += [
         name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape
     ]
     if odd:
-        raise UserError(f"{where}: {odd[0]} does not fit: it is of another model than the run's")
+        raise UserError(
+            f"{where}: {odd[0]} does not fit the run's model; the checkpoint is of another"
+        )
 
 
 def _write_onnx(
     model: nn.Module, tensors: dict[str, Tensor], facts: dict[str, Any], path: Path
 ) -> None:
-    """Normalised images (n, channels, height, width) → logits (n, classes), n of any size."""
+    """Write a graph from normalised images (n, channels, height, width) to logits (n, classes)."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -148,7 +150,7 @@ def _write_onnx(
     model.load_state_dict(tensors)
     images = torch.zeros(2, *facts["image_shape"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what torch's exporter itself calls
+        warnings.simplefilter("ignore")  # from calls inside torch's exporter
         program = torch.onnx.export(
             _Named(model).eval(),
             (images,),
@@ -164,5 +166,5 @@ def _write_onnx(
 
 
 def _width(tensors: dict[str, Tensor]) -> int:
-    """Classes of a checkpoint that does not name them: outputs of the last layer."""
+    """Count the classes of a checkpoint without names: outputs of the last layer."""
     return list(tensors.values())[-1].shape[0] if tensors else 1

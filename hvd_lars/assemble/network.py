@@ -1,4 +1,4 @@
-"""From the config's model section to a network that takes the images."""
+"""Build the network of the config's model section."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from hvd_lars.sources import SourceSettings
 def build_network(
     settings: Model, data: SourceSettings, num_classes: int, device: torch.device
 ) -> nn.Module:
-    """The named network with what the recipe changes in it, seen to take images of every size.
+    """Build the named network with the recipe's changes, and test it on every image shape.
 
-    Weights to start from are not loaded here.
+    ``init_from`` is not loaded here.
 
     Raises:
         UserError: the name is unknown, an option does not fit the network, or the network does
@@ -42,8 +42,8 @@ def build_network(
     if settings.checkpoint_blocks:
         if settings.bn_sync_ranks > 1:
             raise UserError(
-                "model.checkpoint_blocks: not together with model.bn_sync_ranks above 1, whose "
-                "sums over ranks would be taken again in backward"
+                "model.checkpoint_blocks: cannot be used with model.bn_sync_ranks above 1, as "
+                "backward would repeat BatchNorm's sums over ranks"
             )
         recompute_blocks(model)
     model = model.to(device).eval()
@@ -65,9 +65,9 @@ def build_network(
 
 
 def check_batch_norm(model: nn.Module, config: Config, plan: Plan) -> None:
-    """Refuse a plan that gives a BatchNorm one value a channel: it fails in the first step.
+    """Refuse a plan whose first step would fail, as a BatchNorm gets one value per channel.
 
-    The network runs on the ``meta`` device, without memory or time.
+    The network runs on the ``meta`` device, which costs no memory or time.
 
     Raises:
         UserError: some micro-batches have one sample, and a BatchNorm sees one pixel of it.

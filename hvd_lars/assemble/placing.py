@@ -1,4 +1,4 @@
-"""The placement that a config names."""
+"""Build the placement that a config names."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def place(
     how: Comm,
     watch: Stopwatch | None = None,
 ) -> Placement:
-    """A placement of the model's parameters, which keep each rank's own values.
+    """Place the model's parameters, which keep each rank's own values.
 
     Args:
-        model: on its device.
+        model: the model, on its device.
         comm: the ranks.
-        settings: placement is no longer ``auto``.
-        how: nor is the bucket size.
+        settings: of the optimizer; ``placement`` is not ``auto``.
+        how: of the communication; ``bucket_mb`` is not ``auto``.
         watch: times the waiting for other ranks.
 
     Raises:
-        UserError: on every rank alike, compression is asked for where it cannot be had.
+        UserError: on every rank alike: the placement or backend does not support compression.
     """
     assert how.bucket_mb != "auto"
     bucket_bytes = int(how.bucket_mb * 2**20)
     if settings.placement == "sharded":
         if how.compression != "none":
             raise UserError(
-                f"comm.compression: found {how.compression}; with optimizer.placement sharded "
-                f"allowed: none"
+                f"comm.compression: found {how.compression}; must be none with "
+                f"optimizer.placement sharded"
             )
         return Sharded(
             model.parameters(), comm, bucket_bytes, early_norms=True, root=None, watch=watch

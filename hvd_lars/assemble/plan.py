@@ -1,4 +1,4 @@
-"""The plan of a run: a config in steps, for a data set's size and a number of ranks."""
+"""The plan of a run: a config in steps, for a data set's size and a world size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvd_lars.train.schedules import Schedule
 
 @dataclass(frozen=True)
 class Plan:
-    """A run over a data set and a number of ranks; lengths in steps."""
+    """A run for a data set and a world size; lengths in steps."""
 
     ranks: int
     num_train: int
@@ -34,7 +34,7 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
     """Turn durations into steps and the schedule section into a function of the step.
 
     Raises:
-        UserError: the batch does not fit into the data set, or the warmup into the run.
+        UserError: the global batch exceeds the data set, or the warmup does not fit into the run.
     """
     train = config.train
     if train.global_batch > num_train:
@@ -77,7 +77,7 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
 
 
 def _intervals(config: Config, total: int, steps: Callable[[Duration, str], int]) -> Intervals:
-    """The config's intervals in steps."""
+    """Return the config's intervals in steps."""
     train, every = config.train, config.checkpoint.every
     by_clock = every.unit == "minutes"
     if by_clock and every.value == 0:
@@ -95,7 +95,7 @@ def _intervals(config: Config, total: int, steps: Callable[[Duration, str], int]
 
 
 def _check_batch_norm_groups(config: Config, ranks: int, accumulated: int, block: int) -> None:
-    """Statistics over several ranks need whole groups, and samples on every rank every time."""
+    """Refuse incomplete groups of ranks, and ranks without samples in a micro-batch."""
     span = config.model.bn_sync_ranks
     if ranks % span:
         raise UserError(f"model.bn_sync_ranks: found {span}; it must divide the {ranks} ranks")
@@ -108,7 +108,7 @@ def _check_batch_norm_groups(config: Config, ranks: int, accumulated: int, block
 
 
 def plan_facts(plan: Plan) -> dict[str, object]:
-    """The plan as plain values, as ``check`` prints them."""
+    """Return the plan as plain values, as ``check`` prints them."""
     total, warmup = plan.intervals.total, plan.warmup_steps
     rates = {"start": 0, "after warmup": warmup, "middle": total // 2, "last step": total - 1}
     facts = {key: value for key, value in asdict(plan).items() if key != "schedule"}

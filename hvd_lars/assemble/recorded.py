@@ -1,4 +1,4 @@
-"""What a run recorded, read back for a report."""
+"""Read the records of a run back, for a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What one run folder holds."""
+    """The contents of a run folder."""
 
     name: str
     folder: Path
@@ -33,10 +33,10 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; of a run that goes on, what it has recorded so far.
+    """Read a run folder; for an unfinished run, the records so far.
 
     Raises:
-        UserError: it is no run folder, or its files cannot be read.
+        UserError: it is not a run folder, or its files cannot be read.
     """
     run_folder.require_run(folder)
     config = load_config(str(folder / run_folder.CONFIG))
@@ -45,7 +45,7 @@ def read_run(folder: Path) -> Run:
         kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "eval", "event")
     }
     if not by_kind["train"]:
-        raise UserError(f"{folder / run_folder.METRICS}: no step is recorded there yet")
+        raise UserError(f"{folder / run_folder.METRICS}: no step has been recorded yet")
     return Run(
         name=folder.absolute().name,
         folder=folder,
@@ -61,7 +61,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _lines(path: Path) -> list[Record]:
-    """The records of a file of JSON lines; a torn last line is one that is being written."""
+    """Return the records of a JSON-lines file, without a last line that is still being written."""
     if not path.exists():
         return []
     try:
@@ -77,7 +77,7 @@ def _lines(path: Path) -> list[Record]:
         except ValueError:
             if number == len(lines):
                 break
-            raise UserError(f"{path}: line {number} is no record: {line[:40]!r}") from None
+            raise UserError(f"{path}: line {number} is not a record: {line[:40]!r}") from None
         records.append(record)
     return records
 
@@ -91,7 +91,7 @@ def _environment(path: Path) -> Record:
 
 
 def _planned(config: Config, last: Record, events: list[Record]) -> list[tuple[float, float]]:
-    """The schedule that the config says, from the length of an epoch as the run had it."""
+    """Return the config's schedule, with the epoch length of the run's records."""
     if not last.get("epoch"):
         return []
     steps_per_epoch = round(last["step"] / last["epoch"])

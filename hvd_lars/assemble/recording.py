@@ -1,4 +1,4 @@
-"""Where a run's records go."""
+"""Create the sinks of a run's records."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hvd_lars.state import run_folder
 
 
 def make_sinks(config: Config, folder: Path, total_steps: int, alone: bool) -> list[Sink]:
-    """Rank 0's sinks: files in the run folder, what one sees of the run, and other loggers.
+    """Return rank 0's sinks: files in the run folder, the console, and other loggers.
 
-    ``alone``: no launcher is between this process and the terminal.  mpirun gives its ranks a
-    terminal of their own, wherever their output goes.
+    ``alone``: no launcher is between this process and the terminal.  (mpirun gives its ranks a
+    terminal of their own, wherever their output goes.)
     """
     sinks: list[Sink] = [
         JsonLines(folder / run_folder.METRICS, ("train", "eval", "event")),

@@ -1,4 +1,4 @@
-"""Resuming: whether a run may continue under a config and with its data, and from where."""
+"""Resume a run: check that its config and data permit it, and find where to start."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from hvd_lars.state import run_folder
 
 
 def as_before(config: Config, stored: Config, given: Collection[str], where: Path) -> Config:
-    """The config for the rest of a run that began under ``stored``.
+    """Return the config for the rest of a run that began under ``stored``.
 
-    Choices that were left to measurement stay as they were made then.
+    ``auto`` keeps the choices that were made then.
 
     Args:
-        config: the user's config now.
+        config: the user's config.
         stored: the run's config.
-        given: keys on the command line, which may differ.
-        where: the file of ``stored``, for the error.
+        given: keys set on the command line, which may differ.
+        where: the file of ``stored``, for errors.
 
     Raises:
-        UserError: another key that changes the mathematics differs; a line for each.
+        UserError: another key that changes the mathematics differs; one line per key.
     """
 
     def describe(key: str, before: object, now: object) -> str:
         return (
-            f"{key}: found {now!r}, the run has {before!r} ({where}); to change it, say {key}=… on "
+            f"{key}: found {now!r}, the run has {before!r} ({where}); to change it, set {key}=… on "
             f"the command line"
         )
 
@@ -52,12 +52,12 @@ def as_before(config: Config, stored: Config, given: Collection[str], where: Pat
 
 @dataclass(frozen=True)
 class Resume:
-    """How to go on.
+    """How to resume a run.
 
     Attributes:
-        source: a run folder or checkpoint to start from, in a run folder of its own; None: in the
-            run's own folder, from its newest checkpoint, or from the start if it has none yet.
-        given: keys that the command line sets.
+        source: run folder or checkpoint to start a new run folder from; None: resume in the run's
+            own folder from its newest checkpoint, or start there if it has none yet.
+        given: keys set on the command line.
     """
 
     source: Path | None
@@ -65,10 +65,10 @@ class Resume:
 
 
 def config_to_resume(config: Config, resume: Resume) -> Config:
-    """The config for the rest of the run.
+    """Return the config for the rest of the run.
 
     Raises:
-        UserError: there is no such run, or it had another config.
+        UserError: there is no such run, or its config differs.
     """
     if resume.source is None and config.run.dir is None:
         raise UserError("--resume: which run? name its folder with run.dir=…")
@@ -80,25 +80,25 @@ def config_to_resume(config: Config, resume: Resume) -> Config:
 
 
 def stored_config(path: Path) -> tuple[Config, Path] | None:
-    """The config.yaml of the run that a run folder, or a checkpoint in one, is of."""
+    """Return the config and config.yaml of a run folder, or of the one around a checkpoint."""
     for folder in (path, *path.absolute().parents[:2]):
         file = folder / run_folder.CONFIG
-        if file.is_file() and file.stat().st_size:  # or its run ended as it began
+        if file.is_file() and file.stat().st_size:  # empty if the run died at its start
             return load_config(str(file), run_folder.ANYWHERE), file
     return None
 
 
 def checkpoints_in(path: Path) -> Path:
-    """Where to look for checkpoints: a run folder's own, else the path itself."""
+    """Return the folder to search for checkpoints: a run folder's own, else the path itself."""
     inside = path / run_folder.CHECKPOINTS
     return inside if inside.is_dir() else path
 
 
 def stored_data(folder: Path) -> DataIdentity | None:
-    """Which data the run in a folder is of; None where it does not say.
+    """Return the identity of a run's data from its folder, or None if not recorded.
 
     Raises:
-        UserError: its file is damaged.
+        UserError: the file is unreadable or damaged.
     """
     path = folder / run_folder.DATA
     try:
@@ -116,18 +116,18 @@ def check_same_data(
     rank: int,
     only_eval: bool = False,
 ) -> None:
-    """Compare the data with that of the run or checkpoint ``where``; rank 0 says what is new.
+    """Compare the data with that of the run or checkpoint ``where``; rank 0 warns of changes.
 
-    Classes and evaluation images alone where ``only_eval``.
+    With ``only_eval``, compare only classes and evaluation images.
 
     Raises:
-        UserError: it is other data, and that is not ``allowed``.
+        UserError: the data differs, and that is not ``allowed``.
     """
     found = [] if then is None else differences(then, now, only_eval)
     if found and not allowed:
         raise UserError(
-            f"data: not what {where} has seen: {'; '.join(found)}; "
-            f"run.allow_other_data=true on the command line takes it all the same"
+            f"data: differs from that of {where}: {'; '.join(found)}; "
+            f"run.allow_other_data=true on the command line accepts it"
         )
     if found and rank == 0:
-        warn(f"data: not what {where} has seen, and taken: {'; '.join(found)}")
+        warn(f"data: differs from that of {where}, and is accepted: {'; '.join(found)}")

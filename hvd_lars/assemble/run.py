@@ -1,4 +1,4 @@
-"""From a config and a communicator to a run."""
+"""Build a run from a config and a communicator."""
 
 from __future__ import annotations
 
@@ -36,22 +36,21 @@ def build_run(
     snapshots: Snapshots | None = None,
     after_snapshot: Callable[[], None] = lambda: None,
 ) -> tuple[Loop, Path]:
-    """One rank's part of a run, and the run folder; collective.
+    """Return this rank's training loop and the run folder; collective.
 
     The config is resolved, the checkpoint found and verified, and everything built before the run
-    folder is made or changed.
+    folder is created or changed.
 
     Args:
-        config: the user's.
+        config: the user's config.
         comm: the ranks.
         launch: how they were started.
         resume: what to continue; None for a new run.
-        snapshots: of an elastic job; the run starts from the newest and takes more.
-        after_snapshot: called after each.
+        snapshots: those of an elastic job; the run starts from the newest and takes more.
+        after_snapshot: called after each snapshot.
 
     Raises:
-        UserError: on every rank alike, for anything in the config that cannot be done, or a run
-            that cannot be resumed.
+        UserError: on every rank alike: the config cannot be run, or the run cannot be resumed.
         ReplicasDifferError: ranks do not hold the same bits.
     """
     check_loggers(config.run.loggers)
@@ -76,7 +75,7 @@ def build_run(
 
 
 def _prepare_folder(start: Start, built: Built, comm: Communicator, launch: Launch) -> Path:
-    """Make the run folder, or prepare the run's own for its next part; collective."""
+    """Create the run folder, or prepare a resumed run's own; collective."""
     config, trainer = built.config, built.trainer
 
     def prepare() -> str:
@@ -103,7 +102,7 @@ def _make_loop(
     take_snapshot: Callable[[], None] | None,
     alone: bool,
 ) -> Loop:
-    """The loop around the trainer, which keeps its checkpoints in the run folder."""
+    """Return the loop around the trainer, with checkpoints in the run folder."""
     trainer, config, intervals = built.trainer, built.config, built.plan.intervals
     source, comm, steps = trainer.feed.source, trainer.comm, config.train.profiled_steps
     checkpoints = folder / run_folder.CHECKPOINTS
@@ -132,6 +131,9 @@ def _make_loop(
 def _stop_requests(
     config: Config, folder: Path | None, snapshots: Snapshots | None
 ) -> StopRequests:
-    """This rank's, which an elastic job keeps over its attempts; ``folder`` where it may look."""
+    """Return this rank's stop requests; with ``folder``, also look for the stop file there.
+
+    An elastic job keeps its requests over all attempts.
+    """
     stops = StopRequests.within(config.run.max_hours) if snapshots is None else snapshots.stops
     return stops.with_file(None if folder is None else folder / run_folder.STOP)

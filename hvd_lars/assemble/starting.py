@@ -1,4 +1,4 @@
-"""Where a run starts: fresh, from a checkpoint, or from an elastic job's snapshot."""
+"""Find where a run starts: fresh, at a checkpoint, or at an elastic job's snapshot."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Start:
     """A resolved config and where its run starts; nothing is written yet.
 
     Attributes:
-        config: of the run from here on.
-        directory: the run folder that is wanted; None for a new one of its own.
-        continues: that folder has this run already.
-        other_data: the data may be other than the run's so far.
-        checkpoint: to load, checked.
-        snapshot: of an elastic job, to load in place of a checkpoint.
+        config: config for the rest of the run.
+        directory: requested run folder; None for a new one.
+        continues: the folder already holds this run.
+        other_data: the data may differ from the run's so far.
+        checkpoint: verified checkpoint to load.
+        snapshot: snapshot of an elastic job to load in place of a checkpoint.
     """
 
     config: Config
@@ -49,7 +49,7 @@ class Start:
         """Compare the data with the run's so far.
 
         Raises:
-            UserError: on every rank: it is other data, and that is not allowed.
+            UserError: on every rank: the data differs, and that is not allowed.
         """
         where, before = None, None
         if self.checkpoint is not None:
@@ -61,7 +61,7 @@ class Start:
             check_same_data(before, identity, self.other_data, where, comm.rank)
 
     def load(self, state: RunState, comm: Communicator, snapshots: Snapshots | None) -> None:
-        """Give every rank the state to start from, and check that all hold the same bits.
+        """Load the initial state on every rank, and check that all hold the same bits.
 
         Raises:
             UserError: on every rank: the checkpoint is of another model.
@@ -78,10 +78,10 @@ class Start:
 def find_start(
     config: Config, comm: Communicator, resume: Resume | None, snapshots: Snapshots | None
 ) -> Start:
-    """Resolve the config, and find and verify what the run starts from; collective.
+    """Resolve the config, and find and verify the state to start from; collective.
 
     Raises:
-        UserError: on every rank alike: the run cannot be resumed, or its folder has another.
+        UserError: on every rank alike: the run cannot be resumed, or its folder holds another.
     """
     snapshot = None if snapshots is None else snapshots.newest(comm)
     directory, other_data = config.run.dir, config.run.allow_other_data
@@ -96,13 +96,13 @@ def find_start(
     checkpoint = None
     if resume is not None and not (snapshot is not None and snapshot.tensors):
         checkpoint = _checkpoint_of(resume, Path(str(directory)), comm)
-    # It holds for this command; the run keeps the new data.
+    # It applies to this command only: the run records the new data.
     config = config.with_values("run", allow_other_data=False)
     return Start(config, directory, continues, other_data, checkpoint, snapshot)
 
 
 def _checkpoint_of(resume: Resume, own: Path, comm: Communicator) -> Found | None:
-    """The checkpoint to continue from; None where the run in ``own`` has none yet."""
+    """Return the checkpoint to resume from, or None if the run in ``own`` has none yet."""
     if resume.source is not None:
         return find_checkpoint(checkpoints_in(resume.source), comm)
     return look_for_checkpoint(expand_user(own, "run.dir") / run_folder.CHECKPOINTS, comm)

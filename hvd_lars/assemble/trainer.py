@@ -1,4 +1,4 @@
-"""From a config and a communicator to a trainer."""
+"""Build a trainer from a config and a communicator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hvd_lars.train.trainer import StepOptions, Trainer
 
 @dataclass(frozen=True)
 class Built:
-    """A trainer with its plan, and the config with all choices made."""
+    """A trainer, its plan, and the config with all choices made."""
 
     trainer: Trainer
     plan: Plan
@@ -43,18 +43,18 @@ class Built:
 def build_trainer(
     config: Config, comm: Communicator, launch: Launch, watch: Stopwatch | None = None
 ) -> Built:
-    """Everything that a step needs; writes nothing.  Collective.
+    """Build everything that a step needs, and write nothing; collective.
 
     Ranks do not hold the same bits yet: broadcast or load ``trainer.state`` before the first step.
 
     Args:
-        config: the run's.
+        config: config of the run.
         comm: the ranks.
         launch: how they were started.
         watch: times the parts of a step.
 
     Raises:
-        UserError: on every rank alike, for anything in the config that cannot be done.
+        UserError: on every rank alike: the config cannot be run.
     """
     threads = set_threads(config.train.threads, launch)
     device = choose_device(comm.local_rank)
@@ -88,12 +88,12 @@ def build_trainer(
 def _build_models(
     config: Config, comm: Communicator, plan: Plan, num_classes: int, device: torch.device
 ) -> tuple[nn.Module, AveragedModel | None]:
-    """The network with its initial weights, on the device, and its moving average."""
+    """Return the network with its initial weights, on the device, and its moving average."""
     torch.manual_seed(config.run.seed)
     model = build_network(config.model, config.data, num_classes, device)
     check_batch_norm(model, config, plan)
     if (path := config.model.init_from) is not None:
-        # On rank 0 alone: all take its weights before the first step.
+        # On rank 0 only: its weights are broadcast before the first step.
         taken = on_root(comm, lambda: load_weights(model, path, num_classes))
         for line in taken.lines() if comm.rank == 0 else ():
             tell(f"model.init_from: {path}: {line}")
@@ -106,7 +106,7 @@ def _build_models(
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model that follows its parameters and buffers: e ← decay·e + (1 − decay)·w."""
+    """Return a moving average of parameters and buffers: e ← decay·e + (1 − decay)·w."""
     follow = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
@@ -125,7 +125,7 @@ def _overlap_gathering(
 ) -> None:
     """Gather sharded parameters during the next forward pass, where that is faster.
 
-    On the CPU only where a core is free for it: otherwise forward would share its own.
+    On the CPU, only if a core is free for it: otherwise it would slow forward down.
     """
     if isinstance(placement, Sharded) and not config.train.compile:
         cores = len(os.sched_getaffinity(0))

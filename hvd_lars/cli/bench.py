@@ -20,24 +20,24 @@ NAME, HELP = "bench", "measure images/s on made-up images, and where a step's ti
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, overrides, and how much is measured."""
+    """Add CONFIG, overrides and the extent of the measurement."""
     add_config(parser, default="digits")
     for name, default, text in (
-        ("--windows", 10, "measurements, whose spread gives the interval"),
-        ("--steps", 10, "steps a window"),
-        ("--accumulate", 1, "micro-batches a rank and step"),
+        ("--windows", 10, "measurements; their spread gives the interval"),
+        ("--steps", 10, "steps per window"),
+        ("--accumulate", 1, "micro-batches per rank and step"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """The config with its overrides."""
+    """Read the config with its overrides."""
     return load_config(options.config, options.overrides)
 
 
 def run(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
-    """Measure; rank 0 prints."""
+    """Measure; rank 0 prints the result."""
     from hvd_lars.assemble.bench import bench
 
     for name, least in (("windows", 2), ("steps", 1), ("accumulate", 1)):
@@ -50,12 +50,12 @@ def run(options: argparse.Namespace, config: Config, comm: Communicator, launch:
 
 
 def facts(found: Bench) -> dict[str, Any]:
-    """The measurement as plain values, with where it was taken."""
+    """Return the measurement and its environment as plain values."""
     return asdict(found) | {"floor_ratio": found.floor_ratio, "environment": environment_facts()}
 
 
 def print_bench(name: str, found: Bench, as_json: bool) -> None:
-    """A few lines in columns, or one JSON object."""
+    """Print a few lines in columns, or one JSON object."""
     if as_json:
         print(json.dumps(facts(found), indent=2), flush=True)
         return

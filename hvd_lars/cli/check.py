@@ -1,4 +1,4 @@
-"""``hvd-lars check``: plans of one or many configs, printed."""
+"""``hvd-lars check``: print the plans of one or more configs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Configs, overrides of all of them, and what is planned for."""
+    """Add configs, overrides for all of them, and the machine to plan for."""
     parser.add_argument(
         "configs",
         metavar="CONFIG",
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(overrides=[])
     parser.add_argument(
-        "--device-memory", metavar="80GB", help="warn where a rank would need more than this"
+        "--device-memory", metavar="80GB", help="warn if a rank would need more than this"
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan for")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plans."""
-    # An override is what has a key before its equals sign; a file may hold one in its name.
+    # An override contains an equals sign, but so may the name of a file.
     overrides = [t for t in options.configs if "=" in t and not os.path.exists(t)]
     overrides += options.overrides
     configs = [text for text in options.configs if text not in overrides]
@@ -54,24 +54,24 @@ def run(options: argparse.Namespace) -> int:
 def check(
     configs: list[str], overrides: list[str], ranks: int, device_memory: str | None, as_json: bool
 ) -> int:
-    """Print the plan of every config; returns the exit code, 2 if one could not run.
+    """Print the plan of every config; return the exit code.
 
     Raises:
-        UserError: an option is wrong, or the only config could not run.
+        UserError: an option is wrong, or a config cannot be run (after printing the others).
     """
     if ranks < 1:
         raise UserError(f"--ranks: found {ranks}; must be 1 or more")
     memory = None if device_memory is None else parse_bytes(device_memory)
     loaded: dict[str, tuple[Config, Config | None]] = {}
     problems: list[str] = []
-    # All files are read before torch is loaded: most mistakes are there.
+    # Read all files before importing torch: most mistakes are in them.
     for name in configs:
         try:
             loaded[name] = load_config(name, overrides), None
         except UserError as error:
             problems.append(str(error))
             continue
-        with contextlib.suppress(UserError):  # the file may need the overrides to be whole
+        with contextlib.suppress(UserError):  # the file may be incomplete without overrides
             loaded[name] = loaded[name][0], load_config(name)
     if problems and not loaded:
         raise UserError("\n".join(problems))
@@ -97,7 +97,7 @@ def check(
 
 
 def parse_bytes(text: str) -> float:
-    """``80GB``, ``640 MB`` or ``16GiB`` in bytes; UserError says what is allowed."""
+    """Parse ``80GB``, ``640 MB`` or ``16GiB`` to bytes; a UserError says what is allowed."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(i?)B?\s*", text)
     if match is None or float(match.group(1)) == 0:
         raise UserError(f"--device-memory: found {text!r}; write it as 80GB or 16GiB")
@@ -107,7 +107,7 @@ def parse_bytes(text: str) -> float:
 
 
 def facts(report: Report) -> dict[str, Any]:
-    """The report as plain values."""
+    """Return the report as plain values."""
     from hvd_lars.assemble import plan_facts
 
     return plan_facts(report.plan) | {
@@ -120,7 +120,7 @@ def facts(report: Report) -> dict[str, Any]:
 
 
 def print_report(title: str | None, config: Config, report: Report) -> None:
-    """A few lines, in columns."""
+    """Print the report in columns."""
     plan = report.plan
     intervals, rates = plan.intervals, facts(report)["lr"]
     parameters = sum(group.parameters for group in report.groups)
@@ -163,12 +163,12 @@ def print_report(title: str | None, config: Config, report: Report) -> None:
 
 
 def size(number: float) -> str:
-    """Bytes in GB, or in MB below one."""
+    """Format bytes in GB, or in MB below 1 GB."""
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.2f} MB"
 
 
 def curve(schedule: Schedule, total: int, width: int = 48) -> str:
-    """The learning rate over the run, one block character for each of ``width`` steps."""
+    """Draw the learning rate over the run in ``width`` block characters."""
     rates = [schedule(i * (total - 1) // (width - 1)) for i in range(width)]
     top = max(rates)
     return "".join(_BARS[min(int(rate / top * len(_BARS)), len(_BARS) - 1)] for rate in rates)

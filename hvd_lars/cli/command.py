@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 class Command(Protocol):
-    """Its module imports nothing heavy: every start parses the arguments of all commands."""
+    """A command's module; imports nothing heavy, as every start parses all commands' arguments."""
 
     NAME: str
     HELP: str  # one line
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add what stands behind the command's name."""
+        """Add the arguments of the command."""
         ...
 
 
 class Tool(Command, Protocol):
-    """A command of one process."""
+    """A command that runs in one process."""
 
     def run(self, options: argparse.Namespace) -> int:
-        """Run it; returns the exit code.  UserError: the user can mend it."""
+        """Run the command; return the exit code, or raise UserError for a mistake of the user."""
         ...
 
 
@@ -35,42 +35,42 @@ class RanksCommand(Command, Protocol):
     """A command that every rank of a launcher runs."""
 
     def read_config(self, options: argparse.Namespace) -> Config:
-        """The config, read before torch is imported: most mistakes are in it."""
+        """Read the config before torch is imported: most mistakes are in it."""
         ...
 
     def run(
         self, options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch
     ) -> int:
-        """Run it on this rank; returns the exit code."""
+        """Run the command on this rank; return the exit code."""
         ...
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a config as ``config.file`` does, whose import of pydantic only some commands need."""
+    """Read a config; import pydantic only here, as not all commands need it."""
     from hvd_lars.config import file
 
     return file.load_config(name, overrides)
 
 
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add CONFIG and the overrides of its keys."""
+    """Add CONFIG and overrides of its keys."""
     text = "a YAML file or a bundled config's name"
     if default is None:
         parser.add_argument("config", metavar="CONFIG", help=text)
     else:
-        text += f"; {default}"
+        text += f"; default {default}"
         parser.add_argument("config", metavar="CONFIG", nargs="?", default=default, help=text)
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add ``key.sub=value`` arguments."""
-    text = "replaces a value of the config"
+    text = "replace a value of the config"
     parser.add_argument("overrides", metavar="key.sub=value", nargs="*", help=text)
 
 
 def add_run_folder(parser: argparse.ArgumentParser) -> None:
-    """Add a run folder, and which of its checkpoints is meant."""
+    """Add a run folder and the choice of its checkpoint."""
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     parser.add_argument(
         "--checkpoint",

@@ -1,6 +1,6 @@
-"""``hvd-lars doctor``: what is installed, whether ranks can sum, and what to do about it.
+"""``hvd-lars doctor``: check the packages and whether ranks can sum, and suggest fixes.
 
-``python -m hvd_lars.cli.doctor`` is the program that its test ranks run.
+The test ranks run ``python -m hvd_lars.cli.doctor``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ print(json.dumps([torch.__version__, torch.version.cuda, nccl, gpus]))
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong and its mend; ``fatal`` where training cannot work."""
+    """A problem and how to fix it; ``fatal`` if training cannot work."""
 
     what: str
     mend: str
@@ -63,10 +63,10 @@ class Problem:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is to run, and how large the test is."""
+    """Add CONFIG, its ranks and the size of the test."""
     add_config(parser, default="resnet50-lars-b8192")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks on this machine")
-    parser.add_argument("--megabytes", type=int, default=64, help="size of the test all-reduce")
+    parser.add_argument("--megabytes", type=int, default=64, help="MiB of the test all-reduce")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -81,13 +81,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def diagnose(megabytes: int, config: str, ranks: int, shared_bytes: int) -> int:
-    """Print the state of the installation; 0 if training works here, else 1.
+    """Print the state of the installation; return 0 if training works here, else 1.
 
     Args:
-        megabytes: of the test all-reduce.
-        config: name of what is to run.
-        ranks: how many of it on this machine.
-        shared_bytes: what their batches need of /dev/shm.
+        megabytes: size of the test all-reduce, in MiB.
+        config: name of the config to run.
+        ranks: its ranks on this machine.
+        shared_bytes: bytes of /dev/shm that their batches need.
     """
     problems: list[Problem] = []
     facts = environment_facts()
@@ -100,7 +100,9 @@ def diagnose(megabytes: int, config: str, ranks: int, shared_bytes: int) -> int:
     works = _diagnose_launchers(problems, megabytes, has_horovod, has_mpi4py)
     if not works:
         what = "no launcher could run 2 ranks" if has_horovod or has_mpi4py else "no MPI or Horovod"
-        problems.append(Problem(what, "mend the lines above; one process still trains", fatal=True))
+        problems.append(
+            Problem(what, "fix the problems above; one process still trains", fatal=True)
+        )
     print()
     for problem in problems:
         print(f"{'ERROR' if problem.fatal else 'warning'}: {problem.what}: {problem.mend}")
@@ -115,7 +117,7 @@ def _row(name: str, value: str) -> None:
 
 
 def _ask(program: str) -> tuple[str | None, str]:
-    """Run a short program in a fresh Python: its output or None, and why it failed.
+    """Run a short program in a fresh Python; return its last line or None, and its error.
 
     A library of the wrong build may crash the process that imports it.
     """
@@ -133,7 +135,7 @@ def _ask(program: str) -> tuple[str | None, str]:
 
 
 def _diagnose_shared_memory(problems: list[Problem], config: str, ranks: int, needed: int) -> None:
-    """Compare /dev/shm, where batches come from the workers, with what a config needs."""
+    """Compare the free space in /dev/shm, which holds workers' batches, with the need."""
     who = f"{config} on {ranks} rank{'s' if ranks > 1 else ''}"
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -150,7 +152,7 @@ def _diagnose_shared_memory(problems: list[Problem], config: str, ranks: int, ne
 
 
 def _diagnose_torch(problems: list[Problem]) -> tuple[str, bool]:
-    """Report torch; its version, and whether it sees a GPU."""
+    """Report torch; return its version and whether it sees a GPU."""
     answer, why = _ask(_TORCH_FACTS)
     if answer is None:
         _row("torch", f"does not import: {why}")
@@ -163,7 +165,7 @@ def _diagnose_torch(problems: list[Problem]) -> tuple[str, bool]:
 
 
 def _diagnose_horovod(problems: list[Problem], torch_version: str, has_gpu: bool) -> bool:
-    """Report Horovod; True where it imports."""
+    """Report Horovod; return whether it imports."""
     if importlib.util.find_spec("horovod") is None:
         _row("horovod", "not installed")
         problems.append(Problem("Horovod is not installed", BUILD))
@@ -189,12 +191,12 @@ def _diagnose_horovod(problems: list[Problem], torch_version: str, has_gpu: bool
 
 
 def _nccl_name(code: int) -> str:
-    """``22809`` as 2.28.9; empty for 0."""
+    """Return 2.28.9 for ``22809``, and an empty string for 0."""
     return f"{code // 10000}.{code // 100 % 100}.{code % 100}" if code else ""
 
 
 def _diagnose_mpi(problems: list[Problem]) -> bool:
-    """Report mpirun and mpi4py, and whether they are of one MPI; True where mpi4py imports."""
+    """Report mpirun, mpi4py and whether their MPI is the same; return if mpi4py imports."""
     mpirun = mpirun_version()
     _row("mpirun", f"{mpirun} ({find_program('mpirun')})" if mpirun else "not found")
     if importlib.util.find_spec("mpi4py") is None:
@@ -204,10 +206,10 @@ def _diagnose_mpi(problems: list[Problem]) -> bool:
     _row("mpi4py", answer or f"does not import: {why}")
     if answer is None:
         mend = "pip install --no-cache-dir --no-binary mpi4py mpi4py, with the site's mpicc on PATH"
-        problems.append(Problem("mpi4py finds no MPI library that it knows", mend))
+        problems.append(Problem("mpi4py finds no MPI library that it supports", mend))
         return False
     if mpirun and ("Open MPI" in mpirun) != ("Open MPI" in answer):
-        what = f"mpirun is of {mpirun}, mpi4py of another MPI"
+        what = f"mpirun is {mpirun}, but mpi4py uses another MPI"
         problems.append(Problem(what, "put one MPI first on PATH and run the set-up again"))
     return True
 
@@ -215,7 +217,7 @@ def _diagnose_mpi(problems: list[Problem]) -> bool:
 def _diagnose_launchers(
     problems: list[Problem], megabytes: int, has_horovod: bool, has_mpi4py: bool
 ) -> list[str]:
-    """Run a 2-rank all-reduce under each launcher and backend; the names of those that work."""
+    """Run a 2-rank all-reduce per launcher and backend; return the names of those that work."""
     cases = [(launcher, "horovod") for launcher in LAUNCHERS if has_horovod]
     cases += [("mpirun", "mpi")] if has_mpi4py else []
     works: list[str] = []
@@ -226,7 +228,7 @@ def _diagnose_launchers(
             continue
         program = this_python("-W", "ignore", "-m", "hvd_lars.cli.doctor", backend, str(megabytes))
         result = run_here(launcher, 2, program, timeout=120)
-        # Not the line's end: Open MPI 4 puts the tag of the next line behind it.
+        # Do not match the line's end: Open MPI 4 appends the tag of the next line.
         found = re.search(r"ALL-REDUCE (.* GiB/s)", result.stdout)
         if result.returncode == 0 and found:
             works.append(name)
@@ -241,7 +243,7 @@ def _diagnose_launchers(
 
 
 def _probe(backend: str, megabytes: int) -> None:
-    """On each of the test ranks: sum a tensor, check the sum, print the time of the median."""
+    """Sum a tensor over the test ranks, check the sum and print the median time."""
     import torch
 
     from hvd_lars.comm import connect

@@ -1,8 +1,7 @@
-"""``hvd-lars train`` where workers come and go.
+"""``hvd-lars train`` with workers that join and leave.
 
-Horovod's driver (``horovodrun --min-np``) starts workers, finds out which are lost and gives the
-others new ranks.  Training is then built again, and continues from the newest snapshot that any
-worker has in memory.
+Horovod's driver (``horovodrun --min-np``) starts workers, detects lost ones and gives the others
+new ranks.  Training is then rebuilt and resumes from the newest snapshot in any worker's memory.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from hvd_lars.state.snapshots import Snapshots
 
 
 def is_elastic(environment: Mapping[str, str]) -> bool:
-    """Whether Horovod's elastic driver started this process."""
+    """Return whether Horovod's elastic driver started this process."""
     return environment.get("HOROVOD_ELASTIC") == "1"
 
 
@@ -28,17 +27,17 @@ def train_elastic(
     config: Config,
     guarded: Callable[[Communicator, Callable[[], int], tuple[type[BaseException], ...]], int],
 ) -> int:
-    """Train; returns the exit code.
+    """Train; return the exit code.
 
-    ``guarded`` runs one attempt and ends the job for every exception but those that are given:
-    a rank was lost, or hosts were added or removed.
+    ``guarded`` runs one attempt and ends the job on any exception except those it is given, which
+    mean that a rank was lost, or hosts were added or removed.
     """
     import horovod.torch as hvd
     from horovod.common.elastic import State
     from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 
     class Changes(State):  # type: ignore[misc]
-        """Hosts that come and go; the state itself is in ``snapshots``."""
+        """Changes of hosts; the state itself is in ``snapshots``."""
 
         def save(self) -> None: ...
         def restore(self) -> None: ...
@@ -49,7 +48,7 @@ def train_elastic(
     @hvd.elastic.run  # type: ignore[untyped-decorator]
     def attempt(changes: Changes) -> int:
         gc.collect()  # models of an earlier attempt
-        # One worker alone is a job that others may join, too.
+        # Even with one worker, as others may join.
         backend = "horovod" if config.comm.backend == "auto" else config.comm.backend
         comm = connect(backend, config.run.expect_world_size, groups=True)
         name = "horovodrun --host-discovery-script"

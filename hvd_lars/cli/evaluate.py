@@ -1,4 +1,4 @@
-"""``hvd-lars eval``: a checkpoint of a run on the test images."""
+"""``hvd-lars eval``: evaluate a checkpoint of a run on the test images."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NAME, HELP = "eval", "evaluate a checkpoint of a run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run folder, a checkpoint of it, and overrides of its config."""
+    """Add the run folder, its checkpoint, and overrides of its config."""
     add_run_folder(parser)
     add_overrides(parser)
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """The run's config with overrides."""
+    """Read the run's config with overrides."""
     return load_config(config_of(options.run_folder), [*ANYWHERE, *options.overrides])
 
 

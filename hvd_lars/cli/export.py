@@ -1,4 +1,4 @@
-"""``hvd-lars export``: a run's weights for other programs."""
+"""``hvd-lars export``: write a run's weights for other programs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ NAME, HELP = "export", "write a run's weights for other programs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run folder, a checkpoint of it, and the file to write."""
+    """Add the run folder, its checkpoint, and the file to write."""
     add_run_folder(parser)
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE",
         help="weights.safetensors, weights.pth, or model.onnx (with the extra [onnx])",
     )  # fmt: skip
     parser.add_argument(
-        "--average", action="store_true", help="the average that model.ema_decay keeps"
+        "--average", action="store_true", help="write the average that model.ema_decay keeps"
     )
-    parser.add_argument("--onnx", action="store_true", help="FILE is to be an .onnx file")
+    parser.add_argument("--onnx", action="store_true", help="require an .onnx FILE")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the file and say what it holds."""
+    """Write the file and print a summary."""
     config = load_config(config_of(options.run_folder), ANYWHERE)
     if options.onnx and options.output.suffix != ".onnx":
         raise UserError(f"--onnx: -o {options.output}: must end in .onnx")

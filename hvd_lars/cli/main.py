@@ -1,4 +1,4 @@
-"""The command ``hvd-lars``: what starts it, and train, eval and bench over the ranks."""
+"""The entry point of ``hvd-lars``, and train, eval and bench over the ranks."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _GRACE_SECONDS = 3.0
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exits with 0, 1 (something broke), 2 (the user can mend it) or 75.
+    """Run one command; exit with 0, 1 (failure), 2 (mistake of the user) or 75.
 
-    75 is EX_TEMPFAIL of sysexits.h: the run was told to stop and can go on; requeue it.
+    75 is EX_TEMPFAIL of sysexits.h: the run was stopped and can be resumed; requeue it.
     """
     prepare()
     try:
         options = parse(arguments)
         code = _run(options)
-    except SystemExit:  # argparse has answered
+    except SystemExit:  # from argparse
         flush_output()
         raise
     except BrokenPipeError:
         flush_output()
         sys.exit(_READER_GONE)
     problem = flush_output()
-    if problem is not None and options.command != "train":  # of that, what is kept is elsewhere
+    if problem is not None and options.command != "train":  # train keeps its results elsewhere
         _fail_together(f"standard output cannot be written: {problem}")
     sys.exit(code)
 
 
 def _run(options: argparse.Namespace) -> int:
-    """The exit code of a command, but for mistakes and Ctrl-C, which end the process here."""
+    """Return the exit code of a command; mistakes and Ctrl-C end the process here."""
     try:
         if options.command in ON_RANKS:
             from hvd_lars.comm import detect_launch
@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
         message = f"{where}: {error.strerror or error}"
     except KeyboardInterrupt:
         _interrupted()
-    # Here nothing of the run is alive in an exception's frames.
+    # Outside the handlers, no exception's frames keep parts of the run alive.
     return _fail_together(message)
 
 
@@ -79,7 +79,7 @@ def _interrupted() -> NoReturn:
 
 
 def _run_on_ranks(options: argparse.Namespace, launch: Launch) -> int:
-    """Join the ranks and train, evaluate or measure; returns the exit code."""
+    """Join the ranks and train, evaluate or measure; return the exit code."""
     command, training = ON_RANKS[options.command], options.command == "train"
     config = command.read_config(options)
     from hvd_lars.cli.elastic import is_elastic, train_elastic
@@ -100,7 +100,7 @@ def _run_on_ranks(options: argparse.Namespace, launch: Launch) -> int:
 def _guarded(
     comm: Communicator, work: Callable[[], int], passed: tuple[type[BaseException], ...] = ()
 ) -> int:
-    """Work on this rank; whatever goes wrong here ends all ranks, but for what is ``passed``."""
+    """Run ``work`` on this rank; a failure ends all ranks, except for exceptions in ``passed``."""
     from hvd_lars.data import WorkerLostError
     from hvd_lars.state.replicas import ReplicasDifferError
     from hvd_lars.train.recorder import settle_warnings
@@ -114,19 +114,19 @@ def _guarded(
         raise
     except (UserError, KeyboardInterrupt):
         raise
-    except BrokenPipeError as error:  # whoever reads the answer has gone
+    except BrokenPipeError as error:  # the reader of the output is gone
         if error.filename is not None:
             raise
         code = _READER_GONE
     except (ReplicasDifferError, WorkerLostError) as error:
         why = str(error)
-    except OSError as error:  # mostly on rank 0 alone: its run folder has gone
+    except OSError as error:  # mostly on rank 0 only: its run folder is gone
         why = f"{error.filename or 'file system'}: {error.strerror or error}"
     except BaseException:
         why = traceback.format_exc()
-    if why is not None:  # any other rank may be waiting for this one: end them all
+    if why is not None:  # end all ranks: others may be waiting for this one
         _let_rank_0_speak(comm.rank, 1)
-        gc.collect()  # processes that load images end, and their semaphores
+        gc.collect()  # end image loaders and free their semaphores
         comm.abort(why)
     comm.close()
     return code
@@ -135,16 +135,16 @@ def _guarded(
 def _fail_together(message: str) -> NoReturn:
     """Print the message once and exit with 2 on every rank.
 
-    Every rank usually meets the same mistake.  Rank 0 speaks at once; the launcher then ends the
-    others, which take its signal for their turn to leave with the same code.  A rank that nobody
-    ended by then is alone with its mistake, or has no launcher that ends it, and speaks too.
+    Usually all ranks find the same mistake.  Rank 0 prints it at once; the launcher then signals
+    the others, which exit with the same code.  A rank that gets no signal in time is the only one
+    with the mistake, or has no launcher that ends it, and prints too.
     """
     rank = _rank()
     speak_as(rank)
     _let_rank_0_speak(rank, _USER_ERROR)
     for line in message.splitlines():
         warn(line)
-    gc.collect()  # processes that load images end, and their semaphores
+    gc.collect()  # end image loaders and free their semaphores
     os._exit(_USER_ERROR)  # an orderly exit would wait for the other ranks in MPI's finalize
 
 
@@ -155,12 +155,12 @@ def _rank() -> int:
         return own.rank
     try:
         return detect_launch(os.environ).rank
-    except UserError:  # that is the mistake
+    except UserError:  # the mistake to report
         return 0
 
 
 def _let_rank_0_speak(rank: int, code: int) -> None:
-    """Wait on other ranks: what all met, rank 0 says, and its end is theirs, with ``code``."""
+    """Wait on other ranks: rank 0 prints shared mistakes, and SIGTERM then exits with ``code``."""
     if rank != 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(_GRACE_SECONDS)

@@ -26,7 +26,7 @@ TOOLS = {command.NAME: command for command in _TOOLS}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse a command line on which overrides and options stand in any order."""
+    """Parse a command line with overrides and options in any order."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     late = [text for text in rest if "=" in text and not text.startswith("-")]

@@ -1,15 +1,15 @@
-"""``hvd-lars report``: one page about runs."""
+"""``hvd-lars report``: write a page about runs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-NAME, HELP = "report", "write one page about runs, for a browser"
+NAME, HELP = "report", "write an HTML page about runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Run folders and the page."""
+    """Add run folders and the page."""
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html"

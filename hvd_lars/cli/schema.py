@@ -1,4 +1,4 @@
-"""``hvd-lars schema``: the JSON schema of configs."""
+"""``hvd-lars schema``: write the JSON schema of configs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ NAME, HELP = "schema", "write the JSON schema of configs, for editors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where it goes."""
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of the terminal")
+    """Add the file to write."""
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: standard output"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print or write it."""
+    """Print or write the schema."""
     from hvd_lars.config.schema import json_schema
 
     text = json.dumps(json_schema(), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""``hvd-lars train``."""
+"""``hvd-lars train``: train on every rank."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _REQUEUE = 75  # EX_TEMPFAIL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, overrides, and where a run goes on from."""
+    """Add CONFIG, overrides, and what to resume."""
     add_config(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on in run.dir from its newest checkpoint, or begin there if it has none",
+        help="resume in run.dir from its newest checkpoint, or start there if it has none",
     )
     parser.add_argument(
-        "--resume-from", type=Path, metavar="PATH", help="start from a run or a checkpoint of it"
+        "--resume-from", type=Path, metavar="PATH", help="start from a run folder or a checkpoint"
     )
     parser.add_argument("--quiet", action="store_true", help="same as run.console=none")
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """The config with its overrides."""
+    """Read the config with its overrides."""
     quiet = ["run.console=none"] if options.quiet else []
     return load_config(options.config, [*options.overrides, *quiet])
 
 
 def run(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
-    """Train; returns the exit code."""
+    """Train; return the exit code."""
     return train(options, config, comm, launch)
 
 
@@ -52,9 +52,9 @@ def train(
     snapshots: Snapshots | None = None,
     after_snapshot: Callable[[], None] = lambda: None,
 ) -> int:
-    """Train; returns the exit code: 0, or 75 where a run that was stopped wants to go on.
+    """Train; return the exit code: 0, or 75 if the run was stopped and should be resumed.
 
-    ``snapshots`` and ``after_snapshot`` are of an elastic job, as ``build_run`` takes them.
+    ``snapshots`` and ``after_snapshot`` are those of an elastic job; see ``build_run``.
     """
     from hvd_lars.assemble import Resume, build_run
     from hvd_lars.health.stop_requests import STOP_FILE
@@ -74,14 +74,14 @@ def train(
             done = loop.state.progress.step
             tell(
                 f"{config.run.name}: {ranks}, run folder {folder}"
-                f"{f', going on after step {done}' if done else ''}"
+                f"{f', resuming after step {done}' if done else ''}"
             )
         summary = loop.run()
     if summary.stopped is not None:
         if comm.rank == 0:
             tell(
-                f"stopped by {summary.stopped} after step {loop.state.progress.step}, kept in "
-                f"{summary.checkpoint}; --resume goes on"
+                f"stopped by {summary.stopped} after step {loop.state.progress.step}, saved in "
+                f"{summary.checkpoint}; --resume continues"
             )
         return 0 if summary.stopped == STOP_FILE else _REQUEUE
     result, skipped = summary.evaluation, loop.state.progress.skipped_steps
@@ -91,6 +91,6 @@ def train(
         tell(
             f"done in {summary.seconds:.1f} s: top-1 {result.top1:.4f} on {result.num_samples} "
             f"images, {summary.images_per_second:,.0f} images/s, run folder {folder}"
-            + (f"; {skipped:,} of {loop.intervals.total:,} steps left out" if skipped else "")
+            + (f"; {skipped:,} of {loop.intervals.total:,} steps skipped" if skipped else "")
         )
     return 0

@@ -1,4 +1,4 @@
-"""Sums over ranks: one protocol, three final classes, and what the launcher says.
+"""Sums over ranks: one protocol, three final classes, and the launcher's variables.
 
 ``connect`` picks the class; torch is imported with the first backend.
 """

@@ -1,4 +1,4 @@
-"""Some ranks act, all ranks learn how it went."""
+"""Actions of some ranks whose outcome all ranks share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def on_root(comm: Communicator, action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 and return its result, a small picklable object, on every rank.
 
     Raises:
-        UserError: on every rank alike, where the action raised UserError or OSError on rank 0.
+        UserError: on every rank alike, if the action raised UserError or OSError on rank 0.
     """
     outcome = _attempt(action) if comm.rank == 0 else (None, None)
     result, problem = comm.broadcast_object(outcome)
@@ -27,10 +27,11 @@ def on_root(comm: Communicator, action: Callable[[], T]) -> T:
 
 
 def on_each_node(comm: Communicator, action: Callable[[], object]) -> None:
-    """Run ``action`` once on every node, on its first rank; returns when all are done.
+    """Run ``action`` once per node, on its first rank; return when all are done.
 
     Raises:
-        UserError: on every rank alike, the first one's where an action raised it or OSError.
+        UserError: on every rank alike, if an action raised UserError or OSError; the message is
+            the first failing rank's.
     """
     _, problem = _attempt(action) if comm.local_rank == 0 else (None, None)
     failed = torch.zeros(comm.size, dtype=torch.int32)
@@ -41,7 +42,7 @@ def on_each_node(comm: Communicator, action: Callable[[], object]) -> None:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What the action returned, or the line that says why it failed."""
+    """Return the action's result, or the line that says why it failed."""
     try:
         return action(), None
     except UserError as error:

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What MPI, Gloo and NCCL all reduce; bfloat16 is refused by Horovod 0.28.1 on MPI and Gloo.
+# Dtypes that MPI, Gloo and NCCL all reduce; Horovod 0.28.1 refuses bfloat16 on MPI and Gloo.
 REDUCIBLE = ("float32", "float64", "int32", "int64")
 
 
 class Pending(Protocol):
-    """A collective under way."""
+    """A collective in progress."""
 
     def done(self) -> bool:
-        """Whether ``wait`` would return at once; asking costs little."""
+        """Return whether ``wait`` would return at once; cheap."""
         ...
 
     def wait(self) -> None:
@@ -32,13 +32,13 @@ class Pending(Protocol):
 
 @final
 class Then:
-    """A collective that is complete once ``act`` has run after it."""
+    """A collective that is followed by ``act``, and complete after it."""
 
     def __init__(self, pending: Pending, act: Callable[[], object]) -> None:
         self._pending, self._act = pending, act
 
     def done(self) -> bool:
-        """Whether the collective itself is."""
+        """Return whether the collective itself is done."""
         return self._pending.done()
 
     def wait(self) -> None:
@@ -48,21 +48,21 @@ class Then:
 
 
 class Reducer(Protocol):
-    """Ranks that sum: all of them, or a group."""
+    """All ranks, or a group of them, that sum tensors."""
 
     rank: int
     size: int
 
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
-        """Begin to sum ``tensor`` over these ranks, in place."""
+        """Start to sum ``tensor`` over these ranks, in place."""
         ...
 
 
 class Communicator(Protocol):
-    """``size`` processes that sum tensors; ``rank`` is this one, ``local_rank`` within its node.
+    """``size`` processes that sum tensors; this one is ``rank``, or ``local_rank`` on its node.
 
-    All methods but ``abort`` and ``close`` are collective.  A tensor is dense and contiguous, on
-    the CPU or on this rank's GPU, of a dtype in ``REDUCIBLE``; TypeError names it otherwise.
+    All methods but ``abort`` and ``close`` are collective.  A tensor must be dense and contiguous,
+    on the CPU or on this rank's GPU, of a dtype in ``REDUCIBLE``; otherwise TypeError names it.
     """
 
     rank: int
@@ -71,35 +71,35 @@ class Communicator(Protocol):
     backend: str
 
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
-        """Begin to sum ``tensor`` over the ranks, in place.
+        """Start to sum ``tensor`` over the ranks, in place.
 
-        ``name`` is unique among the reductions under way and the same on all ranks.  The tensor
-        is not to be touched before ``wait``.
+        ``name`` is unique among the reductions in progress and the same on all ranks.  The tensor
+        must not be touched before ``wait``.
         """
         ...
 
     def start_reduce_scatter_sum(self, flat: Tensor, shard: Tensor, name: str) -> Pending:
-        """Begin to sum ``flat`` (numel,) over the ranks, this rank's part into ``shard``.
+        """Start to sum ``flat`` (numel,) over the ranks, with this rank's part in ``shard``.
 
-        ``shard`` is (numel / size,), the r-th of ``size`` equal parts on rank r.
-        ``flat`` holds nothing of use afterwards.  Raises ValueError where the sizes do not fit.
+        ``shard`` is (numel / size,), the r-th of ``size`` equal parts on rank r.  The contents of
+        ``flat`` are undefined afterwards.  Raises ValueError if the sizes do not match.
         """
         ...
 
     def start_all_gather(self, flat: Tensor, name: str) -> Pending:
-        """Begin to give every rank all parts of ``flat`` (numel,), of which it holds its own.
+        """Start to gather the ranks' parts of ``flat`` (numel,) on every rank, in place.
 
-        In place: rank r's part is the r-th of ``size`` equal ones.  Raises ValueError where numel
-        is not a multiple of size.
+        Rank r contributes the r-th of ``size`` equal parts.  Raises ValueError if numel is not a
+        multiple of size.
         """
         ...
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
-        """Overwrite ``tensor`` with that of rank ``root``; any dtype."""
+        """Overwrite ``tensor`` with rank ``root``'s; any dtype."""
         ...
 
     def broadcast_object(self, value: T, root: int = 0) -> T:
-        """Return ``value`` of rank ``root``; small picklable objects, between our own ranks."""
+        """Return rank ``root``'s ``value``, a small object, pickled between the job's own ranks."""
         ...
 
     def barrier(self) -> None:
@@ -107,26 +107,26 @@ class Communicator(Protocol):
         ...
 
     def group(self, ranks: int) -> Reducer:
-        """This rank's group of ``ranks`` neighbours: 0 to ranks − 1, and so on.
+        """Return this rank's group of ``ranks`` consecutive ranks: 0 to ranks − 1, and so on.
 
-        ``name`` of its reductions differs from those under way over all ranks.  Raises ValueError
-        where ``ranks`` does not divide the size.
+        The names of its reductions must differ from those in progress over all ranks.  Raises
+        ValueError if ``ranks`` does not divide the size.
         """
         ...
 
     def abort(self, reason: str, code: int = 1) -> NoReturn:
-        """Print ``reason`` where it is not empty and end the whole job with ``code``, at once."""
+        """Print ``reason`` unless it is empty, and end the whole job at once with ``code``."""
         ...
 
     def close(self) -> None:
-        """Leave in good order; every rank calls it last."""
+        """Shut down in order; the last call of every rank."""
         ...
 
 
 def check_reducible(tensor: Tensor, name: str, also: tuple[str, ...] = ()) -> None:
-    """Raise TypeError where a backend could not sum the tensor in place.
+    """Raise TypeError if a backend cannot sum the tensor in place.
 
-    ``also`` are dtypes that this backend takes beside those of every backend.
+    ``also`` are dtypes that this backend supports in addition to ``REDUCIBLE``.
     """
     dtype, allowed = str(tensor.dtype).removeprefix("torch."), REDUCIBLE + also
     if dtype not in allowed:
@@ -136,10 +136,13 @@ def check_reducible(tensor: Tensor, name: str, also: tuple[str, ...] = ()) -> No
 
 
 def part_of(flat: Tensor, rank: int, size: int) -> Tensor:
-    """Rank ``rank``'s part of a (numel,) tensor, a view; ValueError where it cannot be cut."""
+    """Return a view of rank ``rank``'s part of a (numel,) tensor.
+
+    Raises ValueError if the tensor cannot be divided into equal parts.
+    """
     if flat.dim() != 1 or flat.numel() % size:
         raise ValueError(
-            f"a collective over parts takes one dimension and a multiple of {size} elements, "
+            f"a collective over parts needs one dimension and a multiple of {size} elements, "
             f"got shape {tuple(flat.shape)}"
         )
     part = flat.numel() // size
@@ -147,7 +150,7 @@ def part_of(flat: Tensor, rank: int, size: int) -> Tensor:
 
 
 def check_shard(flat: Tensor, shard: Tensor, size: int) -> None:
-    """Raise TypeError or ValueError where ``shard`` cannot take a part of ``flat``'s sum."""
+    """Raise TypeError or ValueError if ``shard`` cannot hold a part of ``flat``'s sum."""
     check_reducible(flat, "reduce-scatter")
     part = part_of(flat, 0, size)
     if shard.shape != part.shape or shard.dtype != flat.dtype:
@@ -158,13 +161,13 @@ def check_shard(flat: Tensor, shard: Tensor, size: int) -> None:
 
 
 def check_group_size(ranks: int, size: int) -> None:
-    """Raise ValueError where ``size`` ranks cannot be cut into groups of ``ranks``."""
+    """Raise ValueError if ``size`` ranks cannot be divided into groups of ``ranks``."""
     if ranks < 1 or size % ranks:
         raise ValueError(f"groups of {ranks} ranks cannot be made of {size}")
 
 
 def end_process(reason: str, rank: int, code: int) -> NoReturn:
-    """Print ``reason`` and leave without finalising: the launcher then ends the other ranks.
+    """Print ``reason`` and exit without finalising: the launcher then ends the other ranks.
 
     An orderly exit would wait in the backend's shutdown for ranks that wait for this one.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from hvd_lars.comm.base import Pending, Reducer, Then
 
 _LARGEST = 65504.0
-_ROOM = 64.0  # how much larger than the last sum a value, or the next sum, may be
+_ROOM = 64.0  # headroom: the factor by which a value or the next sum may exceed the last sum
 
 
 @final
@@ -19,13 +19,13 @@ class CompressedReducer:
     """Sums float32 tensors as float16: half the bytes on the wire, each value to 11 bits.
 
     Every tensor is scaled by a power of two that puts the largest value of its last sum, which all
-    ranks know, a factor of 64 below float16's largest number: nothing that matters is flushed to
-    zero or overflows.  Where a sum overflows nevertheless, or is a thousand times smaller than the
-    last, it is taken again in float32, on all ranks alike; so is the first.  Other dtypes pass as
-    they are.
+    ranks know, a factor of 64 below float16's largest number, so that no significant value
+    underflows or overflows.  If a sum overflows nevertheless, or is a thousand times smaller than
+    the last, all ranks repeat it in float32; the first sum is in float32 too.  Other dtypes are
+    summed unchanged.
 
     Args:
-        ranks: what sums; it must take float16, as Horovod does.
+        ranks: the reducer; it must support float16, as Horovod does.
     """
 
     def __init__(self, ranks: Reducer) -> None:
@@ -34,7 +34,7 @@ class CompressedReducer:
         self._scales: dict[str, float] = {}
 
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
-        """Begin to sum ``tensor`` over the ranks, in place."""
+        """Start to sum ``tensor`` over the ranks, in place."""
         if tensor.dtype != torch.float32:
             return self._ranks.start_all_reduce_sum(tensor, name)
         scale = self._scales.get(name)
@@ -54,7 +54,7 @@ class CompressedReducer:
             self._scales.pop(name, None)
 
     def _unpack(self, tensor: Tensor, half: Tensor, name: str) -> None:
-        """Put the sum into ``tensor``, in float32 where it overflowed."""
+        """Put the sum into ``tensor``; repeat it in float32 if it overflowed or became tiny."""
         if not 1.0 <= half.abs().max().item() < math.inf:
             self._ranks.start_all_reduce_sum(tensor, f"{name}.again").wait()
         else:

@@ -21,13 +21,13 @@ def connect(
 
     Args:
         backend: ``auto``, ``horovod``, ``mpi`` (mpi4py alone) or ``local`` (one process).
-        expect_world_size: refuse to run at another number of ranks.
+        expect_world_size: required number of ranks; None accepts any.
         groups: :meth:`Communicator.group` will be called.
-        parts: reduce-scatter and all-gather matter: Horovod on MPI leaves them to mpi4py where it
-            is installed, several times faster on CPU.
+        parts: reduce-scatter and all-gather will be called: Horovod on MPI then leaves them to
+            mpi4py if it is installed, several times faster on CPU.
 
     Raises:
-        UserError: launcher, backend and expected size do not fit together.
+        UserError: the launcher, backend and expected world size contradict each other.
     """
     launch = detect_launch(os.environ)
     has_horovod = importlib.util.find_spec("horovod") is not None
@@ -36,7 +36,7 @@ def connect(
         _check_own_name()
     mpi_parts = parts and launch.mpi and importlib.util.find_spec("mpi4py") is not None
     comm = _start(chosen, groups, mpi_parts)
-    if os.environ.get("HOROVOD_ELASTIC") != "1":  # its variables tell of the first attempt
+    if os.environ.get("HOROVOD_ELASTIC") != "1":  # there the variables are of the first attempt
         check_backend_agrees(launch, chosen, comm.rank, comm.size)
     if expect_world_size not in (None, comm.size):
         raise UserError(
@@ -47,7 +47,7 @@ def connect(
 
 
 def _check_own_name() -> None:
-    """Gloo looks up this host's own name, whichever interface it uses, and crashes without it.
+    """Check that this host's own name resolves; Gloo crashes otherwise, on any interface.
 
     Raises:
         UserError: the name does not resolve.
@@ -73,7 +73,7 @@ def _start(backend: str, groups: bool, mpi_parts: bool) -> Communicator:
             from hvd_lars.comm.mpi import MpiCommunicator
 
             return MpiCommunicator()
-    except (ImportError, RuntimeError) as error:  # a library that is missing or built for another
+    except (ImportError, RuntimeError) as error:  # missing, or built for another one
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"comm.backend {backend} does not start: {first_line}") from error
     from hvd_lars.comm.local import LocalCommunicator

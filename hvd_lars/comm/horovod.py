@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @final
 class _Handle:
-    """A Horovod operation under way; ``take`` is given its output."""
+    """A Horovod operation in progress; ``take`` is called with its output."""
 
     def __init__(
         self, hvd: Any, handle: int, take: Callable[[Tensor], object] = lambda output: None
@@ -36,18 +36,18 @@ class _Handle:
         self._taken = False
 
     def done(self) -> bool:
-        """Whether Horovod has finished it."""
+        """Return whether Horovod has finished it."""
         return self._taken or bool(self._hvd.poll(self._handle))
 
     def wait(self) -> None:
-        """Return when Horovod has finished it; RuntimeError if a rank went away."""
+        """Return when Horovod has finished it; RuntimeError if a rank is lost."""
         self._take(self._hvd.synchronize(self._handle))
         self._taken = True  # Horovod has forgotten the handle
 
 
 @final
 class _Group:
-    """Some of the ranks: a process set of Horovod's."""
+    """Some of the ranks, as a Horovod process set."""
 
     def __init__(self, hvd: Any, process_set: Any) -> None:
         self._hvd, self._set = hvd, process_set
@@ -55,7 +55,7 @@ class _Group:
         self.size: int = process_set.size()
 
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
-        """Begin to sum in place, on Horovod's own thread."""
+        """Start to sum in place, on Horovod's own thread."""
         check_reducible(tensor, name)
         handle = self._hvd.allreduce_async_(
             tensor, name=name, op=self._hvd.Sum, process_set=self._set
@@ -67,13 +67,12 @@ class _Group:
 class HorovodCommunicator:
     """Sums over the ranks of a ``horovodrun``, ``mpirun`` or ``srun`` job.
 
-    Tensor fusion is off unless HOROVOD_FUSION_THRESHOLD asks for it: Horovod packs by arrival
-    and the order of a sum depends on an element's place in the packed buffer, so runs of three
-    ranks and more would differ from one another in their last bits.  Buckets arrive here already
-    large and in a fixed layout.
+    Tensor fusion is off unless HOROVOD_FUSION_THRESHOLD is set: Horovod packs by arrival, and the
+    order of a sum depends on an element's place in the packed buffer, so two runs on three or more
+    ranks would differ in their last bits.  Buckets arrive here already large and in a fixed layout.
 
     Args:
-        groups: let :meth:`group` be called; Horovod then looks for new groups in every cycle.
+        groups: allow :meth:`group`; Horovod then looks for new groups in every cycle.
         mpi_parts: leave reduce-scatter and all-gather of CPU tensors to mpi4py.
     """
 
@@ -81,13 +80,13 @@ class HorovodCommunicator:
 
     def __init__(self, groups: bool = False, mpi_parts: bool = False) -> None:
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-        # Off by default: a rank that stops taking part would then hang the others for ever.  Half
-        # an hour is time enough for rank 0 to list or copy a data set while the others wait.
+        # Off by default, so that a stopped rank would hang the others for ever.  Half an hour lets
+        # rank 0 list or copy a data set while the others wait.
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "1800")
         if groups:
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         share_cores()
-        # Before Horovod starts MPI: whoever starts it ends it.
+        # Before Horovod starts MPI: the library that starts MPI also ends it.
         self._parts = MpiParts() if mpi_parts and MpiParts.beside_others() else None
         import horovod.torch as hvd
 
@@ -100,15 +99,15 @@ class HorovodCommunicator:
         self.controller = "MPI" if hvd.mpi_enabled() else "Gloo"
 
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
-        """Begin to sum in place, on Horovod's own thread; takes float16 as well."""
+        """Start to sum in place, on Horovod's own thread; float16 is supported too."""
         check_reducible(tensor, name, also=("float16",))
         return _Handle(self._hvd, self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
 
     def start_reduce_scatter_sum(self, flat: Tensor, shard: Tensor, name: str) -> Pending:
-        """Begin to sum, each rank taking its part; on Gloo an all-reduce and a copy of the part.
+        """Start to sum this rank's part; on Gloo, an all-reduce and a copy of the part.
 
-        Gloo's reduce-scatter leaves the socket's send buffer at the size of its message, and
-        every later all-reduce over that connection is slow.
+        Gloo's reduce-scatter leaves the socket's send buffer at the size of its message, which
+        slows every later all-reduce over that connection.
         """
         check_shard(flat, shard, self.size)
         if not flat.is_cuda and self._parts is not None:
@@ -120,7 +119,7 @@ class HorovodCommunicator:
         return _Handle(self._hvd, handle, shard.copy_)
 
     def start_all_gather(self, flat: Tensor, name: str) -> Pending:
-        """Begin to collect all parts in place."""
+        """Start to gather all parts in place."""
         part = part_of(flat, self.rank, self.size)
         if not flat.is_cuda and self._parts is not None:
             return self._parts.start_all_gather(flat, name)
@@ -128,7 +127,7 @@ class HorovodCommunicator:
         return _Handle(self._hvd, handle, flat.copy_)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
-        """Overwrite with the root's bytes, so that every dtype and layout is served."""
+        """Overwrite with the root's bytes, so that any dtype and layout works."""
         if tensor.numel() == 0:
             return
         data = tensor.detach().contiguous()
@@ -147,13 +146,13 @@ class HorovodCommunicator:
         self._hvd.barrier()
 
     def group(self, ranks: int) -> Reducer:
-        """A process set; every rank registers those of all groups, as Horovod requires."""
+        """Return a process set; every rank registers those of all groups, as Horovod requires."""
         check_group_size(ranks, self.size)
         if ranks == 1:
             return LocalCommunicator()
         if ranks == self.size:
             return self
-        if ranks not in self._groups:  # Horovod refuses to register the same ranks again
+        if ranks not in self._groups:  # Horovod refuses to register the same ranks twice
             self._groups[ranks] = [
                 self._hvd.add_process_set(range(first, first + ranks))
                 for first in range(0, self.size, ranks)
@@ -161,11 +160,11 @@ class HorovodCommunicator:
         return _Group(self._hvd, self._groups[ranks][self.rank // ranks])
 
     def abort(self, reason: str, code: int = 1) -> NoReturn:
-        """End this process; every launcher of Horovod then ends the others."""
+        """End this process; every launcher of Horovod jobs then ends the others."""
         end_process(reason, self.rank, code)
 
     def close(self) -> None:
-        """Shut Horovod down on every rank together."""
+        """Shut Horovod down on all ranks together."""
         self._hvd.barrier()
         if self._parts is not None:
             self._parts.close()

@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 @final
 class _Done:
-    """A collective that was complete when it began."""
+    """A collective that is complete from the start."""
 
     def done(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def wait(self) -> None:
@@ -67,7 +67,7 @@ class LocalCommunicator:
         """Return at once."""
 
     def group(self, ranks: int) -> Reducer:
-        """This communicator itself."""
+        """Return this communicator itself."""
         check_group_size(ranks, 1)
         return self
 
@@ -76,4 +76,4 @@ class LocalCommunicator:
         end_process(reason, self.rank, code)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""

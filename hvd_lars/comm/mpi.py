@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 def share_cores() -> None:
-    """Let MPI give its core to whoever can use it while it waits; before MPI starts.
+    """Make Open MPI yield its core while it waits; call before MPI starts.
 
-    Open MPI polls without pause else, on Horovod's thread too: where every core has a rank, that
-    took a third of the ranks' time (benchmarks/train_step.py).  What the user has set stands.
+    By default it polls without pause, on Horovod's thread too; with a rank on every core, that took
+    a third of the ranks' time (benchmarks/train_step.py).  A value set by the user is kept.
     """
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
@@ -40,7 +40,7 @@ class _Request:
         self._request, self._tensor, self._host = request, tensor, host
 
     def done(self) -> bool:
-        """Whether MPI has finished it; also lets MPI work on it."""
+        """Return whether MPI has finished it; also lets MPI make progress."""
         return bool(self._request.Test())
 
     def wait(self) -> None:
@@ -52,7 +52,7 @@ class _Request:
 
 @final
 class _Group:
-    """Some of the ranks, on an MPI communicator of their own."""
+    """Some of the ranks, on their own MPI communicator."""
 
     def __init__(self, mpi: Any, comm: Any) -> None:
         self._mpi, self._comm = mpi, comm
@@ -75,21 +75,21 @@ class _Task:
         self._future = future
 
     def done(self) -> bool:
-        """Whether it has returned."""
+        """Return whether it has returned."""
         return self._future.done()
 
     def wait(self) -> None:
-        """Return when it has; raises what it raised."""
+        """Return when it has returned; re-raise its exception."""
         self._future.result()
 
 
 @final
 class MpiParts:
-    """Reduce-scatter and all-gather over a communicator of their own, of CPU or GPU tensors.
+    """Reduce-scatter and all-gather of CPU or GPU tensors, over a separate communicator.
 
-    MPI libraries do their blocking collectives much faster than their non-blocking ones, so they
-    run one after the other on a thread beside backward where MPI allows several threads, else at
-    once.  Also what Horovod's communicator uses on CPU: Horovod's own take several times as long.
+    In MPI libraries blocking collectives are much faster than non-blocking ones, so they run one
+    after another on a thread beside backward if MPI allows several threads, else immediately.
+    Horovod's communicator uses them on CPU too: Horovod's own take several times as long.
     """
 
     def __init__(self) -> None:
@@ -103,13 +103,13 @@ class MpiParts:
 
     @staticmethod
     def beside_others() -> bool:
-        """Whether MPI may be called from several threads at once."""
+        """Return whether MPI may be called from several threads at once."""
         from mpi4py import MPI
 
         return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
     def start_reduce_scatter_sum(self, flat: Tensor, shard: Tensor, name: str) -> Pending:
-        """Reduce_scatter_block; calls are matched by order, not by name."""
+        """Start Reduce_scatter_block; calls are matched by order, not by name."""
         check_shard(flat, shard, self._size)
         flat, shard = flat.detach(), shard.detach()
 
@@ -122,7 +122,7 @@ class MpiParts:
         return self._start(work)
 
     def start_all_gather(self, flat: Tensor, name: str) -> Pending:
-        """Allgather in place."""
+        """Start Allgather in place."""
         flat = flat.detach()
         part_of(flat, self._rank, self._size)
 
@@ -144,7 +144,7 @@ class MpiParts:
         return _Task(future)
 
     def close(self) -> None:
-        """Finish what is under way."""
+        """Finish the operations in progress."""
         if self._thread is not None:
             self._thread.shutdown()
 
@@ -174,15 +174,15 @@ class MpiCommunicator:
         return self._all.start_all_reduce_sum(tensor, name)
 
     def start_reduce_scatter_sum(self, flat: Tensor, shard: Tensor, name: str) -> Pending:
-        """Begin to sum, each rank taking its part; matched by order, not by name."""
+        """Start to sum this rank's part; matched by order, not by name."""
         return self._parts.start_reduce_scatter_sum(flat, shard, name)
 
     def start_all_gather(self, flat: Tensor, name: str) -> Pending:
-        """Begin to collect all parts in place; matched by order, not by name."""
+        """Start to gather all parts in place; matched by order, not by name."""
         return self._parts.start_all_gather(flat, name)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
-        """Overwrite with the root's bytes, so that every dtype and layout is served."""
+        """Overwrite with the root's bytes, so that any dtype and layout works."""
         host = tensor.detach().cpu().contiguous()
         self._comm.Bcast(_bytes(host), root=root)
         if host.data_ptr() != tensor.data_ptr():
@@ -198,7 +198,7 @@ class MpiCommunicator:
         self._comm.Barrier()
 
     def group(self, ranks: int) -> Reducer:
-        """Split by rank // ranks."""
+        """Return the group of this rank, split by rank // ranks."""
         check_group_size(ranks, self.size)
         return _Group(self._mpi, self._comm.Split(self.rank // ranks, self.rank))
 
@@ -212,11 +212,11 @@ class MpiCommunicator:
         raise SystemExit(code)  # MPI_Abort does not return
 
     def close(self) -> None:
-        """Leave together; mpi4py finalises MPI at exit."""
+        """Wait for all ranks; mpi4py finalises MPI at exit."""
         self._parts.close()
         self._comm.Barrier()
 
 
 def _bytes(host: Tensor) -> Any:
-    """Memory of a contiguous CPU tensor as a uint8 array, whatever its dtype."""
+    """Return the memory of a contiguous CPU tensor of any dtype as a uint8 array."""
     return host.view(-1).view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""The few numbers of a step that are summed over the ranks."""
+"""Scalars of a step, summed over the ranks in one all-reduce."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hvd_lars.runtime.stopwatch import Stopwatch
 
 @final
 class StepScalars:
-    """One all-reduce a step: of what a caller sums, and of what others let ride along.
+    """Sums a step's values, and values added by others, in one all-reduce.
 
     Args:
         comm: the ranks.
-        name: of the reduction, the same on all ranks.
+        name: name of the reduction, the same on all ranks.
         watch: its part "communication" is the time spent here.
     """
 
@@ -27,11 +27,11 @@ class StepScalars:
         self._summed: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        """Let (n,) float64 ride along with the next :meth:`sum`, in place of what was added."""
+        """Append (n,) float64 to the next :meth:`sum`, replacing values added before."""
         self._added, self._summed = values, None
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum (n,) float64 over the ranks and return them, the same bits on each; collective."""
+        """Return (n,) float64 summed over the ranks, bitwise equal on all; collective."""
         count, added = len(values), self._added
         if added is not None:
             values, self._added = torch.cat([values, added.to(values.device)]), None
@@ -42,6 +42,6 @@ class StepScalars:
         return values[:count]
 
     def take(self) -> Tensor | None:
-        """What was added, summed over the ranks; None where no :meth:`sum` came since."""
+        """Return the added values, summed over the ranks; None without a :meth:`sum` since."""
         summed, self._summed, self._added = self._summed, None, None
         return summed

@@ -1,4 +1,1 @@
-"""The whole YAML: its schema, and reading it from files and overrides.
-
-Reading a config leaves torch alone.
-"""
+"""The config: its schema, and reading it from files and overrides, without importing torch."""

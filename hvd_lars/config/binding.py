@@ -1,4 +1,4 @@
-"""Which keys bind a run, and which a recipe: every key says it where it is defined."""
+"""Keys that bind a run or a recipe; the definition of each key says which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvd_lars.settings.tree import leaves
 
 
 def values_of(config: Config) -> dict[str, object]:
-    """Values of a config by their dotted keys, as plain values; lists are values."""
+    """Return the values of a config by dotted key, as plain values; lists are not split."""
     return dict(leaves(config.model_dump(mode="json")))
 
 
@@ -23,14 +23,14 @@ def changes(
     describe: Callable[[str, object, object], str],
     allowed: Collection[str] = (),
 ) -> list[str]:
-    """A line for every key that binds a run, or a recipe, and has another value.
+    """Describe every changed key that binds a run, or a recipe; one line each.
 
     Args:
-        before: the run's, or the recipe's config.
-        after: the config at hand.
-        bound: what the keys bind.
+        before: config of the run or the recipe.
+        after: config to compare with it.
+        bound: whether to report keys that bind a run or those that bind a recipe.
         describe: makes the line from the key and its values before and after.
-        allowed: keys that may change, or sections.
+        allowed: keys and sections that may change.
     """
     was, now = values_of(before), values_of(after)
     binds = dict(_binds(before)) | dict(_binds(after))
@@ -48,7 +48,7 @@ def _overlap(key: str, other: str) -> bool:
 
 
 def _binds(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """What every key binds; of a section that may be absent, its own key, too."""
+    """Yield every key with its binding, including the keys of optional sections."""
     for name, field in type(section).model_fields.items():
         extra, value = field.json_schema_extra, getattr(section, name)
         if isinstance(extra, dict):

@@ -1,4 +1,4 @@
-"""From a YAML file and command-line overrides to a Config, or every mistake in it at once."""
+"""Read a Config from a YAML file and command-line overrides, or report all mistakes at once."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ _Loader.add_implicit_resolver(
 
 
 def _bundled_folder() -> Path:
-    """The configs inside a wheel; in a checkout they stand beside the package."""
+    """Return the folder of bundled configs: in the package, or beside it in a checkout."""
     folder = _PACKAGE / "configs"
     return folder if folder.is_dir() else _PACKAGE.parent / "configs"
 
 
 def bundled_configs() -> dict[str, Path]:
-    """The configs that come with hvd_lars, by bare name."""
+    """Return the paths of the configs that come with hvd_lars, by bare name."""
     return {path.stem: path for path in sorted(_bundled_folder().glob("*.yaml"))}
 
 
 def _find_base(path: Path, name: str) -> Path:
-    """The file that ``extends: name`` in ``path`` means: beside it, or among the bundled ones."""
+    """Resolve ``extends: name`` in ``path``: a file beside it, or else a bundled config."""
     beside, bundled = path.parent / name, _bundled_folder() / name
     return bundled if bundled.is_file() and not beside.is_file() else beside
 
 
 def find_config(name: str) -> Path:
-    """The file that CONFIG means: a path, or the bare name of a bundled config.
+    """Resolve CONFIG to a file: a path, or the bare name of a bundled config.
 
     Raises:
-        UserError: there is neither; the nearest bundled names are given.
+        UserError: no readable file and no bundled config; names the nearest ones.
     """
     path = expand_user(name, "CONFIG")
     bundled = bundled_configs()
@@ -76,17 +76,17 @@ def find_config(name: str) -> Path:
             return path
         if path.is_dir():
             raise UserError(f"{name}: is a folder; a YAML file or a bundled config is needed")
-    except OSError as error:  # a name that is too long, a folder that may not be searched
+    except OSError as error:  # the name is too long, or the folder not searchable
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     if name in bundled:
         return bundled[name]
     near = difflib.get_close_matches(path.stem, bundled, n=3)
-    hint = f"nearest: {', '.join(near)}" if near else f"such as digits; there are {len(bundled)}"
+    hint = f"nearest: {', '.join(near)}" if near else f"{len(bundled)} are bundled, such as digits"
     raise UserError(f"{name}: no such file, nor a bundled config ({hint})")
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """One YAML document; UserError names the source, line and column of what is wrong."""
+    """Parse one YAML document; a UserError names the source, line and column of a mistake."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain values only
     except yaml.MarkedYAMLError as error:
@@ -112,9 +112,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{path}: extends: {base_path}: no such file, nor a bundled one")
         base = _read(base_path)
         if "extends" in base:
-            raise UserError(f"{base_path}: extends: a file that is extended extends none itself")
+            raise UserError(f"{base_path}: extends: an extended file cannot extend another")
         own, tree = tree, _merge(base, tree)
-    # A data set of another kind has other keys: choosing it comes first.
+    # Choose the kind of a section before its keys, which depend on the kind.
     choices = tuple(f"{section}.name=" for section in KINDS)
     overrides = sorted(overrides, key=lambda text: not text.startswith(choices))
     overridden = {_override(tree, text) for text in overrides}
@@ -135,10 +135,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _read(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds."""
+    """Return the mapping in a YAML file."""
     try:
         text = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from None
     tree = parse_yaml(text, str(path))
@@ -150,7 +150,7 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _merge(base: dict[Any, Any], tree: dict[Any, Any]) -> dict[Any, Any]:
-    """Keys of ``base`` where ``tree`` has none; of another kind of data, what it shares."""
+    """Merge ``tree`` over ``base``; a section that changes its kind keeps only shared keys."""
     merged = dict(base)
     for key, value in tree.items():
         below = base.get(key)
@@ -163,7 +163,7 @@ def _merge(base: dict[Any, Any], tree: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _kept(section: str, tree: dict[Any, Any], name: object) -> dict[Any, Any]:
-    """The keys that a section keeps when its kind changes: those that a kind of its family has."""
+    """Return the keys that a section keeps when its kind changes: those shared in its family."""
     kinds: dict[object, Any] = {_tag_of(kind): kind for kind in KINDS[section]}
     default = next(iter(kinds)) if section == "optimizer" else None
     before, after = kinds.get(tree.get("name", default)), kinds.get(name)
@@ -173,7 +173,7 @@ def _kept(section: str, tree: dict[Any, Any], name: object) -> dict[Any, Any]:
 
 
 def _holds(tree: dict[Any, Any], key: str) -> bool:
-    """Whether a dotted key, or all of it but a missing last part, stands in the tree."""
+    """Return whether the tree contains a dotted key."""
     node: Any = tree
     for name in key.split("."):
         if not isinstance(node, dict) or name not in node:
@@ -183,7 +183,7 @@ def _holds(tree: dict[Any, Any], key: str) -> bool:
 
 
 def _override(tree: dict[Any, Any], text: str) -> str:
-    """Set one ``key.sub=value`` in the tree; returns the key."""
+    """Set one ``key.sub=value`` in the tree; return the key."""
     key, equals, value = text.partition("=")
     names = key.split(".")
     if not equals or not all(map(str.isidentifier, names)):
@@ -205,8 +205,8 @@ def _override(tree: dict[Any, Any], text: str) -> str:
 
 
 def _explain(detail: dict[str, Any]) -> tuple[str, str]:
-    """Key path, and a line that says what was found there and what is allowed."""
-    # A tagged union puts the tag into the path (data.digits.copies): the file has none there.
+    """Return the key path and a line that says what was found there and what is allowed."""
+    # A tagged union adds its tag to the path (data.digits.copies); the file has no such key.
     parts = [_printable(str(part)) for part in detail["loc"]]
     if len(parts) > 1 and parts[0] in KINDS:
         del parts[1]
@@ -230,18 +230,18 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
     if kind == "value_error":
         return key, f"{key}: {context['error']}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return key, f"{key}: {found}; it is a section of keys and values"
+        return key, f"{key}: {found}; must be a section of keys and values"
     message = detail["msg"].removeprefix("Input should be ")
     return key, f"{key}: {found}; must be {message}"
 
 
 def _printable(key: str) -> str:
-    """The key on one line, whatever it is made of."""
+    """Return the key on one line, escaped if necessary."""
     return key if key.isprintable() else repr(key)
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:
-    """Names that are allowed in the section at a pydantic error location."""
+    """Return the names allowed in the section at a pydantic error location."""
     model: type[BaseModel] = Config
     candidates: list[type[BaseModel]] = [Config]
     for part in location:
@@ -249,24 +249,24 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
         if field is not None:
             candidates = _models_in(field.annotation)
             model = candidates[0]
-        else:  # the tag of the data union, or a place in a list
+        else:  # a union's tag, or a list index
             model = next((m for m in candidates if part == _tag_of(m)), model)
     return list(model.model_fields)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models of an annotation: itself, or the members of a union."""
+    """Return the models of an annotation: itself, or the members of a union."""
     members = getattr(annotation, "__args__", (annotation,))
     return [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
 
 
 def _tag_of(model: type[BaseModel]) -> str | None:
-    """The value of ``name`` that selects a member of a tagged union."""
+    """Return the value of ``name`` that selects a member of a tagged union."""
     field = model.model_fields.get("name")
     return getattr(field.annotation, "__args__", (None,))[0] if field else None
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that ``load_config`` reads to the same values."""
+    """Return the resolved config as YAML that ``load_config`` reads back to the same values."""
     tree = config.model_dump(mode="json", exclude={"extends"})
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

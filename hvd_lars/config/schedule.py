@@ -1,4 +1,4 @@
-"""The config's schedule section: its settings, and ``build()``."""
+"""The config's ``schedule`` section."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Steps = Callable[[Duration, str], int]
 
 
 class Planned(NamedTuple):
-    """A schedule for a run of a certain length.
+    """A schedule resolved for the length of a run.
 
     Attributes:
-        warmup_steps: length of the warmup.
-        target_lr: γ at its end.
-        rate: γ of every step.
+        warmup_steps: length of the warmup, in steps.
+        target_lr: γ at the end of the warmup.
+        rate: γ as a function of the step.
     """
 
     warmup_steps: int
@@ -33,46 +33,50 @@ class Schedule(Section):
     """The learning rate γ over the run."""
 
     base_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(
-        binds="run and recipe", description="γ that the warmup ends at, before scaling"
+        binds="run and recipe", description="γ at the end of the warmup, before scaling"
     )
     scaling: Literal["none", "linear", "sqrt"] = key(
         binds="run and recipe",
         default="none",
-        description="of base_lr with the batch: γ, γ·k or γ·√k for k references",
+        description="base_lr, times k or times √k, with k = global_batch / reference_batch",
     )
     reference_batch: Positive = key(
-        binds="run and recipe", default=256, description="base_lr is meant for this global batch"
+        binds="run and recipe", default=256, description="global batch that base_lr is meant for"
     )
     policy: Literal["poly", "multistep", "cosine", "constant"] = key(
-        binds="run and recipe", default="poly", description="the rule after the warmup"
+        binds="run and recipe", default="poly", description="rule for γ after the warmup"
     )
     poly_power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(
-        binds="run and recipe", default=2.0, description="p, of (1 − t/T)^p"
+        binds="run and recipe", default=2.0, description="p in (1 − t/T)^p"
     )
     poly_span: Literal["post_warmup", "total"] = key(
         binds="run and recipe",
         default="post_warmup",
-        description="what t and T count: steps after the warmup (MLPerf), or all (Caffe)",
+        description="t and T count the steps after the warmup (MLPerf), or all steps (Caffe)",
     )
-    end_lr: Rate = key(binds="run and recipe", default=0.0, description="where poly and cosine end")
+    end_lr: Rate = key(
+        binds="run and recipe", default=0.0, description="final γ of poly and cosine"
+    )
     milestones: Annotated[tuple[DurationField, ...], Field(strict=False)] = key(
         binds="run and recipe",
         default=(),
-        description="multistep: when the rate is multiplied by factor",
+        description="multistep: when γ is multiplied by factor",
     )
     factor: Annotated[float, Field(gt=0, le=1)] = key(
-        binds="run and recipe", default=0.1, description="multistep: of each milestone"
+        binds="run and recipe", default=0.1, description="multistep: applied at each milestone"
     )
     warmup: Literal["none", "gradual", "constant"] = key(
         binds="run and recipe",
         default="none",
-        description="gradual: a straight line; constant: warmup_start_lr, then all",
+        description="gradual: linear from warmup_start_lr; constant: warmup_start_lr until the end",
     )
     warmup_duration: DurationField = key(
-        binds="run and recipe", default=Duration(0, "epochs"), description="needed with a warmup"
+        binds="run and recipe", default=Duration(0, "epochs"), description="required with a warmup"
     )
     warmup_start_lr: Rate = key(
-        binds="run and recipe", default=0.0, description="where a gradual warmup begins"
+        binds="run and recipe",
+        default=0.0,
+        description="first γ of a gradual warmup; γ of a constant one",
     )
 
     @model_validator(mode="after")
@@ -93,15 +97,15 @@ class Schedule(Section):
         return self
 
     def build(self, total: int, global_batch: int, steps: Steps) -> Planned:
-        """The learning rate of every step.
+        """Resolve the schedule for a run.
 
         Args:
             total: steps of the run.
-            global_batch: samples of a step.
-            steps: the steps of a duration; its second argument is the key for errors.
+            global_batch: samples per step.
+            steps: converts a duration to steps; its second argument is the key to name in errors.
 
         Raises:
-            UserError: the warmup does not fit into the run, or the rate would end above its target.
+            UserError: the warmup does not fit into the run, or ``end_lr`` exceeds the target rate.
         """
         warmup = 0
         if self.warmup != "none":

@@ -14,48 +14,50 @@ from hvd_lars.settings.durations import Duration
 from hvd_lars.settings.fields import DurationField, PeriodField, Positive, Section, key
 from hvd_lars.sources import Data
 
-# Sections that are of one of several kinds, chosen by their ``name``.
+# Sections with several kinds, chosen by their ``name``.
 KINDS = {"data": sources.KINDS, "optimizer": optimizers.KINDS}
 _STEPS = r"^steps [1-9][0-9]*-[1-9][0-9]*$"
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Run(Section):
-    """Where a run goes and what makes it repeatable."""
+    """Folder, seed, limits and console of a run."""
 
     name: Name = key(
         binds="nothing",
         default="run",
-        description="stands in the run folder's name and the console",
+        description="used in the run folder's name and on the console",
     )
     dir: str | None = key(
         binds="nothing", default=None, description="run folder; runs/NAME-TIME when absent"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = key(
-        binds="nothing", default=0, description="of weights, order, augmentation and dropout"
+        binds="nothing",
+        default=0,
+        description="seeds weights, sample order, augmentation and dropout",
     )
     expect_world_size: Positive | None = key(
-        binds="nothing", default=None, description="refuse any other rank count"
+        binds="nothing", default=None, description="refuse any other world size"
     )
     allow_other_data: bool = key(
         binds="nothing",
         default=False,
-        description="go on with, or evaluate, other data than the run has seen; holds once",
+        description="resume or evaluate with data that differs from the run's; applies once",
     )
     max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = key(
         binds="nothing",
         default=None,
-        description="stop with a checkpoint and exit code 75 after so many hours",
+        description="stop with a checkpoint and exit code 75 after this many hours",
     )
     rank_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = key(
         binds="nothing",
         default=120.0,
-        description="seconds without a heartbeat from a rank that end the job",
+        description="end the job after this many seconds without a heartbeat from a rank",
     )
     stall_timeout: Annotated[float, Field(ge=5, allow_inf_nan=False)] = key(
         binds="nothing",
         default=1800.0,
-        description="seconds without progress of any rank that end the job",
+        description="end the job after this many seconds without progress on any rank",
     )
     console: Literal["auto", "bar", "lines", "none"] = key(
         binds="nothing",
@@ -64,37 +66,37 @@ class Run(Section):
     )
     loggers: Annotated[
         tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(strict=False)
-    ] = key(binds="nothing", default=(), description="other programs that the records go to")
+    ] = key(binds="nothing", default=(), description="programs that also receive the records")
 
 
 class Comm(Section):
-    """How ranks are joined."""
+    """How ranks communicate."""
 
     backend: Literal["auto", "horovod", "mpi", "local"] = key(
         binds="nothing",
         default="auto",
-        description="auto: horovod, or mpi where it is missing, for ranks; local for one",
+        description="auto: horovod for several ranks, or mpi if it is missing; local for one",
     )
     bucket_mb: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = key(
         binds="nothing",
         default=25.0,
-        description="gradients are summed in buckets of this many MiB; auto: what steps of the "
-        "network before training are fastest with",
+        description="gradients are summed in buckets of this many MiB; auto: the size with the "
+        "fastest trial step",
     )
     compression: Literal["none", "fp16"] = key(
         binds="nothing",
         default="none",
-        description="fp16: gradients are all-reduced as scaled float16; Horovod",
+        description="fp16: all-reduce gradients as scaled float16 (Horovod only)",
     )
 
 
 class Model(Section):
-    """The network: one of ours, a classifier of torchvision by name, or ``timm/NAME``."""
+    """The network: one of hvd_lars, a torchvision classifier, or ``timm/NAME``."""
 
     name: str = key(
         binds="run and recipe",
         default="digits_alexnet",
-        description="one of ours, a classifier of torchvision, or timm/NAME",
+        description="a network of hvd_lars, a torchvision classifier, or timm/NAME",
     )
     init_from: str | None = key(
         binds="recipe",
@@ -109,52 +111,54 @@ class Model(Section):
     fc_sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = key(
         binds="run and recipe",
         default=None,
-        description="deviation of the last layer's initial weights; its bias is 0",
+        description="standard deviation of the last layer's initial weights; its bias is 0",
     )
     bn_momentum: Annotated[float, Field(gt=0, le=1)] | None = key(
         binds="run and recipe",
         default=None,
-        description="weight of a batch in BatchNorm's running statistics",
+        description="weight of each batch in BatchNorm's running statistics",
     )
     bn_sync_ranks: Positive = key(
         binds="run and recipe",
         default=1,
-        description="BatchNorm takes its statistics over groups of this many ranks",
+        description="compute BatchNorm statistics over groups of this many ranks",
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = key(
-        binds="run", default=None, description="also keep and evaluate an average of the weights"
+        binds="run",
+        default=None,
+        description="decay of a moving average of the weights, which is evaluated too",
     )
     checkpoint_blocks: bool = key(
         binds="nothing",
         default=False,
-        description="compute residual blocks again in backward, for memory",
+        description="activation checkpointing of residual blocks, to save memory",
     )
 
 
 class Train(Section):
-    """How long, in what pieces, and what is written down."""
+    """Length, batch sizes and precision of training, and the intervals of its records."""
 
-    duration: DurationField = key(binds="run and recipe", description="of the whole run")
+    duration: DurationField = key(binds="run and recipe", description="length of the whole run")
     global_batch: Positive = key(
-        binds="run and recipe", description="samples a step, over all ranks"
+        binds="run and recipe", description="samples per step, over all ranks"
     )
     micro_batch: Positive = key(
         binds="nothing",
         default=256,
-        description="most samples a rank holds at once; accumulation follows from it",
+        description="maximum samples per rank and pass; determines the accumulation",
     )
     eval_batch: Positive = key(
-        binds="nothing", default=512, description="samples a rank evaluates at once"
+        binds="nothing", default=512, description="samples that a rank evaluates at once"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = key(
         binds="run and recipe",
         default=0.0,
-        description="share of the label that is spread over all classes",
+        description="share of the label spread over all classes",
     )
     precision: Literal["fp32", "bf16", "fp16"] = key(
         binds="run and recipe",
         default="fp32",
-        description="of forward and backward; weights and sums stay float32",
+        description="precision of forward and backward; weights and sums stay float32",
     )
     channels_last: bool = key(
         binds="nothing", default=False, description="memory format of images and weights"
@@ -162,28 +166,28 @@ class Train(Section):
     verify_every: Positive | None = key(
         binds="nothing",
         default=None,
-        description="compare a checksum of the parameters over the ranks every so many steps",
+        description="steps between checks that all ranks have the same parameter checksum",
     )
     max_skipped_steps: Annotated[int, Field(ge=0)] = key(
         binds="recipe",
         default=10,
-        description="steps in a row that may be left out because a gradient is not finite",
+        description="consecutive steps that may be skipped because a gradient is not finite",
     )
     compile: bool = key(binds="nothing", default=False, description="torch.compile the network")
     eval_every: DurationField = key(
         binds="nothing",
         default=Duration(1, "epochs"),
-        description="between evaluations on the whole test set",
+        description="interval between evaluations on the whole test set",
     )
     log_every: DurationField = key(
         binds="nothing",
         default=Duration(10, "steps"),
-        description="between log lines, which are means over it",
+        description="interval between log lines, each a mean over it",
     )
     log_layers_every: DurationField = key(
         binds="nothing",
         default=Duration(1, "epochs"),
-        description="between records of all layers' norms and ratios",
+        description="interval between records of all layers' norms and trust ratios",
     )
     profile: Annotated[str, StringConstraints(pattern=_STEPS)] | None = key(
         binds="nothing",
@@ -191,7 +195,7 @@ class Train(Section):
         description="write a profile of these steps, such as 'steps 50-55'",
     )
     threads: Positive | None = key(
-        binds="nothing", default=None, description="CPU threads a rank; cores / ranks if absent"
+        binds="nothing", default=None, description="CPU threads per rank; cores / ranks if absent"
     )
 
     @property
@@ -206,7 +210,7 @@ class Train(Section):
     def _profile_has_steps(self) -> Train:
         steps = self.profiled_steps
         if steps is not None and steps[0] > steps[1]:
-            raise ValueError(f"profile is {self.profile!r}; the first step comes first")
+            raise ValueError(f"profile is {self.profile!r}; the first step is after the last")
         return self
 
     @model_validator(mode="after")
@@ -218,37 +222,37 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    """When the state of training is kept."""
+    """When the training state is saved."""
 
     every: PeriodField = key(
         binds="nothing",
         default=Duration(5, "epochs"),
-        description="between checkpoints; minutes are allowed, too",
+        description="interval between checkpoints; minutes are allowed too",
     )
     keep_last: Positive = key(
-        binds="nothing", default=2, description="older checkpoints are removed"
+        binds="nothing", default=2, description="checkpoints to keep; older ones are removed"
     )
     commit_every: Positive = key(
         binds="nothing",
         default=20,
-        description="steps between copies in memory that an elastic job goes on from",
+        description="steps between the snapshots in memory that an elastic job resumes from",
     )
 
 
 class Recipe(Section):
-    """Where a bundled config comes from; nothing here changes the run."""
+    """The origin of a bundled config; does not change the run."""
 
     net: str = key(binds="nothing", description="the paper's name of the network")
     source: str = key(binds="nothing", description="paper, table or file, and its address")
     top1: Annotated[float, Field(gt=0, le=100)] | None = key(
         binds="nothing", default=None, description="published top-1 accuracy in percent"
     )
-    obtained: str = key(binds="nothing", description="how that figure was obtained")
+    obtained: str = key(binds="nothing", description="how the accuracy was obtained")
     recalled: str | None = key(
-        binds="nothing", default=None, description="what was not read from a primary source"
+        binds="nothing", default=None, description="facts not read from a primary source"
     )
     departures: Annotated[tuple[str, ...], Field(strict=False)] = key(
-        binds="nothing", default=(), description="where this config leaves the published setting"
+        binds="nothing", default=(), description="differences from the published setting"
     )
 
 
@@ -258,10 +262,10 @@ class Config(Section):
     extends: str | None = key(
         binds="nothing",
         default=None,
-        description="a file, beside this one or bundled, whose keys hold where this one has none",
+        description="a file, beside this one or bundled, that supplies keys missing here",
     )
     recipe: Recipe | None = key(
-        binds="nothing", default=None, description="where a bundled config comes from"
+        binds="nothing", default=None, description="origin of a bundled config"
     )
     run: Run = Run()
     comm: Comm = Comm()
@@ -281,23 +285,23 @@ class Config(Section):
         return tree
 
     def with_section(self, section: str, settings: Section) -> Config:
-        """The config with another section, which is valid already."""
+        """Return the config with another, already validated section."""
         return self.model_copy(update={section: settings})
 
     def with_values(self, section: str, **values: object) -> Config:
-        """The config with other values in one section; they are not validated again."""
+        """Return the config with other values in one section, without validating them."""
         changed = getattr(self, section).model_copy(update=values)
         return self.model_copy(update={section: changed})
 
 
 class _Schema(GenerateJsonSchema):
-    """Defaults as the YAML writes them."""
+    """Write defaults as in the YAML."""
 
     def encode_default(self, dft: Any) -> Any:
         return str(dft) if isinstance(dft, Duration) else super().encode_default(dft)
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a config file, for editors."""
+    """Return the JSON schema of a config file, for editors."""
     dialect = {"$schema": GenerateJsonSchema.schema_dialect}
     return dialect | Config.model_json_schema(schema_generator=_Schema)

@@ -1,4 +1,4 @@
-"""Images: sources, and which samples make up a global batch."""
+"""Image sources, and the samples of each global batch."""
 
 from hvd_lars.data.augment import Augment
 from hvd_lars.data.cifar import load_cifar

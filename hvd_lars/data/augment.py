@@ -1,4 +1,4 @@
-"""What may happen to training images."""
+"""Augmentation of training images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a training image.
+    """Augmentation options of training images.
 
     Attributes:
         crop: ``resized``: a random part of ``crop_scale`` of the area, aspect 3/4 to 4/3,
@@ -19,11 +19,12 @@ class Augment:
         flip: mirror half of the images.
         trivial_augment: one random operation of random strength (Müller, Hutter 2021).
         brightness, contrast, saturation, hue: greatest relative change; hue in turns.
-        lighting: deviation of the shift along the principal components of ImageNet's colours
-            (Krizhevsky et al. 2012, §4.1: 0.1).
+        lighting: standard deviation of the shift along the principal components of ImageNet's
+            colours (Krizhevsky et al. 2012, §4.1: 0.1).
         random_erasing: probability of erasing a rectangle (Zhong et al. 2017).
-        mixup: α of Beta(α, α) (Zhang et al. 2017); 0 is off.
-        cutmix: α of Beta(α, α) (Yun et al. 2019); 0 is off.  With mixup, a pair takes either.
+        mixup: α of Beta(α, α) (Zhang et al. 2017); 0 disables it.
+        cutmix: α of Beta(α, α) (Yun et al. 2019); 0 disables it.  With mixup, each pair gets one
+            of the two.
     """
 
     crop: Literal["resized", "window", "padded"] = "resized"
@@ -41,12 +42,12 @@ class Augment:
 
     @property
     def mixes_pairs(self) -> bool:
-        """Whether an image depends on its neighbour's."""
+        """Whether an image depends on its neighbour."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 def colours(augment: Augment) -> Any | None:
-    """A uint8 image (3, height, width) → another; None where nothing was asked for."""
+    """Return a map between uint8 images (3, height, width); None if no operation is set."""
     from torchvision.transforms import v2
 
     jitter = (augment.brightness, augment.contrast, augment.saturation, augment.hue)

@@ -19,24 +19,24 @@ class ArrayImages:
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def open(self, index: int) -> Picture:
-        """An image, which cannot fail."""
+        """Return an image; never fails."""
         return Picture(self._pixels[index], f"image {index}")
 
 
 def load_cifar(
     name: str, root: str, download: bool
 ) -> tuple[ArrayImages, ArrayImages, tuple[str, ...]]:
-    """Training and test images of ``cifar10`` or ``cifar100``, and names of the classes.
+    """Load training and test images of ``cifar10`` or ``cifar100``, and the class names.
 
     torchvision checks every MD5.
 
     Args:
-        name: which of the two.
+        name: ``cifar10`` or ``cifar100``.
         root: the folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
-        download: fetch them from the authors' site where they are missing.
+        download: fetch missing files from the authors' site.
 
     Raises:
-        UserError: they are missing or damaged, or the download failed.
+        UserError: files are missing or damaged, or the download failed.
 
     Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
     """

@@ -1,4 +1,4 @@
-"""Pictures cut to the side that a network takes."""
+"""Crop pictures to the side that a network takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from hvd_lars.data.augment import Augment
 from hvd_lars.data.decoding import Picture
 
-NUM_DRAWS = 41  # of an image: whether it is mirrored, and ten attempts at area, aspect, place
+NUM_DRAWS = 41  # per image: mirroring, and ten attempts at area, aspect, top, left
 _ASPECTS = (3 / 4, 4 / 3)
 _PADDING = 4
 
@@ -23,7 +23,7 @@ Part = tuple[int, int, int, int]  # top, left, height, width
 def training_crop(
     augment: Augment, side: int, eval_resize: int
 ) -> Callable[[Picture, Draws], Tensor]:
-    """A picture and its draws → (3, side, side) uint8, cropped and perhaps mirrored."""
+    """Return a function from a picture and its draws to a crop (3, side, side) uint8."""
     cut: Callable[[Picture, Draws], Tensor]
     if augment.crop == "resized":
         cut = partial(_resized_part, augment.crop_scale, side)
@@ -35,14 +35,14 @@ def training_crop(
 
 
 def centre_crop(side: int, eval_resize: int) -> Callable[[Picture], Tensor]:
-    """A picture → the centre (3, side, side) after its shorter side is ``eval_resize``."""
+    """Return a function: resize the shorter side to ``eval_resize``, crop (3, side, side)."""
     return partial(_centre, side, eval_resize)
 
 
 def random_part(draws: Draws, height: int, width: int, scale: tuple[float, float]) -> Part:
-    """A part of ``scale`` of the area, of an aspect of 3/4 to 4/3, anywhere.
+    """Draw a part with ``scale`` of the area and an aspect of 3/4 to 4/3, anywhere.
 
-    After ten attempts that do not fit: the centre, as much as the aspects allow.
+    If ten attempts do not fit, return as much of the centre as the aspects allow.
 
     Source:
         Szegedy et al. 2015, arXiv 1409.4842, §6; the fallback is torchvision's.

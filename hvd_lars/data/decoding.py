@@ -1,4 +1,4 @@
-"""Image files as pixels, decoded when it is known how large they need be."""
+"""Image files, decoded only once the required size is known."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 Pixels = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
 
-_SHRINKS = (8, 4, 2)  # what JPEG decoders do with fewer frequencies and no resizing
+_SHRINKS = (8, 4, 2)  # JPEG decoders do these with fewer frequencies, without resizing
 
 
 @final
 class Picture:
-    """One image, of which a JPEG is not decoded before :meth:`pixels` says at what size.
+    """One image; a JPEG is decoded only in :meth:`pixels`, at the size requested there.
 
     Args:
-        data: the bytes of an image file of any format that Pillow reads, or pixels
-            (height, width, 3) uint8.  Grey images of more than 8 bits are scaled to 8; the
-            orientation that EXIF gives is not applied, as in torchvision.
-        name: what an error calls it.
+        data: the bytes of an image file in any format that Pillow reads, or pixels
+            (height, width, 3) uint8.  Grey images of more than 8 bits are scaled to 8; EXIF
+            orientation is not applied, as in torchvision.
+        name: used in error messages.
 
     Attributes:
-        height, width: in pixels, as it was stored.
+        height, width: stored size in pixels.
 
     Raises:
-        UserError: it is not an image, or of an absurd size.
+        UserError: not an image, or larger than Pillow allows.
     """
 
     def __init__(self, data: bytes | Pixels, name: str):
@@ -52,7 +52,7 @@ class Picture:
         self.height, self.width = data.shape[:2]
 
     def shrink_for(self, height: int, width: int, side: int) -> int:
-        """How far a part of height × width may shrink in decoding to become side × side later."""
+        """Return the factor by which decoding may shrink a height × width part for side × side."""
         if self._jpeg:
             for shrink in _SHRINKS:
                 if min(height, width) >= shrink * side:
@@ -60,10 +60,10 @@ class Picture:
         return 1
 
     def pixels(self, shrink: int = 1, exact: bool = True) -> Tensor:
-        """RGB (3, ⌈height / shrink⌉, ⌈width / shrink⌉) uint8, in memory (height, width, 3).
+        """Return RGB (3, ⌈height / shrink⌉, ⌈width / shrink⌉) uint8, stored as (height, width, 3).
 
-        ``shrink`` is one that :meth:`shrink_for` gave.  Where it need not be ``exact``, colours of
-        lower resolution are not interpolated, which is quicker.
+        ``shrink`` is a result of :meth:`shrink_for`.  Unless ``exact``, the inverse DCT is faster
+        and subsampled chroma is not interpolated.
 
         Raises:
             UserError: the image is damaged.
@@ -82,16 +82,14 @@ class Picture:
                     min_height=least[0],
                     min_width=least[1],
                 )
-            except (
-                ValueError
-            ):  # an unusual kind, which Pillow may know; or else it says what is wrong
+            except ValueError:  # Pillow may read an unusual kind; if not, it reports the damage
                 array = _any_format(self._jpeg, self._name)
                 return torch.from_numpy(array).permute(2, 0, 1)[:, ::shrink, ::shrink]
         return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG of a usual kind and size, else None."""
+    """Return height and width of a JPEG of a usual kind and size, else None."""
     if not data.startswith(b"\xff\xd8"):
         return None
     import simplejpeg
@@ -112,14 +110,14 @@ def _any_format(data: bytes, name: str) -> Pixels:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF that nobody reads
+            warnings.simplefilter("ignore")  # about EXIF data, which is not used
             with pil.open(BytesIO(data)) as file:
                 if file.mode[0] in "IF":  # Pillow's own conversion would clip at 255
                     grey = to_bytes(np.asarray(file), *_range_of(file))
                     return np.repeat(grey[..., None], 3, axis=2)
                 return np.array(file.convert("RGB"))
-    except Exception as error:  # of a damaged file its readers raise anything
-        # Pillow names a buffer in memory, where the line names the file already.
+    except Exception as error:  # Pillow raises anything on a damaged file
+        # Pillow would name the buffer in memory; the line already names the file.
         unknown = isinstance(error, UnidentifiedImageError)
         said = " ".join(str(error).split()) or type(error).__name__
         problem = "of no known format" if unknown else said
@@ -127,11 +125,11 @@ def _any_format(data: bytes, name: str) -> Pixels:
 
 
 def _range_of(file: PillowImage) -> tuple[float, bool]:
-    """The value that is white, and whether 0 is white in place of black."""
+    """Return the value of white, and whether 0 is white instead of black."""
     if file.mode.startswith("F"):
         return 1.0, False
     tags: Mapping[int, Any] = getattr(file, "tag_v2", {})
-    if not tags:  # PNG, PGM and the others have 16 bits, which Pillow fills
+    if not tags:  # Pillow scales PNG, PGM and others to 16 bits
         return 65535.0, False
     bits = int(tags.get(_BITS, (16,))[0])
     signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
@@ -141,11 +139,11 @@ def _range_of(file: PillowImage) -> tuple[float, bool]:
 def to_bytes(
     grey: np.ndarray[Any, Any], white: float, inverted: bool = False
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Grey values from 0 to ``white`` as 0 to 255, rounded.
+    """Scale grey values from 0 to ``white`` to 0 to 255, rounded.
 
     Raises:
-        ValueError: values lie outside; or are so small in 32 bits that 8 bits would show nothing
-            of them, as where 16-bit values stand there: what white is, is not known then.
+        ValueError: values are outside that range; or 32-bit values are so small that 8 bits would
+            lose them all, such as 16-bit values stored in 32 bits: white is then unknown.
     """
     if white > 2**31:
         grey = grey.astype(np.int32, copy=False).view(np.uint32)  # Pillow has no unsigned mode
@@ -154,7 +152,7 @@ def to_bytes(
         raise ValueError(f"grey values from {low:g} to {high:g}; allowed: 0 to {white:g}")
     if 0.0 < high < white / 255.0 and white > 65535.0:
         raise ValueError(
-            f"grey values up to {high:g}, where white is {white:g}: what they mean is not known; "
+            f"grey values up to {high:g}, where white is {white:g}: their scale is unknown; "
             f"store them as 8 or 16 bits"
         )
     scaled = np.rint(grey * (255.0 / white)).astype(np.uint8)

@@ -15,9 +15,9 @@ NUM_TRAIN, NUM_EVAL = 897, 900
 
 
 def load_digits(copies: int, seed: int) -> WarpedImages:
-    """1,797 real 8×8 images of handwritten digits, shipped with scikit-learn.
+    """Load the 1,797 real 8×8 images of handwritten digits shipped with scikit-learn.
 
-    A fixed split: 900 test images, 897 for training, each seen ``copies`` times an epoch.
+    The split is fixed: 897 training images, each seen ``copies`` times an epoch, and 900 for test.
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
@@ -32,9 +32,9 @@ def load_digits(copies: int, seed: int) -> WarpedImages:
 
 
 def _table() -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(1797, 65): the images, 0 to 16, and their digits.
+    """Return (1797, 65): the pixels, 0 to 16, and the digit.
 
-    Its file is read without importing scikit-learn, which takes a second.
+    The file is read directly, since importing scikit-learn takes a second.
     """
     found = find_spec("sklearn")
     for folder in (found and found.submodule_search_locations) or []:

@@ -1,4 +1,4 @@
-"""Drawn signs, generated: harder than the digits, and as small."""
+"""Generated glyphs: harder than the digits, and as small."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from hvd_lars.data.source import Batch
 from hvd_lars.data.warps import WarpedImages
 
 NUM_CLASSES, PER_CLASS, SIDE = 40, 50, 16
-_STROKES, _POINTS = 3, 12  # curves a sign, points at which a curve is drawn
-_WOBBLE = 0.18  # deviation of a control point from hand to hand; the sheet is 2 wide
+_STROKES, _POINTS = 3, 12  # curves per glyph, points drawn per curve
+_WOBBLE = 0.18  # deviation of a control point between images; the canvas is 2 wide
 _PRESSURE = (0.10, 0.22)  # radius of the pen
-_NOISE = 0.22  # deviation of the paper's brightness
-_SEED = 16  # the data set is one fixed thing: nothing of a run's seed is in it
+_NOISE = 0.22  # deviation of a pixel's brightness
+_SEED = 16  # fixed: the data set does not depend on a run's seed
 
 
 def draw_glyphs(copies: int, seed: int) -> WarpedImages:
-    """4,000 images 16×16 of 40 invented signs, half for training, each seen ``copies`` times.
+    """Draw 4,000 16×16 images of 40 glyphs, half for training, each seen ``copies`` times.
 
-    A class is three quadratic Bézier curves; every image draws them with another hand: control
-    points moved, another pen, noisy paper.
+    A class is three random quadratic Bézier curves; images differ in control points, pen and noise.
     """
     generator = np.random.default_rng(_SEED)
     signs = generator.uniform(-0.75, 0.75, size=(NUM_CLASSES, _STROKES, 3, 2))
@@ -32,7 +31,7 @@ def draw_glyphs(copies: int, seed: int) -> WarpedImages:
 def _draw(
     signs: np.ndarray[tuple[int, ...], np.dtype[np.float64]], generator: np.random.Generator
 ) -> Batch:
-    """Images (NUM_CLASSES · PER_CLASS, 1, SIDE, SIDE) in [0, 1] and labels."""
+    """Return images (NUM_CLASSES · PER_CLASS, 1, SIDE, SIDE) in [0, 1] and labels."""
     labels = np.repeat(np.arange(NUM_CLASSES), PER_CLASS)
     hands = signs[labels] + generator.normal(scale=_WOBBLE, size=(len(labels), *signs.shape[1:]))
     t = np.linspace(0.0, 1.0, _POINTS)

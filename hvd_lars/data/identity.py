@@ -1,4 +1,4 @@
-"""What a run remembers of the data that it saw."""
+"""The identity of a run's data, to compare when it is used again."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_SHOWN = 3  # names of classes in a line
+_SHOWN = 3  # class names in a line
 
 
 @dataclass(frozen=True)
 class SplitIdentity:
-    """How many images there are, and a SHA-256 of which they are, in their order."""
+    """The number of images, and a SHA-256 that identifies them in order."""
 
     images: int
     sha256: str
@@ -21,11 +21,10 @@ class SplitIdentity:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """A data set: names of the classes by label, and its splits.
+    """The identity of a data set: class names by label, and its splits.
 
-    Two that are equal give the same samples in the same order with the same labels, as far as
-    names tell.  The bytes of the images are not part of it, but for shards that ``pack`` wrote,
-    whose checksums are.
+    Equal identities mean the same samples in the same order with the same labels, as far as names
+    show.  The images' bytes are covered only in shards that ``pack`` wrote, by their checksums.
     """
 
     classes: tuple[str, ...]
@@ -33,14 +32,14 @@ class DataIdentity:
     val: SplitIdentity
 
     def record(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> DataIdentity:
-        """What :meth:`record` gave, as JSON; ValueError where it is something else.
+        """Parse the JSON of :meth:`record`; raises ValueError for anything else.
 
-        Names of folders need not be valid Unicode, which is why no library reads them here.
+        Folder names need not be valid Unicode, so no validation library parses them here.
         """
         try:
             found = json.loads(text)
@@ -49,7 +48,7 @@ class DataIdentity:
                 raise ValueError("classes are not names")
             return cls(tuple(classes), _split(found["train"]), _split(found["val"]))
         except (KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"not what data was seen: {type(error).__name__} {error}") from None
+            raise ValueError(f"not a data identity: {type(error).__name__} {error}") from None
 
 
 def _split(found: Any) -> SplitIdentity:
@@ -60,7 +59,7 @@ def _split(found: Any) -> SplitIdentity:
 
 
 def made_identity(description: str, train: int, val: int, classes: int) -> DataIdentity:
-    """Of images that a program makes, or that come whole: ``description`` says which they are."""
+    """Return the identity of generated or fixed images, by a ``description`` of them."""
     digest = hashlib.sha256(description.encode()).hexdigest()
     return DataIdentity(
         tuple(map(str, range(classes))), SplitIdentity(train, digest), SplitIdentity(val, digest)
@@ -68,7 +67,7 @@ def made_identity(description: str, train: int, val: int, classes: int) -> DataI
 
 
 def differences(then: DataIdentity, now: DataIdentity, only_eval: bool = False) -> list[str]:
-    """What is not as it was, a phrase each; of the training images too unless ``only_eval``."""
+    """Return the differences, a phrase each; ``only_eval`` ignores the training images."""
     found = _class_differences(then.classes, now.classes)
     for name in ("val",) if only_eval else ("train", "val"):
         before: SplitIdentity = getattr(then, name)

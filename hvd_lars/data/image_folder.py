@@ -20,7 +20,7 @@ class FolderImages:
         self.labels = split.labels
 
     def open(self, index: int) -> Picture:
-        """Read a file; UserError names it if that fails."""
+        """Read a file; raises UserError, which names it, if that fails."""
         path = Path(self._root, os.fsdecode(self._paths[index]))
         try:
             data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Photographs, wherever they lie: decoded, cropped, augmented, normalised."""
+"""Photographs from any store: decoded, cropped, augmented, normalised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LIGHT_VECTORS = (
     (-0.5836, -0.6948, 0.4203),
 )
 
-_TRIES = 32  # images in a row, before a data set counts as gone
+_TRIES = 32  # unreadable images in a row that end a run
 
 _COLOURS, _ERASING, _LIGHTING, _MIXING = 1, 2, 3, 4  # separate streams of random numbers
 
@@ -35,10 +35,10 @@ class Sizes(NamedTuple):
     """Sides of images, in pixels.
 
     Attributes:
-        image_size: of the crop that the network is shown.
+        image_size: of the crop that the network takes.
         eval_resize: shorter side before the centre crop.
-        progressive: (first epoch, side) of progressive resizing, in order; the side of training
-            images is ``image_size`` before the first.
+        progressive: (first epoch, side) of progressive resizing, in order; before the first,
+            training images have side ``image_size``.
     """
 
     image_size: int
@@ -47,12 +47,12 @@ class Sizes(NamedTuple):
 
 
 class ImageStore(Protocol):
-    """The images of one split: ``labels`` (n,), and image ``index`` of them."""
+    """The images of one split, by index, and their ``labels`` (n,)."""
 
     labels: Indices
 
     def open(self, index: int) -> Picture:
-        """Read an image; UserError names its file if that fails."""
+        """Read an image; raises UserError, which names its file, if that fails."""
         ...
 
 
@@ -60,20 +60,19 @@ class ImageStore(Protocol):
 class Images:
     """Two stores of images with the transforms of the published recipes.
 
-    Workers decode, crop and flip; batches are uint8, so that a quarter of the bytes crosses to
-    the device.  There they are normalised, shifted in colour, erased and mixed.  The operations
-    of one image at a time (TrivialAugment, colour jitter) run on a GPU where there is one and in
-    the workers elsewhere, with the same random numbers.
+    Workers decode, crop and flip; batches are uint8, so that a quarter of the bytes is copied to
+    the device.  There they are normalised, shifted in colour, erased and mixed.  Per-image
+    operations (TrivialAugment, colour jitter) run on a GPU if there is one and in the workers
+    otherwise, with the same random numbers.
 
     Args:
         train, val: the stores.
-        identity: of both; labels are below the number of its classes.
-        augment: what happens to training images.
-        image_size: side of the crop, in pixels.
-        eval_resize: the shorter side before the centre crop, in pixels.
+        identity: of both; labels are below its number of classes.
+        augment: augmentation of training images.
+        sizes: sides of images, in pixels.
         seed: of all draws, with epoch and sample.
-        colour_statistics: mean and deviation of the channels in [0, 1].
-        gpu: whether the device is one.
+        colour_statistics: mean and standard deviation of the channels in [0, 1].
+        gpu: whether the device is a GPU.
     """
 
     def __init__(
@@ -99,14 +98,14 @@ class Images:
         self._colours = colours(augment)
         self._centre = centre_crop(sizes.image_size, sizes.eval_resize)
         self.unreadable: list[Unreadable] = []
-        self._known: set[tuple[bool, int]] = set()  # unreadable: whether of evaluation, index
+        self._known: set[tuple[bool, int]] = set()  # unreadable images: evaluation, index
 
     def image_size(self, epoch: int) -> int:
-        """Side of the training images of an epoch, in pixels."""
+        """Return the side of an epoch's training images, in pixels."""
         return [size for first, size in self._sizes if first <= epoch][-1]
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
-        """Random crops (n, 3, side, side) uint8 and labels (n,)."""
+        """Return random crops (n, 3, side, side) uint8 and labels (n,)."""
         crop = self._crops[self.image_size(epoch)]
         draws = uniforms(self._seed, epoch, indices, NUM_DRAWS).tolist()
         made = [
@@ -119,7 +118,10 @@ class Images:
         return default_collate(images), torch.tensor([label for _, label in made])
 
     def eval_batch(self, indices: Indices) -> Batch:
-        """Centre crops (n, 3, image_size, image_size) uint8 and labels (n,) of what can be read."""
+        """Return centre crops (n, 3, image_size, image_size) uint8 and labels (n,).
+
+        Unreadable images are omitted.
+        """
         found = [(i, self._read(self._val, i, self._centre)) for i in indices.tolist()]
         images = [image for _, image in found if image is not None]
         labels = [int(self._val.labels[i]) for i, image in found if image is not None]
@@ -129,7 +131,7 @@ class Images:
         return default_collate(images), torch.tensor(labels)
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
-        """Normalised float32 images; shares of the classes in place of labels where mixed."""
+        """Return normalised float32 images; class shares replace labels if images are mixed."""
         epoch, indices = request.epoch, request.indices
         augment = self._augment
         if epoch is None:
@@ -155,7 +157,7 @@ class Images:
         )
 
     def _next_readable(self, index: int, make: Callable[[Picture], Tensor]) -> tuple[Tensor, int]:
-        """A training image and its label, or those of the next one that can be read."""
+        """Return a training image and its label, or those of the next readable one."""
         count = len(self._train.labels)
         for i in range(index, index + min(_TRIES, count)):
             image = self._read(self._train, i % count, make)
@@ -167,7 +169,7 @@ class Images:
     def _read(
         self, store: ImageStore, index: int, make: Callable[[Picture], Tensor]
     ) -> Tensor | None:
-        """An image; None where it cannot be read, which is noted the first time."""
+        """Return an image; None if it is unreadable, which is recorded the first time."""
         evaluation = store is self._val
         if (evaluation, index) in self._known:
             return None
@@ -179,21 +181,21 @@ class Images:
             return None
 
     def _recoloured(self, images: Sequence[Tensor], epoch: int, indices: Indices) -> list[Tensor]:
-        """The operations of one image at a time."""
+        """Apply the per-image operations."""
         assert self._colours is not None
         changed = []
-        with torch.random.fork_rng(devices=[]):  # dropout's generator is the same one
+        with torch.random.fork_rng(devices=[]):  # dropout uses the same generator
             for image, index in zip(images, indices.tolist(), strict=True):
                 self._begin(epoch, index, _COLOURS)
                 changed.append(self._colours(image))
         return changed
 
     def _begin(self, epoch: int, index: int, *stream: int) -> None:
-        """Make the global generator that of a sample; a GPU's, which is dropout's, is left."""
+        """Seed the CPU's global generator for a sample; dropout's on a GPU is not touched."""
         torch.default_generator.manual_seed(seed_of(self._seed, epoch, index, *stream))
 
     def _normalised(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
-        """(x / 255 + shift - mean) / deviation as a multiplication and an addition in place.
+        """Return (x / 255 + shift - mean) / deviation: one multiplication, one in-place addition.
 
         ``shift`` is (n, 3), of each image's colours in [0, 1].
         """
@@ -204,7 +206,7 @@ class Images:
         return pixels.add_((bias / std).float().to(images.device)[:, :, None, None])
 
     def _erase(self, pixels: Tensor, epoch: int, indices: Indices) -> None:
-        """Rectangles become the mean colour, 0, in place."""
+        """Fill random rectangles with the mean colour, 0, in place."""
         from torchvision.transforms import v2
 
         erase = v2.RandomErasing(self._augment.random_erasing)

@@ -1,6 +1,6 @@
-"""Which images an ImageNet-like folder holds.
+"""List the images of an ImageNet-like folder.
 
-Scanned by one rank and remembered: a million files are not listed by every rank at every start.
+One rank scans it and caches the list, so that ranks do not list a million files at every start.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Split:
     labels: Indices
 
     def identity(self) -> SplitIdentity:
-        """Of names and labels, in their order; the files' bytes are not read."""
+        """Hash names and labels in their order; the files' bytes are not read."""
         digest = hashlib.sha256(b"\0".join(self.paths.tolist()))
         digest.update(self.labels.tobytes())
         return SplitIdentity(len(self.labels), digest.hexdigest())
@@ -54,7 +54,7 @@ class Split:
 class Listing:
     """An ImageNet-like folder: ``root/train/CLASS/…/image`` and ``root/val/CLASS/…/image``.
 
-    ``left_out`` counts the files that are no images, in a line; empty where there are none.
+    ``left_out`` counts the skipped files by kind, in one line; empty if there are none.
     """
 
     root: str
@@ -64,23 +64,23 @@ class Listing:
     left_out: str = ""
 
     def identity(self) -> DataIdentity:
-        """What a run remembers of the data that it saw."""
+        """Return the identity that a run records of its data."""
         return DataIdentity(self.classes, self.train.identity(), self.val.identity())
 
 
 def list_folder(root: str, cache: Path | None) -> Listing:
     """List both splits, or read the list from ``cache`` if no folder has changed since.
 
-    Classes are the folders of a split, in the order of their names.  Their images are all files
-    whose ending Pillow reads, in sub-folders too, as torchvision's ImageFolder finds them.  Hidden
-    files and folders, and those that systems leave behind (``__MACOSX``), are passed over.
+    Classes are the folders of a split, sorted by name.  Their images are all files with an
+    extension that Pillow reads, in sub-folders too, as in torchvision's ImageFolder.  Hidden files
+    and folders, and those that systems leave behind (``__MACOSX``), are skipped.
 
     Raises:
         UserError: a split or its class folders are missing, a class has no images, or the
             classes of the splits differ.
     """
     folder = expand_user(root, "data.root")
-    # Another Pillow may read more endings.
+    # Another version of Pillow may read more extensions.
     key = json.dumps([_FORMAT, str(folder.resolve()), sorted(image_endings())])
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" if cache else None
     names = ["folders", "times", "classes", "left_out"]
@@ -96,7 +96,7 @@ def list_folder(root: str, cache: Path | None) -> Listing:
 
 
 def _list(folder: Path) -> dict[str, Any]:
-    """Everything found, as arrays; ``times`` of ``folders`` say when that is out of date."""
+    """Scan into arrays; the ``times`` of ``folders`` show whether they are out of date."""
     times: dict[bytes, int] = {}
     left_out: Counter[str] = Counter()
     classes = {split: _class_folders(folder, split, times, left_out) for split in _SPLITS}
@@ -122,7 +122,7 @@ def _list(folder: Path) -> dict[str, Any]:
 
 
 def _is_as_it_was(folder: Path, arrays: dict[str, Any]) -> bool:
-    """Whether no file was added to a folder or removed from one since it was listed."""
+    """Return whether no file was added or removed since the folders were listed."""
     root = os.fsencode(folder)
     try:
         return all(
@@ -136,15 +136,15 @@ def _is_as_it_was(folder: Path, arrays: dict[str, Any]) -> bool:
 def _class_folders(
     folder: Path, split: str, times: dict[bytes, int], left_out: Counter[str]
 ) -> list[str]:
-    """Sorted names of the class folders of a split."""
+    """Return the sorted names of a split's class folders."""
     try:
         times[os.fsencode(split)] = (folder / split).stat().st_mtime_ns
         with os.scandir(folder / split) as entries:
             found = {entry.name: entry.is_dir() for entry in entries}
     except OSError as error:
         raise UserError(
-            f"data.root: {folder / split}: {error.strerror}; a folder with one folder of images "
-            f"a class is expected"
+            f"data.root: {folder / split}: {error.strerror}; expected a folder with one "
+            f"folder of images per class"
         ) from None
     for name in (name for name, is_folder in found.items() if not is_folder):
         count_left_out(left_out, name, "beside the class folders")
@@ -155,7 +155,7 @@ def _class_folders(
 
 
 def _images(folder: Path, top: str, times: dict[bytes, int], left_out: Counter[str]) -> list[bytes]:
-    """Paths of a class's images below ``folder``, by folder and name."""
+    """Return the paths of a class's images below ``folder``, sorted by folder and name."""
     endings = image_endings()
     paths: list[bytes] = []
     others: Counter[str] = Counter()
@@ -173,7 +173,7 @@ def _images(folder: Path, top: str, times: dict[bytes, int], left_out: Counter[s
 
 
 def _walk(folder: Path, top: str, times: dict[bytes, int]) -> Iterator[tuple[str, list[str]]]:
-    """Folders from ``folder / top`` down, links followed once each, with their files' names."""
+    """Yield folders from ``folder / top`` down with their files' names; follows each link once."""
     seen: set[tuple[int, int]] = set()
     waiting = [top]
     while waiting:
@@ -190,7 +190,7 @@ def _walk(folder: Path, top: str, times: dict[bytes, int]) -> Iterator[tuple[str
                     if entry.is_dir():
                         if not is_litter(entry.name):
                             waiting.append(f"{path}/{entry.name}")
-                    # A pipe would wait for a writer; a link to nowhere is named when it is read.
+                    # Reading a pipe would block; a broken link is reported when it is read.
                     elif entry.is_file() or not os.path.exists(entry.path):
                         names.append(entry.name)
         except OSError as error:
@@ -199,7 +199,7 @@ def _walk(folder: Path, top: str, times: dict[bytes, int]) -> Iterator[tuple[str
 
 
 def read_arrays(file: Path, names: list[str]) -> dict[str, Any] | None:
-    """The named arrays of a cache file; None where it is missing or damaged."""
+    """Return the named arrays of a cache file; None if it is missing or damaged."""
     try:
         with np.load(file) as kept:
             return {name: kept[name] for name in names}
@@ -208,7 +208,7 @@ def read_arrays(file: Path, names: list[str]) -> dict[str, Any] | None:
 
 
 def write_arrays(file: Path, arrays: dict[str, Any]) -> None:
-    """Write beside the name and rename; a cache that cannot be written is no loss."""
+    """Write under a temporary name and rename; ignores a cache that cannot be written."""
     draft = file.with_suffix(f".{os.getpid()}.tmp.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

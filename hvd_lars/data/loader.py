@@ -1,4 +1,4 @@
-"""Batches in a given order, made by worker processes ahead of time."""
+"""Batches in a given order, made ahead of time by worker processes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hvd_lars.runtime.rank_stderr import speak_as, voice
 
 
 class WorkerLostError(RuntimeError):
-    """A process that loads images was killed: the run may go on from its last checkpoint."""
+    """A process that loads images was killed; the run may resume from its last checkpoint."""
 
 
-_AHEAD = 2  # batches that a worker makes before they are asked for
+_AHEAD = 2  # batches that each worker makes ahead
 _Made = tuple[Batch, list[Unreadable]] | UserError
 
 
 @final
 class _Answers(Dataset[_Made]):
-    """A source as a map from requests to batches, which is what a DataLoader's workers run.
+    """A source as a map from requests to batches, for a DataLoader's workers.
 
-    A DataLoader would wrap a worker's exception in two tracebacks: it is passed on as a value.
+    UserError is returned as a value: DataLoader would wrap it in two tracebacks.
     """
 
     def __init__(self, source: Source) -> None:
@@ -48,14 +48,14 @@ class _Answers(Dataset[_Made]):
 
 
 def _begin(rank: int | None, worker: int) -> None:
-    """In a new worker, whose number DataLoader gives."""
+    """Set up a new worker; DataLoader passes its number."""
     leave_with_owner()
     if rank is not None:
         speak_as(rank, hold=False)
 
 
 def answer(source: Source, request: Request) -> Batch:
-    """The batch of one request; of no samples, two empty tensors."""
+    """Return the batch of a request; two empty tensors if it has no samples."""
     if not len(request.indices):
         return torch.empty(0), torch.empty(0, dtype=torch.int64)
     if request.epoch is None:
@@ -66,21 +66,21 @@ def answer(source: Source, request: Request) -> Batch:
 def stream(
     source: Source, requests: Iterable[Request], workers: int = 0, device: str = "cpu"
 ) -> Iterator[tuple[Request, Batch]]:
-    """The ``requests`` with their batches on a type of device, in order, whoever makes them.
+    """Yield the ``requests`` in order, with their batches on ``device``.
 
-    To a GPU they are copied from page-locked memory in a stream of their own, beside the work that
-    is still in its queue.
+    Batches for a GPU are copied from page-locked memory in a separate stream, overlapping
+    the GPU's queued work.
 
     Args:
         source: the data set; sent to the workers once.
-        requests: read lazily, two batches a worker ahead.
-        workers: processes; 0 makes each batch when it is asked for.  They come from a fork
-            server, as a fork of a process that runs MPI is not safe.
-        device: where the batches are wanted, such as ``"cuda"`` for the current GPU.
+        requests: read lazily, two batches per worker ahead.
+        workers: number of processes; 0 makes each batch when it is requested.  They come from a
+            fork server, since forking a process that runs MPI is not safe.
+        device: type of the batches' device, such as ``"cuda"`` for the current GPU.
 
     Raises:
-        UserError: a training image and all that could replace it are unreadable, here or in a
-            worker; or a worker has no room in shared memory.
+        UserError: an image and all its replacements are unreadable, here or in a worker; or a
+            worker has no room in shared memory.
         WorkerLostError: a worker was killed.
     """
     batches = _made(source, requests, workers, device == "cuda")
@@ -94,7 +94,7 @@ def _copied_aside(batches: Iterator[tuple[Request, Batch]]) -> Iterator[tuple[Re
             images, labels = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in batch)
         work = torch.cuda.current_stream()
         work.wait_stream(copies)
-        for tensor in (images, labels):  # or their memory might be used again too early
+        for tensor in (images, labels):  # so that their memory is not reused too early
             tensor.record_stream(work)
         yield request, (images, labels)
 
@@ -107,7 +107,7 @@ def _made(
             yield request, answer(source, request)
         return
     context = multiprocessing.get_context("forkserver")
-    # What a worker would import anew whenever workers start, at every evaluation.
+    # Or all workers would import these again at every start, such as for an evaluation.
     context.set_forkserver_preload(["hvd_lars.data", "torchvision.transforms.v2"])
     asked, requests = itertools.tee(requests)
     own = voice()
@@ -120,7 +120,7 @@ def _made(
         worker_init_fn=partial(_begin, None if own is None else own.rank),
         multiprocessing_context=context,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # its seed for workers would come from dropout's generator
+        generator=torch.Generator(),  # or workers' seeds would be drawn from dropout's generator
     )
     for request, made in zip(asked, _guarded(iter(loader), workers), strict=True):
         if isinstance(made, UserError):
@@ -131,7 +131,7 @@ def _made(
 
 
 def _guarded(made: Iterator[_Made], workers: int) -> Iterator[_Made]:
-    """The same; what a worker dies of is one line, where DataLoader shows 70."""
+    """Pass batches on; reports a worker's death in one line, where DataLoader prints 70."""
     while True:
         try:
             yield next(made)
@@ -157,14 +157,14 @@ def _guarded(made: Iterator[_Made], workers: int) -> Iterator[_Made]:
 
 
 def shared_bytes(batch_bytes: int, workers: int) -> int:
-    """Most bytes of shared memory that a rank's batches take on their way from the workers."""
+    """Return the most bytes of shared memory that a rank's batches in transit take."""
     return batch_bytes * (_AHEAD * workers + 1) if workers else 0
 
 
 def shared_memory() -> str:
-    """How much of it is left, which is where batches travel."""
+    """Describe the free shared memory, through which workers pass batches."""
     try:
         room = shutil.disk_usage("/dev/shm")
     except OSError:
-        return "/dev/shm is not there"
+        return "/dev/shm does not exist"
     return f"/dev/shm has {room.free / 1e6:,.0f} MB free of {room.total / 1e6:,.0f} MB"

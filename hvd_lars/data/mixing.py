@@ -1,9 +1,9 @@
 """Mixup and cutmix within pairs of neighbours.
 
 torchvision's MixUp and CutMix roll a batch and draw once for all of it, so an image would depend
-on who else is in its micro-batch.  Here samples 2k and 2k+1 of the global batch mix with each
-other, by numbers that belong to (seed, epoch, first of the two): any split over ranks and
-micro-batches that keeps pairs together gives the same images.
+on the rest of its micro-batch.  Here samples 2k and 2k+1 of the global batch are mixed with each
+other, using random numbers of (seed, epoch, sample 2k): any split over ranks and micro-batches
+that keeps pairs together gives the same images.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ def mix_pairs(
     mixup: float,
     cutmix: float,
 ) -> Batch:
-    """Mix each image with its neighbour; a last one without a neighbour stays as it is.
+    """Mix each image with its neighbour; an odd last image is returned unmixed.
 
     Args:
         images: (n, channels, height, width), floating point.
         labels: (n,) int64.
-        request: whose samples they are.
-        num_classes: width of the result's shares.
-        seed: of the draws.
-        mixup: α of λ ~ Beta(α, α), images λ·own + (1 − λ)·other; 0 is off.
-        cutmix: α of 1 − λ, the share of the area that is exchanged; 0 is off.
+        request: the samples in the batch.
+        num_classes: width of the class shares.
+        seed: of the random draws.
+        mixup: α of λ ~ Beta(α, α) in λ·own + (1 − λ)·other; 0 disables it.
+        cutmix: α of λ ~ Beta(α, α); 1 − λ of the area is exchanged; 0 disables it.
 
     Returns:
-        Images of the same shape, and shares of the classes (n, num_classes), rows summing to 1.
+        Images of the same shape, and class shares (n, num_classes), rows summing to 1.
     """
     assert request.epoch is not None
     count, _, height, width = images.shape
     pairs = count // 2
     draws = uniforms(seed, request.epoch, request.indices[0 : 2 * pairs : 2], 4)
     cuts = draws[:, 1] < 0.5 if mixup and cutmix else np.full(pairs, cutmix > 0)
-    own = np.ones((count, height, width), dtype=np.float32)  # weight of a pixel of one's own
+    own = np.ones((count, height, width), dtype=np.float32)  # weight of the image's own pixels
     for k in range(pairs):
         alpha = cutmix if cuts[k] else mixup
         share = float(betaincinv(alpha, alpha, draws[k, 0]))

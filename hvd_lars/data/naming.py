@@ -1,4 +1,4 @@
-"""Which file names are of images, and which are of nobody's making."""
+"""Recognise image files by name, and files that only the system left behind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 
-# What systems leave in folders of images: macOS's archives, Synology's thumbnails, file systems'
-# own folders, Windows' thumbnails and trash.  Names that begin with a dot are left out with them.
+# Left in image folders by macOS's archives, Synology, file systems, and Windows' thumbnails and
+# trash.  Names that begin with a dot are skipped as well.
 _LITTER = frozenset(
     {
         "__macosx", "@eadir", "#recycle", "lost+found", "$recycle.bin",
@@ -15,24 +15,24 @@ _LITTER = frozenset(
     }
 )  # fmt: skip
 
-# Formats that Pillow lists and that are no images to it, or that run a program (Ghostscript).
+# Formats that Pillow registers but cannot decode, or decodes with a program (Ghostscript).
 _NOT_READ = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
 _HIDDEN = "hidden"
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder is the system's, or hidden: no class and no image of the user."""
+    """Return whether a file or folder is hidden or the system's: neither a class nor an image."""
     return name.startswith(".") or name.lower() in _LITTER
 
 
 def ending_of(name: str) -> str:
-    """From the last dot on, in lower case; empty where there is none."""
+    """Return the extension with its dot, in lower case; empty if there is none."""
     return f".{name.rpartition('.')[2].lower()}" if "." in name else ""
 
 
 @cache
 def image_endings() -> frozenset[str]:
-    """Endings of the files that Pillow reads, in lower case with their dot."""
+    """Return the extensions of the files that Pillow reads, in lower case with their dot."""
     from PIL import Image
 
     Image.init()
@@ -41,12 +41,12 @@ def image_endings() -> frozenset[str]:
 
 
 def count_left_out(counts: Counter[str], name: str, where: str = "") -> None:
-    """Count a file under what :func:`describe_left_out` calls it."""
-    kind = _HIDDEN if is_litter(name) else ending_of(name) or "without an ending"
+    """Count a skipped file by its kind, for :func:`describe_left_out`."""
+    kind = _HIDDEN if is_litter(name) else ending_of(name) or "without an extension"
     counts[f"{kind}{where and ' '}{where}"] += 1
 
 
 def describe_left_out(counts: Mapping[str, int]) -> str:
-    """One line, such as ``3 .txt, 1 hidden``; empty where nothing was left out."""
+    """Return one line such as ``3 .txt, 1 hidden``; empty if no file was skipped."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count:,} {kind}" for kind, count in ordered)

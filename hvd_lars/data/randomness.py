@@ -15,22 +15,22 @@ _U64 = np.uint64
 
 
 def seed_of(*numbers: int) -> int:
-    """A 64-bit seed that belongs to these numbers: nothing to save, nothing to drift."""
+    """Derive a 64-bit seed from ``numbers``: no generator state to save or to drift."""
     text = " ".join(map(str, numbers))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _mix(x: Any) -> Any:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014), on an array of uint64."""
+    """Apply the output function of SplitMix64 (Steele, Lea, Flood 2014) to an array of uint64."""
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))
 
 
 def uniforms(seed: int, epoch: int, indices: Indices, count: int) -> Matrix:
-    """(len(indices), count) numbers in [0, 1): a row belongs to its sample, whoever draws it.
+    """Return (len(indices), count) numbers in [0, 1), one row per sample.
 
-    A sample drawn by another rank, in another batch or after a resume gets the same row.
+    A sample gets the same row on another rank, in another batch or after a resume.
     """
     increment = _U64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Which samples make up a global batch, and which of them a rank takes."""
+"""The samples of each global batch, and each rank's share of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hvd_lars.data.source import Indices
 
 
 class GlobalBatches:
-    """The samples of every step, the same whatever the number of ranks.
+    """The samples of every step, independent of the world size.
 
-    Global batch k of an epoch is permutation(seed, epoch)[k·B : (k+1)·B]; what is left over at
-    the end of an epoch is dropped.  The step is all the state there is.
+    Global batch k of an epoch is permutation(seed, epoch)[k·B : (k+1)·B]; the remainder of an
+    epoch is dropped.  The step is the only state.
 
     Args:
         num_samples: samples in an epoch.
@@ -22,7 +22,7 @@ class GlobalBatches:
         pairs: keep positions 2k and 2k+1 of a global batch on one rank, in one micro-batch.
 
     Raises:
-        ValueError: the batch does not fit into an epoch.
+        ValueError: the batch is larger than an epoch.
     """
 
     def __init__(self, num_samples: int, global_batch: int, seed: int, pairs: bool = False) -> None:
@@ -38,7 +38,7 @@ class GlobalBatches:
         self._permutation: Indices = np.empty(0, dtype=np.int64)
 
     def indices(self, step: int) -> Indices:
-        """(global_batch,) sample numbers of global step ``step``, counted from 0."""
+        """Return the (global_batch,) sample numbers of global step ``step``, counted from 0."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             generator = np.random.default_rng([self._seed, epoch])
@@ -47,10 +47,10 @@ class GlobalBatches:
         return self._permutation[k * self.global_batch : (k + 1) * self.global_batch]
 
     def micro_batches(self, step: int, rank: int, size: int, micro_batch: int) -> list[Indices]:
-        """This rank's samples of a step, [rank::size], in as few even pieces as fit.
+        """Split this rank's samples of a step, [rank::size], into the fewest even micro-batches.
 
-        The number of pieces, the accumulation, is the same on all ranks; where the batch does not
-        divide, pieces differ by one sample (or pair) and a rank's last may be empty.
+        Their number, the accumulation, is the same on all ranks; if the batch does not divide,
+        micro-batches differ by one sample (or pair) and a rank's last may be empty.
         """
         batch, block = self.indices(step), self._block
         mine = np.arange(0, self.global_batch, block)[rank::size]
@@ -62,9 +62,9 @@ class GlobalBatches:
 
 
 def accumulation(global_batch: int, size: int, micro_batch: int, block: int = 1) -> int:
-    """Micro-batches of a step: enough that the fullest rank's pieces hold at most micro_batch.
+    """Return the micro-batches per step that keep each within ``micro_batch`` on every rank.
 
-    Samples are dealt out in blocks of ``block``, at most micro_batch.
+    Samples are dealt out in blocks of ``block``, which is at most micro_batch.
 
     >>> accumulation(global_batch=8192, size=2, micro_batch=128)
     32
@@ -74,7 +74,7 @@ def accumulation(global_batch: int, size: int, micro_batch: int, block: int = 1)
 
 
 def smallest_micro_batch(global_batch: int, size: int, micro_batch: int, block: int = 1) -> int:
-    """Samples of the smallest micro-batch of any rank that is not empty.
+    """Return the size of the smallest non-empty micro-batch of any rank.
 
     >>> smallest_micro_batch(global_batch=9, size=2, micro_batch=4)
     2
@@ -86,6 +86,6 @@ def smallest_micro_batch(global_batch: int, size: int, micro_batch: int, block: 
     blocks, pieces = -(-global_batch // block), accumulation(global_batch, size, micro_batch, block)
     emptiest, fullest = blocks // size, -(-blocks // size)
     least = min(max(n // pieces, 1) for n in (emptiest, fullest) if n)
-    # The last block, perhaps not a whole one, is the last of the last piece of a fullest rank.
+    # The last block, which may be partial, ends the last micro-batch of a fullest rank.
     last = block * max(fullest // pieces, 1) - (block * blocks - global_batch)
     return min(block * least, last)

@@ -1,4 +1,4 @@
-"""What the trainer asks of a data set."""
+"""The interface of a data set to the trainer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Request(NamedTuple):
-    """Samples to make a batch of.
+    """Samples to batch.
 
     Attributes:
         epoch: of training; None for the evaluation set.
-        indices: the samples; none where a rank has no sample in a step.
-        step: the optimizer step that they are for.
-        last: they are the rank's last of that step.
+        indices: the samples; empty if the rank has none in a step.
+        step: the optimizer step they are for.
+        last: whether they are the rank's last of that step.
     """
 
     epoch: int | None
@@ -31,18 +31,17 @@ class Request(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """An image that cannot be read: why, and whether it is of the evaluation set."""
+    """An unreadable image: the reason, and whether it is in the evaluation set."""
 
     line: str
     evaluation: bool
 
 
 class Source(Protocol):
-    """A data set.  What a sample looks like depends on (seed, epoch, index) alone.
+    """A data set in which a sample depends only on (seed, epoch, index).
 
-    It is pickled to worker processes, which make the batches.  Where ``mixes_pairs``, the samples
-    at 2k and 2k+1 of a global batch are mixed with each other, so whoever cuts a batch into
-    pieces keeps them together.
+    It is pickled to worker processes, which make the batches.  If ``mixes_pairs``, samples 2k and
+    2k+1 of a global batch are mixed with each other and must be in the same micro-batch.
     """
 
     num_train: int
@@ -51,22 +50,22 @@ class Source(Protocol):
     mixes_pairs: bool
     identity: DataIdentity
     unreadable: list[Unreadable]
-    """Images that could not be read since somebody last took them from this list."""
+    """Images found unreadable since the caller last cleared this list."""
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
-        """The training samples ``indices``, each below num_train, as drawn in ``epoch``.
+        """Return the training samples ``indices``, each below num_train, as drawn in ``epoch``.
 
-        Another sample takes the place of one that cannot be read.
+        Another sample replaces one that cannot be read.
         """
         ...
 
     def eval_batch(self, indices: Indices) -> Batch:
-        """The evaluation samples ``indices``, each below num_eval, unaugmented.
+        """Return the evaluation samples ``indices``, each below num_eval, unaugmented.
 
-        Those that cannot be read are left out: what was not read is not measured.
+        Unreadable samples are omitted and not evaluated.
         """
         ...
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
-        """What is left to do to a batch, made for ``request``, on the model's device."""
+        """Finish a batch, made for ``request``, on the model's device."""
         ...

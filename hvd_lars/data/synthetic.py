@@ -14,7 +14,7 @@ from hvd_lars.data.source import Batch, Indices, Request, Unreadable
 
 @final
 class Synthetic:
-    """Noise around one fixed brightness a class: learnable, and as costly as real tensors."""
+    """Noise around a fixed brightness per class: learnable, and as costly as real tensors."""
 
     mixes_pairs = False
 
@@ -36,15 +36,15 @@ class Synthetic:
         )
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
-        """Images (n, channels, image_size, image_size) and labels (n,)."""
+        """Return images (n, channels, image_size, image_size) and labels (n,)."""
         return self._draw(epoch + 1, indices)
 
     def eval_batch(self, indices: Indices) -> Batch:
-        """The same from a draw that no epoch uses."""
+        """Return images and labels from a draw that no epoch uses."""
         return self._draw(0, indices)
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
-        """Nothing: the images are ready."""
+        """Return the batch unchanged."""
         return images, labels
 
     def _draw(self, stream: int, indices: Indices) -> Batch:

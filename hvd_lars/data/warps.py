@@ -14,7 +14,7 @@ from hvd_lars.data.identity import made_identity
 from hvd_lars.data.randomness import Matrix, uniforms
 from hvd_lars.data.source import Batch, Indices, Request, Unreadable
 
-# Largest change to either side, each drawn uniformly.
+# Largest change in either direction, each drawn uniformly.
 _ROTATION = math.radians(15.0)
 _SCALE = 0.10
 _SHIFT = 0.25  # of half the width
@@ -23,11 +23,11 @@ _SHEAR = 0.10
 
 @final
 class WarpedImages:
-    """A few images in memory; an epoch holds ``copies`` warped copies of each, drawn anew.
+    """A few images in memory; an epoch holds ``copies`` newly warped copies of each.
 
     Args:
-        train: images (n, 1, side, side), dark paper at 0, and labels (n,).
-        evaluation: the same, shown as they are.
+        train: images (n, 1, side, side), dark background at 0, and labels (n,).
+        evaluation: the same, never warped.
         num_classes: labels are below it.
         copies: warped copies of a training image in an epoch.
         seed: of the warps, with epoch and sample.
@@ -41,7 +41,7 @@ class WarpedImages:
     ) -> None:
         mean, std = train[0].mean(), train[0].std()
         self.unreadable: list[Unreadable] = []
-        self.mean, self.deviation = mean.item(), std.item()  # of the pixels, before it is taken out
+        self.mean, self.deviation = mean.item(), std.item()  # of the raw pixels
         self._background = float(-mean / std)
         self._train = (train[0] - mean) / std, train[1]
         self._eval = (evaluation[0] - mean) / std, evaluation[1]
@@ -51,27 +51,27 @@ class WarpedImages:
         self.identity = made_identity(name, self.num_train, self.num_eval, num_classes)
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
-        """Warped images (n, 1, side, side), normalised, and labels (n,)."""
+        """Return warped images (n, 1, side, side), normalised, and labels (n,)."""
         which = torch.from_numpy(indices % self._distinct)
         theta = _affine(uniforms(self._seed, epoch, indices, 6))
         images, labels = self._train[0][which], self._train[1][which]
         grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
-        # grid_sample fills with zeros: shift so that zero is the paper around the ink.
+        # grid_sample pads with zeros: shift so that zero is the background.
         warped = functional.grid_sample(images - self._background, grid, align_corners=False)
         return warped + self._background, labels
 
     def eval_batch(self, indices: Indices) -> Batch:
-        """Test images (n, 1, side, side), normalised, and labels (n,)."""
+        """Return test images (n, 1, side, side), normalised, and labels (n,)."""
         which = torch.from_numpy(indices)
         return self._eval[0][which], self._eval[1][which]
 
     def on_device(self, images: Tensor, labels: Tensor, request: Request) -> Batch:
-        """Nothing: the images are ready."""
+        """Return the batch unchanged."""
         return images, labels
 
 
 def _affine(draws: Matrix) -> Tensor:
-    """(n, 2, 3) affine maps from (n, 6) uniform numbers: rotate · shear · scale, then shift."""
+    """Map (n, 6) uniform numbers to affine maps (n, 2, 3): rotate · shear · scale, then shift."""
     angle, scale_x, scale_y, shift_x, shift_y, shear = (2.0 * draws - 1.0).T
     cos, sin = np.cos(_ROTATION * angle), np.sin(_ROTATION * angle)
     sx, sy, k = 1.0 + _SCALE * scale_x, 1.0 + _SCALE * scale_y, _SHEAR * shear

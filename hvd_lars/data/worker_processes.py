@@ -1,7 +1,7 @@
-"""Processes that come from a fork server end with who asked for them.
+"""End processes from a fork server with the process that requested them.
 
-A worker's parent is the fork server, which lives as long as its workers do: left alone, both would
-outlive a process that is killed.
+A worker's parent is the fork server, which lives as long as its workers: without this, both would
+outlive a killed owner.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import threading
 
 
 def leave_with_owner() -> None:
-    """From here on, in a worker: leave, in whatever it does, once its owner has gone."""
+    """Make this worker exit, whatever it is doing, once its owner has gone."""
     threading.Thread(target=_wait_for_the_end, daemon=True).start()
 
 
 def _wait_for_the_end() -> None:
-    owner = multiprocessing.parent_process()  # who asked the fork server
+    owner = multiprocessing.parent_process()  # the process that asked the fork server
     if owner is not None:
         owner.join()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Whether the job is well: heartbeats and the watchdog, stop requests, agreement on both.
+"""Health of the job: heartbeats and the watchdog, stop requests, and the ranks' agreement.
 
-A decision that all ranks must take alike rides on an all-reduce of the step.
+Decisions that all ranks must take alike are part of an all-reduce of the step.
 """

@@ -1,6 +1,6 @@
-"""Agreement of the ranks on stopping, on checkpoints by the clock and on unreadable images.
+"""Agreement of the ranks on stop requests, checkpoints by the clock and unreadable images.
 
-Each rank's part rides on an all-reduce that a step makes anyway.
+Each rank's requests are part of an all-reduce that the step makes anyway.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Decision:
     """A decision that is the same on all ranks.
 
     Attributes:
-        stop: the reason to stop; None to go on.
-        checkpoint: one is due by the clock.
-        unreadable: images that no rank had met before.
+        stop: the reason to stop; None to continue.
+        checkpoint: a checkpoint is due by the clock.
+        unreadable: unreadable images not reported before.
     """
 
     stop: str | None
@@ -41,12 +41,12 @@ class Agreement:
 
     Args:
         comm: the ranks.
-        stops: requests to stop that reach this rank.
+        stops: stop requests that reach this rank.
         unreadable: the data source's list of unreadable images, which ``decide`` empties.
-        num_train: images to train on.
-        num_eval: images to evaluate on.
-        max_bad_fraction: of either, that may be unreadable.
-        checkpoint_seconds: between checkpoints, by rank 0's clock.
+        num_train: number of training images.
+        num_eval: number of evaluation images.
+        max_bad_fraction: fraction of each that may be unreadable.
+        checkpoint_seconds: seconds between checkpoints, by rank 0's clock.
     """
 
     def __init__(
@@ -61,29 +61,29 @@ class Agreement:
     ) -> None:
         self.stops = stops or StopRequests()
         self._comm, self._new = comm, [] if unreadable is None else unreadable
-        self._num_images = {False: num_train, True: num_eval}  # whether of evaluation
+        self._num_images = {False: num_train, True: num_eval}  # key: whether for evaluation
         self._max_bad_fraction = max_bad_fraction
         self._known: set[Unreadable] = set()
         self._checkpoint_seconds = checkpoint_seconds if comm.rank == 0 else math.inf
         self.checkpoint_made()
 
     def checkpoint_made(self) -> None:
-        """Start the clock of checkpoints again."""
+        """Restart the checkpoint clock."""
         self._last_checkpoint = time.monotonic()
 
     def requests(self) -> Tensor:
-        """This rank's part, (n,) float64, to be summed over the ranks."""
+        """Return this rank's requests, (n,) float64, to be summed over the ranks."""
         due = time.monotonic() - self._last_checkpoint >= self._checkpoint_seconds
         bad = any(image not in self._known for image in self._new)
         return torch.cat([self.stops.requests(), torch.tensor([due, bad]).double()])
 
     def decide(self, summed: Tensor | None = None) -> Decision:
-        """Decide from the ranks' summed requests; sums them where that is not done yet.
+        """Decide from the ranks' summed requests; sum them first if ``summed`` is None.
 
-        Rank 0 names each unreadable image once.
+        Rank 0 warns of each unreadable image once.
 
         Raises:
-            UserError: on every rank: more images are unreadable than may be.
+            UserError: on every rank: more images are unreadable than allowed.
         """
         if summed is None:
             summed = self.requests()
@@ -94,7 +94,7 @@ class Agreement:
         return Decision(reasons[-1] if reasons else None, due > 0, unreadable)
 
     def _share_unreadable(self) -> tuple[Unreadable, ...]:
-        """Give every rank the new images of all ranks, each once."""
+        """Return the new unreadable images of all ranks, each once, on every rank."""
         mine = sorted(set(self._new) - self._known)
         self._new.clear()
         lengths = torch.zeros(self._comm.size, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Which ranks are alive and make progress, by their heartbeats."""
+"""Detection of lost and stalled ranks by their heartbeats."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, final
 
-_PAUSED = 5.0  # seconds; a watcher that itself slept this long was suspended with all the others
+_PAUSED = 5.0  # seconds; if this process slept that long, the whole job was suspended
 
 
 class Position(NamedTuple):
-    """How far a rank is: steps done, the part of a step, and a number that grows with progress."""
+    """A rank's progress: steps done, the current part, and a count that grows with progress."""
 
     step: int
     part: str
@@ -20,7 +20,7 @@ class Position(NamedTuple):
 
 @dataclass
 class Rank:
-    """The last heartbeat of a rank; times are by the watching rank's clock, in seconds."""
+    """The last heartbeat of a rank; times in seconds by the watching rank's clock."""
 
     host: str
     pid: int
@@ -36,8 +36,8 @@ class Heartbeats:
     """Finds lost ranks; has no threads, sockets or clock of its own.
 
     Args:
-        rank_timeout: seconds without a heartbeat.
-        stall_timeout: seconds in which no rank makes progress.
+        rank_timeout: seconds without a heartbeat after which a rank is silent.
+        stall_timeout: seconds without progress of any rank.
     """
 
     def __init__(self, rank_timeout: float, stall_timeout: float, now: float) -> None:
@@ -46,7 +46,7 @@ class Heartbeats:
         self._checked = now
 
     def received(self, rank: int, host: str, pid: int, position: Position, now: float) -> Rank:
-        """Take a heartbeat."""
+        """Record a heartbeat and return its rank's entry."""
         known = self.ranks.get(rank)
         if known is None:
             known = self.ranks[rank] = Rank(host, pid, position, now, now)
@@ -56,7 +56,7 @@ class Heartbeats:
         return known
 
     def check(self, now: float) -> tuple[list[int], bool]:
-        """Ranks that are silent, and whether no rank makes progress; call it every second or so."""
+        """Return the silent ranks, and whether no rank makes progress; call about every second."""
         if now - self._checked > _PAUSED:
             for rank in self.ranks.values():
                 rank.heard = rank.moved = now
@@ -67,14 +67,14 @@ class Heartbeats:
 
 
 def describe(rank: int, known: Rank) -> str:
-    """A rank's line: who and where it is, its last step, and its stack where it sent one."""
+    """Return a rank's line: host, process, position, and its stack if it sent one."""
     what = f"  rank {rank} (host {known.host}, pid {known.pid}): {known.position.step} steps done, "
     what += f"then in {known.position.part or 'between parts'}{_state_of(known)}"
     return what + "".join(f"\n    {line}" for line in known.stack.splitlines())
 
 
 def process_state(pid: int) -> str | None:
-    """What the system says of a process on this machine: R, S, D, T …; None: it has ended."""
+    """Return the state of a process on this machine (R, S, D, T …), or None if it has ended."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""Requests to stop a run, which ranks agree on (agreement.py) before any of them acts.
+"""Requests to stop a run, on which ranks agree (agreement.py) before any of them acts.
 
-A request reaches one rank (a signal, a file, the clock), and a rank that stopped by itself would
-leave the others waiting in a collective.  So the ranks' requests are summed with every step.
+A request reaches one rank (a signal, a file, the clock); if that rank stopped alone, the others
+would wait in a collective.  So the ranks' requests are summed with every step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 STOP_FILE = "STOP file"
 REQUEUE_FILE = "STOP file that says requeue"
-# Of several requests at once, the last in this order is the reason given.
+# Of several simultaneous requests, the last in this order is reported.
 REASONS = (STOP_FILE, REQUEUE_FILE, "run.max_hours", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM")
 _SIGNALS = {
     signal.SIGUSR1: "SIGUSR1",
@@ -28,14 +28,14 @@ _SIGNALS = {
     signal.SIGINT: "SIGINT",
     signal.SIGTERM: "SIGTERM",
 }
-_LOOK_EVERY = 1.0  # seconds between looks at the file system
+_LOOK_EVERY = 1.0  # seconds between checks of the file system
 
 
 def _request_in(stop_file: Path) -> str:
     try:
         with stop_file.open("rb") as file:
             return REQUEUE_FILE if file.read(7) == b"requeue" else STOP_FILE
-    except OSError:  # a link to nowhere is a request, too
+    except OSError:  # a dangling link is a request too
         return STOP_FILE
 
 
@@ -44,9 +44,9 @@ class StopRequests:
     """Requests to stop that reached this rank.
 
     Args:
-        stop_file: its existence is a request, "requeue" in it another one; looked for on the rank
-            that is given one.
-        max_seconds: a request once so many seconds have passed; infinity for none.
+        stop_file: requests a stop by its existence, or a requeue if it contains "requeue"; None
+            on ranks that do not look for it.
+        max_seconds: seconds from now until a request; infinity for none.
     """
 
     def __init__(self, stop_file: Path | None = None, max_seconds: float = float("inf")) -> None:
@@ -56,13 +56,13 @@ class StopRequests:
 
     @classmethod
     def within(cls, hours: float | None) -> StopRequests:
-        """With a limit from now on; None for none."""
+        """Return requests with a limit of ``hours`` from now; None for no limit."""
         return cls(max_seconds=float("inf") if hours is None else hours * 3600.0)
 
     def with_file(self, stop_file: Path | None) -> StopRequests:
-        """The same requests and deadline with another file, for a rank whose number changed.
+        """Return a twin with another file, for a process whose rank changed.
 
-        The two share their requests.
+        Both share their requests and deadline.
         """
         twin = StopRequests(stop_file)
         twin._deadline, twin._asked = self._deadline, self._asked
@@ -72,7 +72,7 @@ class StopRequests:
     def listening(self) -> Iterator[None]:
         """Take SIGTERM, SIGUSR1, Ctrl-C and the end of a terminal (SIGHUP) as requests inside.
 
-        A second Ctrl-C interrupts.  SIGHUP stays ignored where it is, as under nohup.
+        A second Ctrl-C interrupts.  SIGHUP stays ignored if it already is, as under nohup.
         """
         numbers = set(_SIGNALS)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -85,7 +85,7 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def requests(self) -> Tensor:
-        """(len(REASONS),) float64 for a sum over the ranks."""
+        """Return this rank's requests, (len(REASONS),) float64, to be summed over the ranks."""
         now = time.monotonic()
         if now >= self._deadline:
             self._asked.add("run.max_hours")

@@ -1,8 +1,8 @@
-"""A watchdog beside the collectives, which cannot tell a slow rank from a lost one.
+"""A watchdog for lost ranks, which collectives cannot distinguish from slow ones.
 
-Every rank sends a heartbeat a second to rank 0 as a datagram, and rank 0 answers.  A process that
-stopped (SIGSTOP, a machine that hangs) sends none; a rank that waits for ever sends, but makes no
-progress.  Either ends the job with a line that names the ranks.
+Every rank sends a heartbeat datagram per second to rank 0, and rank 0 answers.  A stopped process
+(SIGSTOP, a hung machine) sends none; a rank that waits for ever sends heartbeats without progress.
+Either ends the job with a line that names the ranks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from hvd_lars.health.heartbeats import Heartbeats, Position, describe, process_s
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.runtime.terminal import warn
 
-_BEAT = 1.0  # seconds; more where rank 0 would have more than 256 datagrams a second to read
-_MEETING = 5.0  # seconds that training waits for the first datagrams, which take milliseconds
-_SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
-_STACKS_AFTER = 3.0  # seconds that ranks have to send their stacks
+_BEAT = 1.0  # seconds; longer if rank 0 would receive more than 256 datagrams a second
+_MEETING = 5.0  # seconds to wait for the first datagrams, which take milliseconds
+_SIOCGIFADDR = 0x8915  # Linux ioctl: the address of an interface
+_STACKS_AFTER = 3.0  # seconds for ranks to send their stacks
 
 
 @final
@@ -41,12 +41,12 @@ class Watchdog:
 
     Args:
         comm: the ranks.
-        position: how far this rank is; called from a thread.
+        position: returns this rank's position; called from a thread.
         rank_timeout: seconds without a heartbeat from a rank's process.
-        stall_timeout: seconds in which no rank makes progress.
-        replaceable: the others go on without a rank whose process ends (an elastic job): kill a
-            silent one on this machine, and only that.
-        section: what the two times are keys of, in messages.
+        stall_timeout: seconds without progress of any rank.
+        replaceable: in an elastic job, where the others continue without a rank whose process
+            ends: only kill lost ranks on this machine.
+        section: prefix of the two timeouts' keys in messages.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch inside; nothing is watched where there is one rank."""
+        """Watch inside; do nothing with a single rank."""
         if self._comm.size == 1:
             yield
             return
@@ -89,7 +89,7 @@ class Watchdog:
         try:
             yield
         except BaseException:
-            self._leaving = True  # not before it is known that nobody is left behind
+            self._leaving = True  # the thread first makes sure that no rank is left behind
             if self._replaceable:
                 thread.join(self._heartbeats.rank_timeout + _MEETING)
             raise
@@ -116,7 +116,7 @@ class Watchdog:
                 beat, target = answer
                 alarm = self._take(beat, target, peers, alarm)
                 if targets:
-                    targets = [target]  # the address of rank 0 that works from here
+                    targets = [target]  # the address of rank 0 that is reachable from here
             now = time.monotonic()
             if self._leaving and self._is_last(now):
                 break
@@ -131,8 +131,8 @@ class Watchdog:
             silent, stalled = self._heartbeats.check(now)
             if silent:
                 self._end(silent)
-            elif stalled and self._comm.rank == 0:  # who has the whole picture
-                alarm = min(alarm, now)  # first ask for stacks
+            elif stalled and self._comm.rank == 0:  # only rank 0 hears all ranks
+                alarm = min(alarm, now)  # ask for stacks first
                 if now > alarm + _STACKS_AFTER:
                     self._end([])
         for target in targets or peers.values():
@@ -140,9 +140,9 @@ class Watchdog:
                 _send(link, target, self._heartbeat(token, False))
 
     def _is_last(self, now: float) -> bool:
-        """Whether no other rank of this machine can still be in the attempt that failed.
+        """Return whether no other rank on this machine is still in the failed attempt.
 
-        A stopped process notices nothing, and Horovod's driver would wait for it.
+        A stopped process does not notice the failure, and Horovod's driver would wait for it.
         """
         mine = socket.gethostname()
         here = {
@@ -162,7 +162,7 @@ class Watchdog:
             self._heartbeats.received(0, socket.gethostname(), os.getpid(), self._position(), now)
 
     def _heartbeat(self, token: str, alarm: bool) -> dict[str, Any]:
-        """This rank's heartbeat, with its stack where rank 0 asks for one."""
+        """Return this rank's heartbeat, with its stack if rank 0 has asked for it."""
         beat: dict[str, Any] = {
             "token": token, "rank": self._comm.rank, "host": socket.gethostname(),
             "pid": os.getpid(), "position": self._position(),
@@ -184,7 +184,7 @@ class Watchdog:
     ) -> float:
         rank = int(beat["rank"])
         if beat.get("bye"):
-            self._heartbeats.ranks.pop(rank, None)  # but it may wait for our own good-bye
+            self._heartbeats.ranks.pop(rank, None)  # it may still wait for our own good-bye
             return alarm
         now = time.monotonic()
         known = self._heartbeats.received(
@@ -198,7 +198,7 @@ class Watchdog:
         return alarm
 
     def _stack(self) -> tuple[str, bool]:
-        """The main thread's innermost frames, and whether it waits for other ranks."""
+        """Return the main thread's innermost frames, and whether it waits for other ranks."""
         frame = sys._current_frames().get(self._main or 0)
         found = traceback.extract_stack(frame)
         waits = any("hvd_lars/comm/" in entry.filename for entry in found)
@@ -208,13 +208,13 @@ class Watchdog:
     def _warn(self, missing: int) -> None:
         who = f"{missing} ranks" if self._comm.rank == 0 else "rank 0"
         warn(
-            f"rank {self._comm.rank} has no datagrams from {who} (a firewall?): a rank that hangs "
-            f"is only noticed by {self._comm.backend} itself"
+            f"rank {self._comm.rank} receives no datagrams from {who} (a firewall?): only "
+            f"{self._comm.backend} itself can now detect a rank that hangs"
         )
 
     def _end(self, silent: list[int]) -> None:
-        """Say which ranks are lost and end the job, or only those that can be replaced."""
-        if self._comm.rank != 0:  # rank 0 is the lost one: somebody speaks, and ends the others
+        """Report the lost ranks and end the job, or only them if they can be replaced."""
+        if self._comm.rank != 0:  # rank 0 is lost: the first rank to wake reports and ends the job
             time.sleep(min(0.5 * self._comm.rank, 10.0))
             if self._over.is_set():
                 return
@@ -227,7 +227,7 @@ class Watchdog:
             return
         known[0].stack, known[0].waits = self._stack()
         lost = [rank for rank in sorted(known) if not known[rank].waits]
-        who = "not waiting for others, so others wait for:"
+        who = "not in a collective, so the others wait for:"
         if not lost:
             lost, who = sorted(known), "each waits for the others, at another point of the program:"
         seconds = self._heartbeats.stall_timeout
@@ -235,7 +235,7 @@ class Watchdog:
         self._replace(lost[:8], f"{line}\n{who}")
 
     def _replace(self, lost: list[int], why: str) -> None:
-        """End the job, or kill ranks on this machine where others can take over."""
+        """End the job, or kill lost ranks on this machine if others can take over."""
         known = self._heartbeats.ranks
         reason = "\n".join([why, *(describe(rank, known[rank]) for rank in lost)])
         if not self._replaceable:
@@ -243,10 +243,10 @@ class Watchdog:
         here = [rank for rank in lost if known[rank].host == socket.gethostname()]
         end = "killed, for others to take over" if here else "on another machine: left to Horovod"
         warn(f"{reason}\n  {end}")
-        for rank in lost:  # told once
+        for rank in lost:  # reported once
             pid = known.pop(rank).pid
             if rank in here:
-                with suppress(OSError):  # it is gone already
+                with suppress(OSError):  # it has already ended
                     os.kill(pid, signal.SIGKILL)
 
 
@@ -259,15 +259,14 @@ def watching(
 ) -> Iterator[None]:
     """End the job, with a line that names the ranks, when one of them is lost inside.
 
-    For one's own loop: a rank that stopped, that waits for ever, or that takes more steps than
-    the others, for which they do not come.  Collective at its beginning and end.
+    For custom training loops.  A rank is lost if it stops, waits for ever, or takes more steps than
+    the others.  Collective at its beginning and end.
 
     Args:
         comm: the ranks.
-        placement: whose steps are counted.
+        placement: the placement whose steps are counted.
         rank_timeout: seconds without a heartbeat from a rank's process.
-        stall_timeout: seconds in which no rank makes progress; more than any
-            common wait takes.
+        stall_timeout: seconds without progress of any rank; must exceed any normal wait.
     """
     gradients, ended = placement.gradients, False
 
@@ -282,7 +281,7 @@ def watching(
 
 
 def _addresses(one_host: bool) -> list[str]:
-    """Where other ranks may reach this machine, likeliest first."""
+    """Return addresses at which other ranks may reach this machine, likeliest first."""
     if one_host:
         return ["127.0.0.1"]
     found = [str(entry[4][0]) for entry in _resolve(socket.gethostname())]
@@ -302,12 +301,12 @@ def _resolve(host: str) -> list[Any]:
 
 
 def _send(link: socket.socket, target: tuple[str, int], beat: dict[str, Any]) -> None:
-    with suppress(OSError):  # a network that is down for now: silence is what counts
+    with suppress(OSError):  # the network may be down for a while; only silence counts
         link.sendto(json.dumps(beat).encode(), target)
 
 
 def _receive(link: socket.socket, token: str) -> tuple[dict[str, Any], tuple[str, int]] | None:
-    """The next heartbeat of one of our own ranks; None after a tenth of a beat without one."""
+    """Return the next heartbeat of this job's ranks; None after a tenth of a beat without one."""
     try:
         data, sender = link.recvfrom(65_535)
         beat = json.loads(data)

@@ -1,4 +1,4 @@
-"""Who started this process, and how ranks are started here.
+"""The launcher that started this process, and ways to start ranks.
 
-What a launcher says stands in environment variables; no MPI is started to read them.
+A launcher is known by its environment variables; reading them does not start MPI.
 """

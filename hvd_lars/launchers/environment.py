@@ -13,12 +13,12 @@ class Launch:
     """One process's rank as the launcher's environment variables give it.
 
     Attributes:
-        launcher: how a person would name it.
-        rank, size: among all processes.
-        local_rank: among those of this machine.
-        local_size: processes on this machine; None where the launcher does not tell.
+        launcher: its name in messages.
+        rank, size: rank and world size among all processes.
+        local_rank: rank among the processes on this machine.
+        local_size: processes on this machine; None if the launcher does not say.
         mpi: MPI_Init would find the other ranks.
-        threads: cores of one rank; None where the launcher does not tell.
+        threads: cores of one rank; None if the launcher does not say.
     """
 
     launcher: str
@@ -35,14 +35,14 @@ ALONE = Launch("no launcher", 0, 1, 0, 1, mpi=False)
 
 @dataclass(frozen=True)
 class Environment:
-    """A launcher, as the environment variables of the processes that it starts show it.
+    """The environment variables that a launcher sets in the processes it starts.
 
     Attributes:
-        launcher: how a person would name it.
+        launcher: its name in messages.
         rank, size, local_rank, local_size: the variables; local ones may be absent.
         mpi: MPI_Init would find the other ranks.
-        also: a variable that must be set as well.
-        threads: the variable that has the number of cores of one rank.
+        also: a variable that must also be set.
+        threads: the variable with the number of cores of one rank.
     """
 
     launcher: str
@@ -88,7 +88,7 @@ ENVIRONMENTS = (
 
 
 def detect_launch(environment: Mapping[str, str]) -> Launch:
-    """Read the launcher's variables; ``ALONE`` where there are none.
+    """Read the launcher's variables; return ``ALONE`` if there are none.
 
     Raises:
         UserError: a variable is not a number, or rank and size contradict each other.
@@ -127,13 +127,13 @@ def _number(environment: Mapping[str, str], key: str) -> int:
 def choose_backend(
     backend: str, launch: Launch, environment: Mapping[str, str], has_horovod: bool
 ) -> str:
-    """The backend to start: ``horovod``, ``mpi`` or ``local``.
+    """Return the backend to start: ``horovod``, ``mpi`` or ``local``.
 
-    Refuses, before anything starts, the combinations that would run as many unconnected jobs of
-    one rank, or crash.
+    Combinations that would run as unconnected jobs of one rank each, or crash, are refused before
+    anything starts.
 
     Raises:
-        UserError: the launcher and the backend do not fit; the line says why and what would.
+        UserError: launcher and backend are incompatible; the line says why and what to use.
     """
     ranks = f"{launch.launcher} started {launch.size} ranks"
     if launch.launcher == "torchrun" and launch.size > 1:
@@ -172,7 +172,7 @@ def choose_backend(
 
 
 def _refuse_gloo_under_mpi(launch: Launch, environment: Mapping[str, str], ranks: str) -> None:
-    """Refuse Gloo settings that an MPI launcher does not serve."""
+    """Raise UserError for Gloo settings that do not work under an MPI launcher."""
     if environment.get("HOROVOD_CONTROLLER", "").lower() == "gloo":
         raise UserError(
             f"{ranks}, but HOROVOD_CONTROLLER=gloo makes each of them a job of its own; unset it, "
@@ -186,13 +186,13 @@ def _refuse_gloo_under_mpi(launch: Launch, environment: Mapping[str, str], ranks
 
 
 def check_backend_agrees(launch: Launch, backend: str, rank: int, size: int) -> None:
-    """Compare what the backend reports with what the launcher said.
+    """Compare rank and size of the backend with those of the launcher.
 
     Raises:
         UserError: they differ: N solo runs, or an MPI that is not the launcher's.
     """
     if launch is ALONE or (size, rank) == (launch.size, launch.rank):
-        return  # without a launcher's word the backend's is taken
+        return  # without a launcher, trust the backend
     if size == 1:
         cause = (
             f"each would train alone: {backend} was probably built for another MPI than the "

@@ -15,22 +15,22 @@ LAUNCHERS = ("mpirun", "horovodrun", "horovodrun --gloo")
 
 
 def launcher_environment() -> dict[str, str]:
-    """This environment with the Python environment's programs at the end of PATH.
+    """Return the environment with the Python environment's programs at the end of PATH.
 
-    A site's own MPI comes first, as it did when Horovod was built; otherwise mpirun is the one
-    that pip installed beside Python, whether or not the environment is activated.
+    A site's own MPI comes first, as it did when Horovod was built; without one, mpirun is that
+    installed by pip beside Python, whether or not the environment is activated.
     """
     scripts = sysconfig.get_path("scripts")
     return os.environ | {"PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), scripts])}
 
 
 def find_program(name: str) -> str | None:
-    """Path of a launcher's program, or None."""
+    """Return the path of a launcher's program, or None."""
     return shutil.which(name, path=launcher_environment()["PATH"])
 
 
 def mpirun_version() -> str:
-    """First line that ``mpirun --version`` prints; empty where there is none."""
+    """Return the first line of ``mpirun --version``; empty without mpirun."""
     mpirun = find_program("mpirun")
     if mpirun is None:
         return ""
@@ -40,10 +40,10 @@ def mpirun_version() -> str:
 
 
 def local_command(launcher: str, ranks: int, program: Sequence[str]) -> list[str]:
-    """The command that runs ``program`` as ``ranks`` ranks here, more than cores if need be.
+    """Return the command that runs ``program`` on ``ranks`` ranks here, even more than cores.
 
     ``launcher`` is one of ``LAUNCHERS``.  Ranks are not bound to cores: Open MPI would give each
-    of two ranks a single one.
+    of two ranks a single core.
     """
     if launcher.startswith("horovodrun"):
         return [find_program("horovodrun") or "horovodrun", *launcher.split()[1:]] + [
@@ -66,9 +66,9 @@ def run_here(
     timeout: float,
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``program`` under a launcher and return its output, standard error included.
+    """Run ``program`` under a launcher and return its output, including standard error.
 
-    After ``timeout`` seconds the whole process group is ended and the exit code is 124.
+    After ``timeout`` seconds the whole process group is killed and the exit code is 124.
     """
     process = subprocess.Popen(
         local_command(launcher, ranks, program),
@@ -96,7 +96,7 @@ def run_here(
 def run_in_terminal(
     program: Sequence[str], columns: int, cwd: Path | None = None
 ) -> tuple[int, str]:
-    """Run ``program`` in a terminal of so many columns; its exit code, and what it drew there."""
+    """Run ``program`` in a terminal of ``columns``; return its exit code and its output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         program,
@@ -118,5 +118,5 @@ def run_in_terminal(
 
 
 def this_python(*arguments: str) -> list[str]:
-    """A command line of the running Python."""
+    """Return a command line of the running Python."""
     return [sys.executable, *arguments]

@@ -1,4 +1,4 @@
-"""Starting training: the request, and the command that a launcher makes of it."""
+"""Starting training: the user's request, and the launcher's command for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def script(name: str) -> Path:
-    """A file of launch/: inside a wheel, or beside the package in a checkout."""
+    """Return the path of a file of launch/: inside a wheel, or beside the package in a checkout."""
     inside = _PACKAGE / "launch"
     return (inside if inside.is_dir() else _PACKAGE.parent / "launch") / name
 
@@ -26,10 +26,10 @@ class Request:
     Attributes:
         kind: the launcher, as ``--on`` names it.
         training: CONFIG, overrides and options of train.
-        ranks: their number; the slots of hosts or allocation, if None.
-        hosts: ``a:4,b:4``; those of the allocation, or this machine, if None.
-        nic: interface that all traffic keeps to.
-        environment: which may have a scheduler's variables.
+        ranks: number of ranks; None for the slots of the hosts or allocation.
+        hosts: ``a:4,b:4``; None for those of the allocation, or this machine.
+        nic: network interface for all traffic.
+        environment: environment variables, possibly a scheduler's.
     """
 
     kind: str
@@ -40,40 +40,40 @@ class Request:
     environment: Mapping[str, str]
 
     def variables(self) -> dict[str, str]:
-        """Hosts, ranks and interface for a script of launch/."""
+        """Return the variables that pass hosts, ranks and interface to a script of launch/."""
         ranks = self.ranks and str(self.ranks)
         given = (("HOSTS", self.hosts), ("NP", ranks), ("NIC", self.nic))
         return {name: value for name, value in given if value}
 
     def refuse_hosts(self, why: str) -> None:
-        """Raise UserError where hosts or an interface are named."""
+        """Raise UserError if hosts or an interface are given."""
         for option, value in (("--hosts", self.hosts), ("--nic", self.nic)):
             if value:
                 raise UserError(f"{option}: --on {self.kind} {why}")
 
     def with_run_folder(self, root: str) -> Request:
-        """With a run.dir, so that a job that is started again finds its run."""
+        """Return the request with a run.dir, so that a restarted job finds its run."""
         if any(word.startswith("run.dir=") for word in self.training):
             return self
         name = f"{Path(self.training[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         return replace(self, training=[*self.training, f"run.dir={root}/{name}"])
 
     def without_resume(self) -> list[str]:
-        """The training, for a script that resumes in any case."""
+        """Return the training arguments for a script that always resumes."""
         return [word for word in self.training if word != "--resume"]
 
     def refuse_blanks(self) -> None:
-        """Raise UserError where a word does not get through a scheduler's variables."""
+        """Raise UserError if an argument cannot be passed in a scheduler's variables."""
         if any(" " in word or "," in word for word in self.training):
             raise UserError(
-                f"--on {self.kind}: a value with a blank or a comma does not get through its "
+                f"--on {self.kind}: a value with a blank or a comma cannot be passed in its "
                 f"variables; put it into the config (durations may be written 5epochs)"
             )
 
 
 @dataclass(frozen=True)
 class Start:
-    """A command, with variables for its environment and a text for its standard input.
+    """A command with its environment variables and standard input.
 
     ``stdin`` is a file, or the text itself.
     """
@@ -83,7 +83,7 @@ class Start:
     stdin: Path | str | None = None
 
     def line(self) -> str:
-        """As one would type it."""
+        """Return the command as typed in a shell."""
         words = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
         words += [shlex.quote(word) for word in self.command]
         if isinstance(self.stdin, Path):

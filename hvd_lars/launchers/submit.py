@@ -14,7 +14,7 @@ from hvd_lars.launchers.start import Start
 
 
 def submit(start: Start, print_only: bool) -> int:
-    """Run it, or print it; returns its exit code.
+    """Run the command or print it; return its exit code.
 
     Raises:
         UserError: the launcher is not on this machine.
@@ -25,7 +25,7 @@ def submit(start: Start, print_only: bool) -> int:
         return 0
     try:
         if start.stdin is None:
-            os.execvpe(start.command[0], start.command, environment)  # signals reach it directly
+            os.execvpe(start.command[0], start.command, environment)  # so signals reach it directly
         text = start.stdin.read_text() if isinstance(start.stdin, Path) else start.stdin
         done = subprocess.run(start.command, env=environment, input=text, text=True, check=False)
         return done.returncode
@@ -34,7 +34,7 @@ def submit(start: Start, print_only: bool) -> int:
 
 
 def _resolved(start: Start, environment: Mapping[str, str]) -> str:
-    """The line; of a script that only puts a command together, that command."""
+    """Return the command line; for a script of launch/, the command that it assembles."""
     if start.command[0] != "bash":
         return start.line()
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a run writes down."""
+"""The records of a run."""
 
 from hvd_lars.metrics.bar import Bar
 from hvd_lars.metrics.loggers import check_loggers, make_logger

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 @final
 class Bar:
-    """Epoch, loss, top-1, learning rate, images/s, exposed communication and time left, in a line.
+    """Shows epoch, loss, top-1, learning rate, images/s, exposed communication and time left.
 
     Args:
-        total_steps: of the run.
-        terminal: where it is drawn; standard output if None.
+        total_steps: steps of the run.
+        terminal: draws the bar; standard output if None.
     """
 
     def __init__(self, total_steps: int, terminal: Terminal | None = None) -> None:
@@ -34,7 +34,7 @@ class Bar:
         self._progress.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Show the record; a terminal that has gone does not stop training."""
+        """Show the record; a closed terminal does not stop training."""
         if record["kind"] == "train":
             share = record["communication_seconds"] / max(record["step_seconds"], 1e-9)
             self._step, self._epoch = record["step"], record["epoch"]

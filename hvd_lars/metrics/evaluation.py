@@ -1,7 +1,7 @@
-"""Metrics of an evaluation, by the name that records have for them.
+"""Metrics of an evaluation, by their names in the records.
 
-To add one, write it here and give it a name in ``METRICS``: it is then recorded, logged and
-printed.  Each is a sum over samples, divided by their number once ranks have added theirs up.
+To add one, write it here and name it in ``METRICS``: it is then recorded, logged and printed.  Each
+is a sum over samples, divided by their number after it is summed over the ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Sum = Callable[[Tensor, Tensor], Tensor]
-"""Of logits (n, classes) float32 and labels (n,) int64: a sum over the samples, 0-dim."""
+"""From logits (n, classes) float32 and labels (n,) int64 to a sum over the samples, 0-dim."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class EvalMetric:
     """A mean over samples.
 
     Attributes:
-        label: what the console calls it.
-        sum: over the samples of a batch.
+        label: its name on the console.
+        sum: sum over the samples of a batch.
     """
 
     label: str
@@ -30,12 +30,12 @@ class EvalMetric:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropies, in nats."""
+    """Return the sum of the cross-entropies, in nats."""
     return functional.cross_entropy(logits, labels, reduction="sum").double()
 
 
 def correct_in_top(k: int) -> Sum:
-    """Samples whose label is among the ``k`` largest logits, or among all where there are fewer."""
+    """Return a metric: samples whose label is among the ``k`` largest logits, or all if fewer."""
 
     def count(logits: Tensor, labels: Tensor) -> Tensor:
         best = logits.topk(min(k, logits.shape[1]), dim=1).indices

@@ -1,6 +1,6 @@
-"""Other programs that take a run's records: TensorBoard, MLflow, Weights & Biases.
+"""Loggers for a run's records: TensorBoard, MLflow, Weights & Biases.
 
-Each is an extra of setup.py, and imported when asked for.
+Each is an extra of setup.py, imported only when selected.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hvd_lars.errors import UserError
 from hvd_lars.metrics.sinks import Sink
 from hvd_lars.runtime.terminal import warn
 
-LOGGERS = ("tensorboard", "mlflow", "wandb")  # the names of their packages, too
+LOGGERS = ("tensorboard", "mlflow", "wandb")  # also the names of their packages
 
 
 def check_loggers(names: tuple[str, ...]) -> None:
-    """Raise UserError where one is not installed."""
+    """Raise UserError if a logger is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -29,11 +29,11 @@ def check_loggers(names: tuple[str, ...]) -> None:
 
 
 def make_logger(name: str, folder: Path, config: Mapping[str, Any]) -> Sink:
-    """A sink that writes into the run folder; what fails in it warns once and stops nothing.
+    """Return a sink that writes into the run folder; a failure warns once and stops only the sink.
 
     Args:
         name: one of ``LOGGERS``.
-        folder: the run's.
+        folder: the run folder.
         config: dotted keys and their values, for loggers that show them.
     """
     kinds: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {
@@ -46,7 +46,7 @@ def make_logger(name: str, folder: Path, config: Mapping[str, Any]) -> Sink:
 
 @final
 class Guarded:
-    """A sink of other people's code: after its first failure it is left alone."""
+    """A third-party sink, which is not called again after its first failure."""
 
     def __init__(self, name: str, make: Callable[[], Sink]) -> None:
         self._name = name
@@ -54,13 +54,13 @@ class Guarded:
         self._try(lambda: setattr(self, "_sink", make()))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Hand the record on."""
+        """Pass the record on."""
         sink = self._sink
         if sink is not None:
             self._try(lambda: sink.write(record))
 
     def close(self) -> None:
-        """Let it finish."""
+        """Close the sink."""
         sink = self._sink
         if sink is not None:
             self._try(sink.close)
@@ -68,14 +68,14 @@ class Guarded:
     def _try(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as error:  # noqa: BLE001 -- whatever it is, a logger is not worth a run
+        except Exception as error:  # noqa: BLE001 -- no failure of a logger may stop the run
             self._sink = None
             reason = str(error).strip().splitlines()[:1] or [""]
-            warn(f"{self._name}: {type(error).__name__}: {reason[0]}; training goes on without it")
+            warn(f"{self._name}: {type(error).__name__}: {reason[0]}; continuing without it")
 
 
 def scalars_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a record by ``kind/name``; of layers by ``norm/name of the layer``."""
+    """Return a record's numbers by ``kind/name``; those of layers by ``norm/name of the layer``."""
     kind = record["kind"]
     found: dict[str, float] = {}
     for key, value in record.items():
@@ -88,7 +88,7 @@ def scalars_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 @final
 class _TensorBoard:
-    """Scalars, and histograms of the trust ratios, in ``tensorboard/``."""
+    """Writes scalars and histograms of the trust ratios to ``tensorboard/``."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -97,7 +97,7 @@ class _TensorBoard:
         self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Events are left out."""
+        """Write the record, unless it is an event."""
         if record["kind"] == "event":
             return
         for name, value in scalars_of(record).items():
@@ -109,13 +109,13 @@ class _TensorBoard:
             self._writer.add_histogram("trust_ratio", ratios, record["step"])
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write buffered data."""
         self._writer.close()
 
 
 @final
 class _MLflow:
-    """Parameters and metrics; in ``mlflow.db`` unless MLFLOW_TRACKING_URI says where."""
+    """Writes parameters and metrics to ``mlflow.db``, or to MLFLOW_TRACKING_URI if set."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import mlflow
@@ -127,11 +127,11 @@ class _MLflow:
         mlflow.set_experiment("hvd_lars")
         mlflow.start_run(run_name=folder.name)
         items = list(config.items())
-        for begin in range(0, len(items), 100):  # its limit for one call
+        for begin in range(0, len(items), 100):  # MLflow's limit per call
             mlflow.log_params(dict(items[begin : begin + 100]))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Events and layers are left out."""
+        """Write the record, unless it is an event or of layers."""
         if record["kind"] in ("train", "eval"):
             self._mlflow.log_metrics(scalars_of(record), step=record["step"])
 
@@ -142,7 +142,7 @@ class _MLflow:
 
 @final
 class _Wandb:
-    """Offline, in ``wandb/`` of the run folder, unless WANDB_MODE says otherwise."""
+    """Writes offline, to ``wandb/`` in the run folder, unless WANDB_MODE is set."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -156,7 +156,7 @@ class _Wandb:
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Events are left out."""
+        """Write the record, unless it is an event."""
         if record["kind"] != "event":
             self._run.log(scalars_of(record), step=record["step"])
 

@@ -1,4 +1,4 @@
-"""Where records of a run go: a file of JSON lines, the terminal."""
+"""Sinks for the records of a run: a file of JSON lines, the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvd_lars.runtime.terminal import tell, warn
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with null for what JSON has no number for, at any depth: NaN, infinities."""
+    """Return the record with null for NaN and infinities, which JSON lacks, at any depth."""
     return {key: _finite(value) for key, value in record.items()}
 
 
@@ -35,16 +35,16 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """No record follows."""
+        """End the sink; no record follows."""
         ...
 
 
 @final
 class JsonLines:
-    """Appends records of some ``kinds``, one JSON object a line.
+    """Appends records of the given ``kinds``, one JSON object per line.
 
-    A number that is not finite becomes null; ``unix_seconds``, when it was written, is added.  On a
-    full disk lines wait in memory for room, and no line is ever written in part.
+    Non-finite numbers become null, and ``unix_seconds``, the time of writing, is added.  On a full
+    disk, lines wait in memory until there is room; no line is ever written in part.
     """
 
     def __init__(self, path: Path, kinds: Collection[str]) -> None:
@@ -61,7 +61,7 @@ class JsonLines:
         line = json.dumps(stamped, allow_nan=False).encode() + b"\n"
         problem = self._append(self._waiting + line)
         if problem is not None and not self._waiting:
-            self._warn(f"{problem}; the run goes on, and its records wait for room")
+            self._warn(f"{problem}; training continues, and its records wait for room")
         self._waiting = b"" if problem is None else self._waiting + line
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class JsonLines:
         self._file.close()
 
     def _append(self, data: bytes) -> str | None:
-        """All of the data or nothing; why nothing."""
+        """Write all of the data or nothing; return why nothing was written, or None."""
         try:
             if self._file.write(data) == len(data):
                 self._size += len(data)
@@ -90,14 +90,14 @@ class JsonLines:
 
 @final
 class Console:
-    """One line of text a record on standard output."""
+    """Prints one line of text per record on standard output."""
 
     def __init__(self, total_steps: int) -> None:
         self._width = len(str(total_steps))
         self._total = total_steps
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Print the record; events that only matter to programs are left out."""
+        """Print the record, if it is of training or evaluation."""
         place = f"step {record.get('step', 0):>{self._width}}/{self._total}"
         if record["kind"] == "train":
             tell(
@@ -111,4 +111,4 @@ class Console:
             tell(f"{place}  epoch {record['epoch']:6.2f}  {'  '.join(values)}")
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""

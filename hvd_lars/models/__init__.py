@@ -1,4 +1,4 @@
-"""Networks by name, and what recipes change in them."""
+"""Networks by name, and the changes that recipes make to them."""
 
 from hvd_lars.models.activation_checkpointing import recompute_blocks
 from hvd_lars.models.build import build_model, check_model_name, model_names

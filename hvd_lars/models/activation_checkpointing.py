@@ -1,4 +1,4 @@
-"""Residual blocks whose activations are computed again in backward."""
+"""Activation checkpointing of residual blocks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hvd_lars.runtime.torch_internals import replace_forward, statistics_in_copi
 
 
 def recompute_blocks(model: nn.Module) -> int:
-    """Keep only the inputs of residual blocks for backward; returns how many blocks there are.
+    """Keep only the inputs of residual blocks for backward; returns the number of blocks.
 
-    Blocks are the modules that stand in an ``nn.Sequential`` or ``nn.ModuleList`` and hold two
-    layers with weights or more: those of torchvision's and timm's ResNets and transformers.
-    BatchNorm's running statistics count a batch once, in forward.
+    Blocks are direct children of an ``nn.Sequential`` or ``nn.ModuleList`` with at least two
+    weighted layers, as in torchvision's and timm's ResNets and transformers.  BatchNorm's running
+    statistics count a batch once, in forward.
 
     Raises:
         UserError: the network has no such block.
@@ -36,7 +36,7 @@ def recompute_blocks(model: nn.Module) -> int:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost blocks."""
+    """Yield the outermost blocks."""
     for child in module.children():
         listed = isinstance(module, (nn.Sequential, nn.ModuleList))
         plain = isinstance(child, (nn.Sequential, nn.ModuleList))
@@ -48,7 +48,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A block's own forward pass, its activations forgotten while it trains."""
+    """Run a block's own forward pass, checkpointed while it trains."""
     forward = type(block).forward
     if not block.training:
         return forward(block, *args, **kwargs)

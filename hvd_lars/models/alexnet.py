@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 class CaffeAlexNet(nn.Module):
-    """AlexNet as Caffe had it: 60,965,224 parameters at 1,000 classes, images 227×227.
+    """Caffe's AlexNet: 60,965,224 parameters at 1,000 classes, images 227×227.
 
     Five convolutions, three of them in two groups, and three linear layers.  torchvision's
     ``alexnet`` is another network: one tower, 61.1 M parameters, no normalisation.
 
     Args:
         num_classes: width of the last layer.
-        batch_norm: False: local response normalisation (size 5, α 1e-4, β 0.75) after the first
-            two ReLUs, before the pooling, and the initial biases of BVLC's reference.  True:
-            instead BatchNorm without affine parameters on the inputs of the second to the fifth
+        batch_norm: If False, local response normalisation (size 5, α 1e-4, β 0.75) after the
+            first two ReLUs, before the pooling, and the initial biases of BVLC's reference.  If
+            True, BatchNorm without affine parameters on the inputs of the second to the fifth
             convolution (conv → ReLU → [pool] → BN, ε 1e-4), the network of the LARS runs.
 
     References:
@@ -63,7 +63,7 @@ class CaffeAlexNet(nn.Module):
         _initialise(linears, [0.005, 0.005, 0.01], [0.1, 0.1, 0.0])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (n, num_classes) of images (n, 3, 227, 227)."""
+        """Return logits (n, num_classes) of images (n, 3, 227, 227)."""
         logits: Tensor = self.classifier(self.features(images).flatten(1))
         return logits
 
@@ -71,7 +71,7 @@ class CaffeAlexNet(nn.Module):
 def _initialise(
     layers: Sequence[nn.Conv2d | nn.Linear], deviations: Sequence[float], biases: Sequence[float]
 ) -> None:
-    """Gaussian weights and constant biases, layer by layer."""
+    """Set Gaussian weights and constant biases, layer by layer."""
     for layer, deviation, bias in zip(layers, deviations, biases, strict=True):
         nn.init.normal_(layer.weight, std=deviation)
         assert layer.bias is not None

@@ -1,7 +1,7 @@
 """BatchNorm whose statistics span several ranks.
 
-A small micro-batch a rank makes noisy statistics; over a group of ranks they are those of one
-device holding the group's samples (Goyal et al. 2017, §3, keep the span fixed while ranks grow).
+A small micro-batch per rank makes noisy statistics; over a group of ranks they equal those of one
+device with the group's samples (Goyal et al. 2017, §3, fix the span as the world size grows).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, group: Reducer, name: str) -> Any:
-        """Returns the result, the mean (c,), the biased variance (c,) and the count (), float64.
+        """Return the result, and mean (c,), biased variance (c,) and count () in float64.
 
-        One reduction of 2c + 1 numbers: the local moments are float32 and centred, and only
-        their sums over ranks are taken about zero, in float64, where that loses nothing.
+        One reduction of 2c + 1 numbers: the local moments are float32 and centred; only their
+        sums over ranks are taken about zero, in float64, where that loses no precision.
         """
         dims, shape = _others(x), _spread(x)
         wide = x if x.dtype == torch.float64 else x.float()
@@ -44,12 +44,12 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-        """One reduction of 2c numbers."""
+        """Return the input's gradient, with one reduction of 2c numbers."""
         x, mean, scale, count = ctx.saved_tensors
         dims, shape = _others(grad), _spread(grad)
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         wide, scale = grad.to(exact), scale.to(exact).view(shape)
-        # From the input, which lives anyway: the result may be changed in place by what follows.
+        # From the input, which is kept anyway: later layers may change the result in place.
         normalised = (x.to(exact) - mean.to(exact).view(shape)) * scale
         sums = torch.stack([wide.sum(dims), (wide * normalised).sum(dims)]).double()
         ctx.group.start_all_reduce_sum(sums, f"batch_norm.{ctx.name}.backward").wait()
@@ -67,10 +67,10 @@ def _spread(x: Tensor) -> list[int]:
 
 
 class GroupBatchNorm(_BatchNorm):
-    """BatchNorm over the samples of a group of ranks; in evaluation torch's own.
+    """BatchNorm over the samples of a group of ranks; torch's own in evaluation.
 
-    In training every rank of the group calls it as often and in the same order, each with at
-    least one sample.
+    In training, all ranks of the group must call it equally often and in the same order, each
+    with at least one sample.
     """
 
     def __init__(self, plain: _BatchNorm, group: Reducer, name: str) -> None:
@@ -116,12 +116,12 @@ class GroupBatchNorm(_BatchNorm):
 
 
 def span_ranks(model: nn.Module, group: Reducer) -> int:
-    """Make every BatchNorm take its statistics over ``group``, in place; returns how many.
+    """Make every BatchNorm take its statistics over ``group``, in place; returns their number.
 
     Parameters and buffers stay the same tensors under the same names.
 
     Raises:
-        ValueError: a layer is a BatchNorm that does more, such as timm's with an activation.
+        ValueError: a BatchNorm does more than normalise, such as timm's with an activation.
     """
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

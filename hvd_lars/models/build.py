@@ -1,4 +1,4 @@
-"""From a name in the config to a network."""
+"""Build a network by its name in the config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvd_lars.models.small_alexnet import SmallAlexNet
 
 
 def resnet18_cifar(num_classes: int) -> nn.Module:
-    """Torchvision's ResNet-18 for 32×32 images: a 3×3 stem of stride 1 and no first pooling."""
+    """Return torchvision's ResNet-18 for 32×32 images: 3×3 stem of stride 1, no first pooling."""
     from torchvision import models
 
     model: nn.Module = models.resnet18(num_classes=num_classes)
@@ -34,7 +34,7 @@ OWN: dict[str, Callable[[int], nn.Module]] = {
 
 
 def _torchvision_names() -> list[str]:
-    """Names of torchvision's image classifiers; none without torchvision."""
+    """Return the names of torchvision's image classifiers; none without torchvision."""
     try:
         from torchvision import models
     except (ImportError, OSError, RuntimeError):  # absent, or built for another torch
@@ -44,7 +44,7 @@ def _torchvision_names() -> list[str]:
 
 
 def _timm_names() -> list[str]:
-    """``timm/NAME`` of timm's classifiers; none without timm."""
+    """Return ``timm/NAME`` of timm's classifiers; none without timm."""
     try:
         import timm
     except (ImportError, OSError, RuntimeError):
@@ -53,12 +53,12 @@ def _timm_names() -> list[str]:
 
 
 def model_names() -> list[str]:
-    """Every name that :func:`build_model` takes."""
+    """Return every name that :func:`build_model` accepts."""
     return [*OWN, *_torchvision_names(), *_timm_names()]
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError for a name that :func:`build_model` does not take; gives the nearest."""
+    """Raise UserError, with the nearest names, if :func:`build_model` does not know ``name``."""
     if name in OWN:
         return
     library = "timm" if name.startswith("timm/") else "torchvision"
@@ -67,14 +67,14 @@ def check_model_name(name: str) -> None:
         return
     missing = ""
     if not any(known not in OWN for known in names):
-        missing = f" ({library} is not there or does not import)"
+        missing = f" ({library} is not installed or does not import)"
     near = difflib.get_close_matches(name, names, n=3)
     hint = f"nearest: {', '.join(near)}" if near else f"{', '.join(OWN)} or one of {library}'s"
     raise UserError(f"model.name: found {name!r}; {hint}{missing}")
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    """A freshly initialised network; torch's global random state decides the weights.
+    """Return a new network, initialised from torch's global random state.
 
     Raises:
         UserError: the name is unknown.

@@ -1,7 +1,7 @@
-"""How much memory a training step needs, before there is a GPU to ask.
+"""Estimate the memory of a training step without a GPU.
 
-The network runs forward on the ``meta`` device, where tensors have shapes and no bytes; autograd
-tells what it keeps for backward.
+The network runs forward on the ``meta`` device, where tensors have shapes but no bytes; autograd
+reports the tensors that it keeps for backward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a network: of its parameters and buffers, and of activations by batch size."""
+    """Bytes of a network's parameters and buffers, and of its activations by batch size."""
 
     parameters: int
     buffers: int
@@ -24,15 +24,15 @@ class Footprint:
     activations_per_sample: float
 
     def activations(self, samples: int) -> float:
-        """Bytes kept for backward in a micro-batch of ``samples`` images, images included."""
+        """Return the bytes kept for backward by ``samples`` images, images included."""
         return self.activations_fixed + self.activations_per_sample * samples
 
 
 def footprint(model: nn.Module, shape: tuple[int, ...]) -> Footprint:
     """Measure ``model``, in float32, on images of ``shape`` (channels, height, width).
 
-    What is counted is exact: every storage that autograd keeps, once.  What a device adds to it,
-    such as convolution workspaces and the allocator's rounding, is not.
+    Counts exactly every storage that autograd keeps, once, but nothing that a device adds,
+    such as convolution workspaces and the allocator's rounding.
     """
     shadow = copy.deepcopy(model).to("meta").train()
     two, four = (_kept_for_backward(shadow, n, shape) for n in (2, 4))
@@ -46,9 +46,9 @@ def footprint(model: nn.Module, shape: tuple[int, ...]) -> Footprint:
 
 
 def _kept_for_backward(model: nn.Module, samples: int, shape: tuple[int, ...]) -> int:
-    """Bytes of the storages that a forward pass with its loss keeps, parameters apart."""
+    """Return the bytes of storages that forward and loss keep, without the model's own."""
     own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}  # alive, so that no address is given twice
+    kept: dict[int, Tensor] = {}  # alive, so that no address is reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Changes to a fresh network that recipes ask for."""
+"""Changes that recipes make to a new network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hvd_lars.errors import UserError
 def zero_last_gammas(model: nn.Module) -> None:
     """Set γ of the last BatchNorm of every residual block to 0, so that blocks start as identity.
 
-    Knows the blocks of torchvision's and timm's ResNets: modules with ``bn1`` whose last of
-    ``bn2``, ``bn3`` ends the branch.
+    Supports torchvision's and timm's ResNets, whose blocks are modules with ``bn1`` and the last
+    of ``bn2``, ``bn3`` at the end of the branch.
 
     Raises:
         UserError: there is no such block.
@@ -33,14 +33,14 @@ def zero_last_gammas(model: nn.Module) -> None:
 
 
 def last_linear(model: nn.Module, num_classes: int) -> nn.Linear | None:
-    """The classifying layer: the last linear one of ``num_classes`` outputs."""
+    """Return the classifying layer: the last linear layer with ``num_classes`` outputs."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     found = [layer for layer in layers if layer.out_features == num_classes]
     return found[-1] if found else None
 
 
 def classifier_name(model: nn.Module, num_classes: int) -> str | None:
-    """Name of the classifying layer: :func:`last_linear`'s, else the last such convolution's."""
+    """Return the name of :func:`last_linear`'s layer, else of the last such convolution."""
     linear = last_linear(model, num_classes)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     layer: nn.Module | None = linear
@@ -66,7 +66,7 @@ def initialise_last_layer(model: nn.Module, num_classes: int, sigma: float) -> N
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """BatchNorm layers by name."""
+    """Return the BatchNorm layers by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 

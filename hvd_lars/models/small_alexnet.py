@@ -9,7 +9,7 @@ class SmallAlexNet(nn.Module):
     """Five 3×3 convolutions and three linear layers, without normalisation or dropout.
 
     Widths 8-16-[pool]-24-24-16-[pool]-128-128-num_classes; weights Xavier-uniform, biases zero.
-    Like AlexNet it depends on each layer's rate: tuned SGD fails on it at a batch of 1,024.
+    Like AlexNet it needs a rate per layer: tuned SGD fails on it at a batch of 1,024.
 
     Args:
         num_classes: width of the last layer.
@@ -46,6 +46,6 @@ class SmallAlexNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (n, num_classes) of images (n, 1, image_size, image_size)."""
+        """Return logits (n, num_classes) of images (n, 1, image_size, image_size)."""
         logits: Tensor = self.classifier(self.features(images).flatten(1))
         return logits

@@ -1,6 +1,6 @@
-"""Tensors by name from the files that people keep weights in.
+"""Read named tensors from the usual weight files.
 
-No code in a file is run: what is not a tensor or a plain value becomes an object that does nothing.
+No code in a file is run: anything but a tensor or a plain value becomes an inert object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "module", 
 _EMA_KEYS = (
     "model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema",
 )  # fmt: skip
-_DEPTH = 4  # of dictionaries in dictionaries
+_DEPTH = 4  # of nested dictionaries
 _CONVERT = (
     "it holds objects beside tensors; convert it where it was made: "
     "torch.save(model.state_dict(), 'weights.pth')"
@@ -33,14 +33,14 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds: tensors by name, and in words where they were found in it."""
+    """A file's tensors by name, and in words where in the file they were found."""
 
     tensors: dict[str, Tensor]
     found: tuple[str, ...]
 
 
 class Inert:
-    """Stands for an object of a class that is not known, and keeps its state without acting."""
+    """Stands in for an object of an unknown class; keeps its state without acting."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.state: Any = {}
@@ -50,10 +50,10 @@ class Inert:
 
 
 def read_weights(path: str) -> Stored:
-    """Read a run folder or checkpoint, a ``.safetensors`` file, or whatever torch.save wrote.
+    """Read a run folder or checkpoint, a ``.safetensors`` file, or a file of torch.save.
 
     Raises:
-        UserError: nothing can be read there, or it holds no tensors by name.
+        UserError: it cannot be read or holds no named tensors.
     """
     file = expand_user(path, "model.init_from")
     try:
@@ -78,7 +78,7 @@ def read_weights(path: str) -> Stored:
 
 
 def _file_in(folder: Path) -> Path:
-    """The file of weights in a folder, or in the newest checkpoint of a run folder."""
+    """Return the weight file in a folder, or in the newest checkpoint of a run folder."""
     for name in _FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -97,28 +97,28 @@ def _file_in(folder: Path) -> Path:
 
 def _of_safetensors(tensors: dict[str, Tensor]) -> Stored:
     ours = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-    return Stored(ours, ("a checkpoint of ours",)) if ours else Stored(tensors, ())
+    return Stored(ours, ("an hvd-lars checkpoint",)) if ours else Stored(tensors, ())
 
 
 def _load(file: Path) -> Any:
-    """What torch.save wrote, with :class:`Inert` for all but tensors and plain values."""
+    """Load a file of torch.save, with :class:`Inert` for all but tensors and plain values."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # it fails in many ways on what is no state dict
+    except Exception as error:  # fails in many ways on anything but a state dict
         first = error
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         stand_ins: list[Any] = [(type("Inert", (Inert,), {}), name) for name in unknown]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # not a zip file; an object that takes more than a state
+    except Exception:  # not a zip file, or an object that needs more than a state
         known = "global" in str(first).lower()
         reason = _CONVERT if known else "torch.save did not write it, or it is damaged"
         raise UserError(f"model.init_from: {file}: no readable weights: {reason}") from None
 
 
 def _inside(found: Any, where: list[str], depth: int) -> Any:
-    """The dictionary of tensors inside of dictionaries; plain weights before averaged ones."""
+    """Find the dictionary of tensors in nested ones; prefers plain to averaged weights."""
     if not isinstance(found, Mapping) or depth == 0:
         return found
     there = [key for key in (*_KEYS, *_EMA_KEYS) if isinstance(found.get(key), (Mapping, Inert))]
@@ -134,7 +134,7 @@ def _inside(found: Any, where: list[str], depth: int) -> Any:
 
 
 def _tensors_in(found: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by name, of a dictionary or of a module that was saved whole."""
+    """Yield tensors by name from a dictionary or from a whole saved module."""
     if isinstance(found, Inert):
         state = found.state if isinstance(found.state, Mapping) else {}
         for part in ("_parameters", "_buffers"):

@@ -1,4 +1,4 @@
-"""Starting from somebody's weights."""
+"""Initialise a network from a weight file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hvd_lars.errors import UserError
 from hvd_lars.models.options import classifier_name
 from hvd_lars.models.weight_files import read_weights
 
-# Wrappers that leave a part of their own anywhere in a name.
+# Parts that wrappers add anywhere in a name.
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# torchvision's names of before: DenseNet's until 0.2, ViT's blocks until 0.13.
+# torchvision's old names: DenseNet's until 0.2, ViT's blocks until 0.13.
 _OLD_NAMES = (
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
     (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
@@ -28,13 +28,13 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Taken:
-    """What became of a file's tensors and of the model's, and by which rules.
+    """The tensors that were copied from a file to a model, and the others of both.
 
     Attributes:
-        count: tensors that were copied.
-        rules: what was done to find them, in words.
-        left: names of the model's tensors that stay as they start, by the reason.
-        unused: names of the file's tensors that nothing takes, by the reason.
+        count: number of tensors copied.
+        rules: how they were found, in words.
+        left: names of the model's tensors that keep their initial values, by reason.
+        unused: names of the file's tensors that were not copied, by reason.
     """
 
     count: int
@@ -43,29 +43,29 @@ class Taken:
     unused: dict[str, tuple[str, ...]]
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return lines for the user."""
         total = self.count + sum(map(len, self.left.values()))
         by = f": {'; '.join(self.rules)}" if self.rules else ""
-        lines = [f"{self.count:,} of the network's {total:,} tensors taken{by}"]
-        lines += [f"left as they start ({why}): {_some(n)}" for why, n in self.left.items()]
-        lines += [f"not taken from the file ({why}): {_some(n)}" for why, n in self.unused.items()]
+        lines = [f"{self.count:,} of the network's {total:,} tensors loaded{by}"]
+        lines += [f"left as initialised ({why}): {_some(n)}" for why, n in self.left.items()]
+        lines += [f"not loaded from the file ({why}): {_some(n)}" for why, n in self.unused.items()]
         return lines
 
 
 def load_weights(model: nn.Module, path: str, num_classes: int) -> Taken:
     """Copy the weights in ``path`` into ``model``; no code in the file is run.
 
-    Names may carry prefixes and be those of before; the file may be of a backbone alone, have a
-    head of another width, or auxiliary heads.  All else must be there, and fit.
+    Names may have prefixes or be old ones; the file may hold a backbone alone, a head of another
+    width, or auxiliary heads.  All other tensors must be present and fit.
 
     Args:
         model: changed in place, or not at all.
-        path: a run folder or one of its checkpoints, a ``.safetensors`` file, or what torch.save
-            wrote: a state dict, one in a dictionary, or a whole module.
-        num_classes: of ``model``; a classifying layer of another width is left as it is.
+        path: a run folder or one of its checkpoints, a ``.safetensors`` file, or a file of
+            torch.save: a state dict, one in a dictionary, or a whole module.
+        num_classes: of ``model``; a classifying layer of another width keeps its initial values.
 
     Raises:
-        UserError: nothing can be read there, or a tensor is missing, unknown or of another shape.
+        UserError: the file cannot be read, or a tensor is missing, unknown or of another shape.
     """
     stored = read_weights(path)
     live = model.state_dict()
@@ -109,7 +109,7 @@ def load_weights(model: nn.Module, path: str, num_classes: int) -> Taken:
     unused = {
         "auxiliary heads": auxiliary,
         "a head that the network does not have": other_head,
-        "beside the network": outside,
+        "outside the network": outside,
     }
     return Taken(len(taken), tuple(rules), _non_empty(left), _non_empty(unused))
 
@@ -117,7 +117,7 @@ def load_weights(model: nn.Module, path: str, num_classes: int) -> Taken:
 def _renamed(
     stored: Mapping[str, Tensor], live: Collection[str], rules: list[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by today's names without prefix, and names of those that stand beside them."""
+    """Return the tensors by current names without prefix, and the names outside that prefix."""
     plain = {_WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
     if plain.keys() != stored.keys():
         rules.append("names of wrappers removed (such as _orig_mod.)")
@@ -127,7 +127,7 @@ def _renamed(
             name = old.sub(today, name)
         new[name] = tensor
     if new.keys() != plain.keys():
-        rules.append("names of before renamed")
+        rules.append("old names updated")
     prefix = _prefix(new, live)
     if prefix:
         rules.append(f"prefix {prefix} removed")
@@ -136,7 +136,7 @@ def _renamed(
 
 
 def _prefix(stored: Iterable[str], live: Collection[str]) -> str:
-    """What stands before the most names of the model; of several, the shortest."""
+    """Return the prefix of most of the model's names, the shortest of several."""
     found: Counter[str] = Counter()
     for name in stored:
         parts = name.split(".")
@@ -149,7 +149,7 @@ def _prefix(stored: Iterable[str], live: Collection[str]) -> str:
 def _headless(
     absent: Collection[str], head: str | None, live: Collection[str], named: Collection[str]
 ) -> bool:
-    """Whether all that the file lacks is the model's head, and it has the rest."""
+    """Return whether the file lacks only the model's head."""
     if not absent or head is None:
         return False
     top = f"{head.partition('.')[0]}."
@@ -163,7 +163,7 @@ def _headless(
 def _check(
     path: str, live: Mapping[str, Tensor], named: Mapping[str, Tensor], taken: Iterable[str]
 ) -> None:
-    """Every tensor can be copied: its shape fits, and it is a plain tensor of real numbers."""
+    """Check that tensors can be copied: their shapes fit, and they are plain and real."""
     for name in taken:
         found, wanted = named[name], live[name]
         if found.shape != wanted.shape:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from operator import attrgetter, is_, itemgetter
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Blocks:
 
         Args:
             states: the optimizer's state.
-            placement: where gradients are summed.
+            placement: sums the gradients; None for one process.
             untouched: no parameter was edited or moved since the last step.
             same_states: no dictionary in ``states`` was replaced.
 
@@ -98,7 +98,7 @@ class Blocks:
             _KeptState("master_weight", [b.state for b in blocks if b.copy is not None]),
         ]
         if placement is None:
-            self._gradients = [_gradient_of(param) for param in self._params]
+            self._gradients = _gradients_of(self._params)
             self._gradient_places = list(map(_place_of, self._gradients))
             self._copied = {
                 i
@@ -109,7 +109,7 @@ class Blocks:
 
     def _renew_gradients(self) -> None:
         """Point the blocks at the gradients of this step."""
-        gradients = [_gradient_of(param) for param in self._params]
+        gradients = _gradients_of(self._params)
         same = all(map(is_, gradients, self._gradients)) and not self._copied
         if same and _places_of(gradients) == self._gradient_places:
             return
@@ -161,9 +161,9 @@ class _KeptState:
         )
 
 
-def _gradient_of(param: Tensor) -> Tensor:
-    assert param.grad is not None  # layers_of skips parameters without one
-    return param.grad
+def _gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``param.grad``, which every layer has."""
+    return cast("list[Tensor]", [param.grad for param in params])
 
 
 def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
@@ -186,7 +186,8 @@ def _make_block(layer: Layer, states: States, placement: Placement | None) -> Bl
         norm_part = placement.norm_part(param)
     else:
         norm_part = (0, param.numel())
-        gradient = _dense_gradient(param, _gradient_of(param))
+        [gradient] = _gradients_of([param])
+        gradient = _dense_gradient(param, gradient)
         weight = flat(param) if is_dense(param) else param
     copy = buffer = None
     state = states[param] if is_half(param) or group["momentum"] != 0 else {}

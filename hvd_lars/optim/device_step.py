@@ -44,7 +44,7 @@ class DeviceStep:
         self._params = [layer.param for layer in layers.layers]
         self._blocks = Blocks(layers.layers)
         self._current: list[Block] = []
-        self._kernel: Kernel
+        self._kernel: Kernel | None = None  # of the last step
         # Sums of squares of this rank's parts, (layers,) float64; None if unknown.
         self.weight_sums: Tensor | None = None
         self._known: Tensor | None = None  # the same, if still valid in this step
@@ -55,7 +55,7 @@ class DeviceStep:
 
         Args:
             states: the optimizer's state; missing state is created.
-            placement: where gradients are summed.
+            placement: sums the gradients; None for one process.
             same_states: no dictionary in ``states`` was replaced since the last step.
 
         Raises:
@@ -64,10 +64,13 @@ class DeviceStep:
         """
         untouched = versions_of(self._params) == self._versions and self._blocks.in_place()
         self._known = self.weight_sums if untouched else None
-        self._kernel = choose_kernel(self.layers.layers[0].group["kernel"], self.layers.device.type)
+        before = self._kernel, self._current
+        kernel = choose_kernel(self.layers.layers[0].group["kernel"], self.layers.device.type)
         self._current = self._blocks.current(states, placement, untouched, same_states)
-        if self._kernel.name != "fused":  # the previous step may have used the fused kernel
+        new = before[0] is not kernel or before[1] is not self._current
+        if new and kernel.name != "fused":  # their momentum may still be folded
             unfold_all(block.state for block in self._current)
+        self._kernel = kernel
 
     def sums_of_squares(self, placement: Placement | None, unscale: float) -> Tensor:
         """Return sums of squares over this rank's parts: (2 × sources,) float64.
@@ -75,18 +78,22 @@ class DeviceStep:
         The sources' weights come first, then their gradients.  ``unscale`` is the factor of the
         gradients; only the sums for combined denominators include it.
         """
+        if not self.layers.sources:
+            return torch.zeros(0, dtype=torch.float64, device=self.layers.device)
         sources = [self._current[i] for i in self.layers.sources]
-        combined = self._is_combined()
-        gradients = None
+        combined, gradients, used = self._is_combined(), None, self._kernel
+        assert used is not None
         if placement is not None and placement.early is not None:
-            kernel = None if combined else self._kernel
+            kernel = None if combined else used
             gradients = placement.early.take(self.layers.adapted, placement.gradients, kernel)
         if gradients is None:
-            parts = [_gradient(block, unscale, combined) for block in sources]
-            gradients = self._kernel.sums_of_squares(parts)
+            if placement is None and not combined:  # whole: saves a call per layer
+                parts = [block.gradient for block in sources]
+            else:
+                parts = [_gradient(block, unscale, combined) for block in sources]
+            gradients = used.sums_of_squares(parts)
         if self._known is None:
-            parts = [_norm_part(block, block.weight) for block in sources]
-            weights = self._kernel.sums_of_squares(parts)
+            weights = used.sums_of_squares([_norm_part(block, block.weight) for block in sources])
         else:
             weights = self._known[self.layers.places]
         return torch.cat([weights, gradients])
@@ -105,6 +112,7 @@ class DeviceStep:
 
     def update(self, ratios: Tensor, unscale: float, live: Tensor | None) -> None:
         """Update every layer in place, or none if ``live``, a 0-dim bool, is False."""
+        assert self._kernel is not None
         sums = self._kernel.update(self._current, ratios, unscale, live)
         self.weight_sums = _kept_sums(self.weight_sums, sums, self._known)
 
@@ -114,7 +122,7 @@ class DeviceStep:
 
     def _is_combined(self) -> bool:
         """Return whether any denominator is ‖g + βw‖, whose sums need unscaled gradients."""
-        return any(_is_combined(self.layers.layers[i].group) for i in self.layers.sources)
+        return any(map(_is_combined, self.layers.groups))
 
 
 def _is_combined(group: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ def parameter_groups(
     adapt: Literal["weights", "layer", "all", "none"] = "weights",
     decay: Literal["weights", "all"] = "weights",
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for :class:`LARS`, with weights apart from biases and norms.
+    """Return parameter groups for :class:`LARS`: weights apart from biases and normalisation.
 
     Weights are the tensors of two dimensions or more.  Adaptation and weight decay are separate
     choices; each group carries its own ``adapt`` and ``weight_decay``, which may be changed.
@@ -145,5 +145,5 @@ def check_ours(state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:
         missing = sorted(defaults.keys() - group.keys())
         if missing:
             raise ValueError(
-                f"LARS: the state is another optimizer's: a group lacks {', '.join(missing)}"
+                f"LARS: the state is another optimizer's: a group without {', '.join(missing)}"
             )

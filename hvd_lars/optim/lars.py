@@ -57,10 +57,10 @@ class LARS(Optimizer):
     from the device to the host.  ``report`` holds the norms of the last step and whether it was
     skipped.
 
-    With the native kernel the norms need no extra pass over memory: gradients are summed as their
-    reductions complete, weights while the previous step writes them.  Weights edited or replaced
-    between steps are detected and read again; an edit through ``param.data``, which torch does not
-    count, is detected one step late, with a warning.
+    With the native kernel the norms need no extra pass over memory: the squares of gradients are
+    summed as their reductions complete, those of weights while the previous step writes them.
+    Weights edited or replaced between steps are detected and read again; an edit through
+    ``param.data``, which torch does not count, is detected one step late, with a warning.
 
     Half-precision parameters have float32 masters and momentum in the optimizer's state.  An edit
     through their ``.data`` is not detected, and the next step undoes it: edit them under
@@ -203,7 +203,7 @@ class LARS(Optimizer):
         # 2. Sum squares over this rank's part of every layer.
         sums = [device.sums_of_squares(placement, unscale) for device in devices]
         if placement is not None:  # 3. Complete the sums in one all-reduce.
-            sums = [placement.scalars.sum(part) for part in sums]
+            sums = [placement.scalars.sum(part) if len(part) else part for part in sums]
         # 4. Compute trust ratios and update every layer.
         found = [device.measure(part, unscale) for device, part in zip(devices, sums, strict=True)]
         layers = [device.layers for device in devices]

@@ -32,6 +32,7 @@ class DeviceLayers:
         sources: indices of the layers whose norms are computed: those whose trust ratio is used,
             or all.
         adapted: the parameters of ``sources``.
+        groups: the parameter groups of ``sources``, each once.
         places: ``sources`` as an int64 tensor (sources,) on the device.
         ratio_of: (layers,), each layer's index into the sources' ratios followed by a 1.
     """
@@ -39,6 +40,7 @@ class DeviceLayers:
     layers: list[Layer]
     sources: list[int]
     adapted: list[Tensor]
+    groups: list[dict[str, Any]]
     places: Tensor
     ratio_of: Tensor
 
@@ -116,4 +118,6 @@ def _on_device(layers: list[Layer], device: torch.device, all_norms: bool) -> De
     index = [place.get(layer.source, len(sources)) for layer in layers]
     adapted = [layers[i].param for i in sources]
     places = torch.tensor(sources, dtype=torch.int64, device=device)
-    return DeviceLayers(layers, sources, adapted, places, torch.tensor(index, device=device))
+    groups = {id(layer.group): layer.group for layer in (layers[i] for i in sources)}
+    ratio_of = torch.tensor(index, device=device)
+    return DeviceLayers(layers, sources, adapted, list(groups.values()), places, ratio_of)

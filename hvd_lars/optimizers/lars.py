@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LarsSettings(OptimizerSettings):
-    """LARS; see the docstring of hvd_lars.LARS."""
+    """LARS; see hvd_lars.LARS."""
 
     TRUST_RATIOS: ClassVar[bool] = True
 
@@ -26,20 +26,20 @@ class LarsSettings(OptimizerSettings):
         binds="run and recipe", default="lars", description="which optimizer"
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = key(
-        binds="run and recipe", default=0.9, description="μ"
+        binds="run and recipe", default=0.9, description="momentum μ"
     )
-    weight_decay: Rate = key(binds="run and recipe", default=0.0, description="β")
+    weight_decay: Rate = key(binds="run and recipe", default=0.0, description="weight decay β")
     trust_coefficient: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(
-        binds="run and recipe", default=0.001, description="l, of λ = l · ‖w‖ / (‖g‖ + β‖w‖ + ε)"
+        binds="run and recipe", default=0.001, description="l in λ = l · ‖w‖ / (‖g‖ + β‖w‖ + ε)"
     )
-    eps: Rate = key(binds="run and recipe", default=0.0, description="ε")
+    eps: Rate = key(binds="run and recipe", default=0.0, description="ε in λ")
     nesterov: bool = key(
         binds="run and recipe", default=False, description="look ahead by one momentum step"
     )
     lr_position: Literal["momentum", "update"] = key(
         binds="run and recipe",
         default="momentum",
-        description="where γ stands: inside the momentum (the paper), or before the whole update",
+        description="where γ applies: inside the momentum (the paper), or to the whole update",
     )
     denominator: Literal["separate", "combined"] = key(
         binds="run and recipe",
@@ -49,28 +49,28 @@ class LarsSettings(OptimizerSettings):
     trust_clip: bool = key(
         binds="run and recipe",
         default=False,
-        description="no layer's rate exceeds γ: min(λ/γ, 1) for λ (LARC)",
+        description="cap each layer's rate at γ: min(λ/γ, 1) in place of λ (LARC)",
     )
     zero_norm: Literal["unit", "skip", "coast"] = key(
         binds="run and recipe",
         default="unit",
-        description="where a norm is zero: λ = 1, or the layer stays as it is",
+        description="at a zero norm, unit: λ = 1; skip: no change; coast: momentum only",
     )
     adapt: Literal["weights", "layer", "all"] = key(
         binds="run and recipe",
         default="weights",
-        description="what takes a trust ratio: weights alone; layer: biases take their weight's; "
-        "all: each tensor its own",
+        description="weights: only weights have a trust ratio; layer: biases use their weight's; "
+        "all: each tensor has its own",
     )
     decay: Literal["weights", "all"] = key(
         binds="run and recipe",
         default="weights",
-        description="what is decayed: not biases and normalisation, or all",
+        description="weights: biases and normalisation do not decay; all: every tensor does",
     )
     kernel: Literal["auto", "native", "fused", "eager"] = key(
         binds="nothing",
         default="auto",
-        description="how a step is computed; auto: the fastest that all ranks have",
+        description="implementation of the step; auto: the fastest that all ranks have",
     )
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ class LarsSettings(OptimizerSettings):
         return self
 
     def build(self, model: nn.Module, lr: float, placement: Placement) -> LARS:
-        """As :meth:`OptimizerSettings.build`."""
+        """See :meth:`OptimizerSettings.build`."""
         from hvd_lars.optim import LARS
 
         not_options = {"name", "adapt", "decay", "weight_decay", "placement"}
@@ -88,7 +88,7 @@ class LarsSettings(OptimizerSettings):
         return LARS(self.groups(model), lr=lr, placement=placement, **options)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """As :meth:`OptimizerSettings.groups`."""
+        """See :meth:`OptimizerSettings.groups`."""
         from hvd_lars.optim import parameter_groups
 
         adapt = self.adapt if self.TRUST_RATIOS else "none"
@@ -96,16 +96,16 @@ class LarsSettings(OptimizerSettings):
 
     @property
     def num_slots(self) -> int:
-        """Momentum."""
+        """1 for the momentum, or 0 without it."""
         return int(self.momentum > 0)
 
     def summary(self) -> str:
-        """As :meth:`OptimizerSettings.summary`."""
+        """See :meth:`OptimizerSettings.summary`."""
         nesterov = ", Nesterov" if self.nesterov else ""
         return f"{self.name}, momentum {self.momentum:g}{nesterov}"
 
     def resolved(self, device: torch.device, comm: Communicator) -> LarsSettings:
-        """With a kernel that all ranks have."""
+        """Return the settings with a kernel that all ranks have."""
         from hvd_lars.optim.kernels.agreed import agree_on_kernel
 
         return self.model_copy(update={"kernel": agree_on_kernel(self.kernel, device, comm)})

@@ -1,4 +1,4 @@
-"""The settings of an optimizer: what the trainer asks of every kind."""
+"""The interface of all optimizer settings."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ if TYPE_CHECKING:
 
 
 class OptimizerSettings(Section):
-    """A kind of optimizer, and what is common to all."""
+    """Settings of a kind of optimizer, and those common to all."""
 
-    FAMILY: ClassVar[str] = "optimizers"  # as of SourceSettings
+    FAMILY: ClassVar[str] = "optimizers"  # see SourceSettings
 
     name: str
     placement: Literal["replicated", "sharded", "auto"] = key(
         binds="nothing",
         default="replicated",
-        description="sharded: momentum and update divided over the ranks; auto: the faster one",
+        description="sharded: momentum and update are divided over the ranks; auto: the faster one",
     )
 
     def build(self, model: nn.Module, lr: float, placement: Placement) -> Optimizer:
-        """The optimizer of a model whose parameters are in the placement."""
+        """Return the optimizer of a model whose parameters ``placement`` holds."""
         raise NotImplementedError
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups, each with ``params``, ``adapt`` and ``weight_decay``."""
+        """Return parameter groups, each with ``params``, ``adapt`` and ``weight_decay``."""
         raise NotImplementedError
 
     @property
     def num_slots(self) -> int:
-        """Tensors of each parameter's size that it keeps."""
+        """State tensors of each parameter's size."""
         raise NotImplementedError
 
     def summary(self) -> str:
-        """Name and main options, for ``check``."""
+        """Return the name and main options, for ``check``."""
         return self.name
 
     def resolved(self, device: torch.device, comm: Communicator) -> OptimizerSettings:
-        """The settings without what this machine decides, but for the placement; collective.
+        """Return the settings with machine-dependent choices made, except placement; collective.
 
         Raises:
-            UserError: on every rank alike: some rank cannot do what is asked for.
+            UserError: on every rank alike: a rank does not support the settings.
         """
         return self

@@ -1,4 +1,4 @@
-"""One page about runs."""
+"""A page that reports on runs."""
 
 from hvd_lars.report.page import write_report
 

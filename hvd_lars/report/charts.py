@@ -1,7 +1,7 @@
-"""Charts as SVG that goes into a page, in the page's own colours.
+"""SVG charts to embed in a page, in the page's own colours.
 
-Text and lines take their colours from CSS classes and variables, so that a page in the dark is
-readable, too; a chart is as wide as the page and has no script.
+Text and lines take their colours from CSS classes and variables, so that they are readable in dark
+mode, too; a chart is as wide as the page and has no script.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from html import escape
 
 _WIDTH, _HEIGHT = 720, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 12, 40
-_POINTS = 500  # a series is thinned to about so many
+_POINTS = 500  # approximate limit to which a series is thinned
 
-# Viridis, at nine places.
+# Viridis at nine points.
 _RAMP = (
     "#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30",
     "#fde725",
@@ -24,7 +24,7 @@ _RAMP = (
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its points in order of x, and which of the page's eight colours it has."""
+    """A line: its points in order of x, and the index of one of the page's eight colours."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -35,14 +35,14 @@ class Series:
 def line_chart(
     title: str, series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False
 ) -> str:
-    """Lines over a common x, with a legend; points that are not finite (or not above 0) are gaps.
+    """Draw lines over a common x, with a legend; drops values that are not finite (or positive).
 
     Args:
-        title: what a screen reader says of it.
-        series: at least one point in all.
+        title: for screen readers.
+        series: the lines.
         x_label: of the axis.
         y_label: of the axis.
-        log_y: whether y is shown by its logarithm.
+        log_y: whether the y axis is logarithmic; values must be positive then.
     """
     lines = [(each, _usable(_thinned(each.points), log_y)) for each in series]
     every = [point for _, points in lines for point in points]
@@ -65,7 +65,7 @@ def line_chart(
 
 
 def stacked_chart(title: str, xs: Sequence[float], parts: Mapping[str, Sequence[float]]) -> str:
-    """Areas on top of one another, in milliseconds over steps."""
+    """Draw stacked areas, in milliseconds over steps."""
     if not xs:
         return f'<p class="none">{escape(title)}: nothing was recorded.</p>'
     keep = range(0, len(xs), max(1, len(xs) // _POINTS))
@@ -89,7 +89,7 @@ def stacked_chart(title: str, xs: Sequence[float], parts: Mapping[str, Sequence[
 def heat_map(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]
 ) -> str:
-    """Colours by the logarithm of values[row][column]; what is not above 0 stays empty."""
+    """Draw the logarithm of values[row][column] as colours; empty unless it is positive."""
     logs = [math.log10(v) for row in values for v in row if v > 0 and math.isfinite(v)]
     if not logs:
         return f'<p class="none">{escape(title)}: nothing was recorded.</p>'
@@ -123,7 +123,7 @@ def heat_map(
 
 
 def legend(series: Sequence[Series]) -> str:
-    """Names beside their colours."""
+    """Return a list of names and their colours."""
     items = "".join(
         f'<li><i class="key c{each.colour % 8}{" dashed" if each.dashed else ""}"></i>'
         f"{escape(each.name)}</li>"
@@ -133,7 +133,7 @@ def legend(series: Sequence[Series]) -> str:
 
 
 class _Axis:
-    """A range, where its values stand between 0 and 1, and round numbers in it."""
+    """A range; maps values to 0 to 1, and gives round numbers in it."""
 
     def __init__(self, low: float, high: float, log: bool) -> None:
         if low == high:

@@ -1,4 +1,4 @@
-"""The page: what stands on it, in which order."""
+"""The page: its sections, in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = 60  # of a heat map
 
 
 def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Write one page about runs, which opens without a network.
+    """Write one page about runs; it opens without a network.
 
     Raises:
         UserError: a folder holds no run, or the page cannot be written.
@@ -33,7 +33,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
 
 
 def make_page(runs: Sequence[Run]) -> str:
-    """The whole page as HTML."""
+    """Return the whole page as HTML."""
     sections: list[tuple[str, str, str]] = [
         ("summary", "Summary", _summary(runs)),
         ("accuracy", "Loss and accuracy", _accuracy(runs)),
@@ -57,7 +57,7 @@ def make_page(runs: Sequence[Run]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
         f"<title>{escape(names)} · hvd_lars</title><style>{style}</style></head><body>"
-        f'<a class="skip" href="#summary">To the content</a>'
+        f'<a class="skip" href="#summary">Skip to content</a>'
         f"<header><h1>{escape(names)}</h1><p>hvd_lars {hvd_lars.__version__}</p>"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main>'
         "</body></html>\n"
@@ -80,7 +80,7 @@ def _summary(runs: Sequence[Run]) -> str:
             " → ".join(map(str, sizes)) or "–",
             f"{run.global_batch:,}",
             last.get("skipped_steps", 0),
-            stops[-1] if stops else "goes on, or was killed",
+            stops[-1] if stops else "running, or killed",
         ]
 
     head = [
@@ -120,10 +120,10 @@ def _rate(runs: Sequence[Run]) -> str:
         for r in run.train
         if r["step"] in plan and not math.isclose(r["lr"], plan[r["step"]], rel_tol=1e-6)
     ]
-    note = "Every step took the rate that the config plans."
+    note = "All recorded rates match the config's plan."
     if off:
-        note = f"{len(off)} recorded rates are not as planned: {off[0]}."
-    return _figure(chart, "The rate that was taken over the plan") + f"<p>{escape(note)}</p>"
+        note = f"{len(off)} recorded rates differ from the plan: {off[0]}."
+    return _figure(chart, "Recorded learning rate over the plan") + f"<p>{escape(note)}</p>"
 
 
 def _layers(run: Run) -> str:
@@ -134,7 +134,7 @@ def _layers(run: Run) -> str:
     names = list(kept[-1]["trust_ratio"])
     columns = [f"{r['step']:,}" for r in kept]
     text = ""
-    for key, what in (("trust_ratio", "Trust ratio λ"), ("weight_norm", "Norm of the weights")):
+    for key, what in (("trust_ratio", "Trust ratio λ"), ("weight_norm", "Weight norm")):
         values = [[float(r[key].get(name) or 0.0) for r in kept] for name in names]
         title = f"{what}, {run.name}: layers by step"
         text += _figure(heat_map(title, names, columns, values), title)
@@ -165,7 +165,7 @@ def _speed(runs: Sequence[Run]) -> str:
 def _ranks(run: Run) -> str:
     timed = [r for r in run.train if "rank_busy_seconds" in r]
     if not timed:
-        return f"<p class=none>{escape(run.name)}: one rank, with nobody to wait for.</p>"
+        return f"<p class=none>{escape(run.name)}: one rank, which waits for no other.</p>"
     size = len(timed[-1]["rank_busy_seconds"])
     timed = [r for r in timed if len(r["rank_busy_seconds"]) == size]
     hosts: list[str] = next((e["hosts"] for e in reversed(run.events) if e.get("hosts")), [])
@@ -198,7 +198,7 @@ def _events(run: Run) -> str:
     stalls = [e["stall_seconds"] for e in run.events if e["event"] == "checkpoint"]
     kept = f"{len(stalls)} checkpoints"
     if stalls:
-        kept += f", which held training up {median(stalls):.3f} s in the median"
+        kept += f", which stalled training for {median(stalls):.3f} s (median)"
     return f"<h3>{escape(run.name)}</h3>" + _table(["step", "event", ""], rows) + f"<p>{kept}.</p>"
 
 

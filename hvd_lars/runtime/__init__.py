@@ -1,4 +1,4 @@
-"""This process: its terminal, its rank's standard error, allocator, files and step timer.
+"""This process: terminal, rank stderr, allocator, files and step timer.
 
-Nothing here knows of training.
+Nothing here depends on training.
 """

@@ -1,4 +1,4 @@
-"""How the C library treats freed memory."""
+"""The C library's treatment of freed memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what a step frees for the next one, in place of asking anew.
+    """Keep memory freed by one step for the next, instead of returning it to the system.
 
-    glibc returns large pieces to the system at once, and every step then pays a page fault for
-    each 4 KiB of activations and gradients: a sixth of a CPU step of AlexNet at 224×224
-    (docs/performance.md).  Left as it is where somebody has set a ``MALLOC_`` variable, or where
-    the C library has no such switch.
+    glibc returns large blocks at once, and every step then pays a page fault for each 4 KiB of
+    activations and gradients: a sixth of a CPU step of AlexNet at 224×224 (docs/performance.md).
+    Does nothing if a ``MALLOC_`` variable is set, or if the C library has no such switch.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -11,7 +11,7 @@ from hvd_lars.runtime.allocator import keep_freed_memory
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """This rank's GPU where there is one; a launcher that shows each rank one GPU counts as 0."""
+    """Return this rank's GPU, or the CPU; if a launcher shows each rank one GPU, that is GPU 0."""
     if not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")
@@ -21,15 +21,15 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 def set_threads(wanted: int | None, launch: Launch) -> int:
-    """CPU threads of this rank: as asked, as OMP_NUM_THREADS says, or its share of the cores.
+    """Set and return this rank's CPU threads: ``wanted``, OMP_NUM_THREADS, or its share of cores.
 
-    Ranks that share cores wait for each other's threads in every small operation, so a rank
-    whose neighbours are unknown takes one.
+    Ranks that share cores wait for each other's threads in every small operation, so a rank takes
+    one thread if the number of ranks on its machine is unknown.
     """
     if wanted is None and "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     share = len(os.sched_getaffinity(0)) // launch.local_size if launch.local_size else 1
-    if launch.threads is not None:  # the affinity is one task's already
+    if launch.threads is not None:  # the affinity is already that of one task
         share = launch.threads
     threads = wanted or max(1, share)
     torch.set_num_threads(threads)

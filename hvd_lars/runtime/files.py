@@ -1,4 +1,4 @@
-"""Files that must survive a crash or be what they were."""
+"""Files that must survive a crash or be verified."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from hvd_lars.errors import UserError
 
 
 def expand_user(path: str | Path, key: str) -> Path:
-    """The path with ``~`` as the user's home; UserError names the key where there is no home."""
+    """Return the path with ``~`` expanded; UserError names the key if there is no home."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # no HOME, and a user whom the system does not know
+    except RuntimeError:  # no HOME, and a user unknown to the system
         raise UserError(
             f"{key}: {path}: this user has no home folder; set HOME, or write the path without ~"
         ) from None
 
 
 def listing_cache() -> Path | None:
-    """Where lists of images are kept; None for a user without a home."""
+    """Return the folder for cached lists of images; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "hvd_lars/listings" if not base.startswith("~") else None
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -36,7 +36,7 @@ def sha256_of(path: Path) -> str:
 
 
 def let_umask_decide(path: Path) -> None:
-    """Give a file the mode that a new one gets: some writers make theirs private."""
+    """Give a file the mode of a newly created one; some writers make theirs private."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -53,7 +53,7 @@ def sync(path: Path) -> None:
 
 @final
 class HashingWriter:
-    """A file that is only written to, with the SHA-256 of what was written."""
+    """A write-only file that computes the SHA-256 of its contents."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest, self.position = file, hashlib.sha256(), 0
@@ -65,5 +65,5 @@ class HashingWriter:
         return self._file.write(data)
 
     def tell(self) -> int:
-        """Bytes written."""
+        """Return the number of bytes written."""
         return self.position

@@ -1,4 +1,4 @@
-"""What a process needs before it does anything, wherever it runs."""
+"""Set-up that a process needs before anything else, on any machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pwd
 import sys
 from typing import TextIO, cast
 
-# What we print that terminals in ASCII or Latin-1 have no sign for.
+# Replacements for printed characters that ASCII or Latin-1 terminals lack.
 _PLAIN = {
     "×": "x", "–": "-", "—": "-", "…": "...", "≤": "<=", "≥": ">=", "→": "->", "·": ".",
     **dict(zip("▁▂▃▄▅▆▇█", "_.-=+*#@", strict=True)),
@@ -17,12 +17,12 @@ _PLAIN = {
 
 
 def prepare() -> None:
-    """Make standard streams and the user's name things that a library may ask for.
+    """Make sure that the standard streams and a user name exist, as libraries expect.
 
-    A stream that is closed is opened on nothing: else the next file that is opened would take its
-    number, and receive what is printed.  What a terminal's encoding has no sign for is printed in
-    ASCII.  A user id that the system does not know (``docker run --user``, OpenShift) is
-    given a name in the environment, where torch looks for it first.
+    A closed stream is opened on /dev/null: otherwise the next opened file would take its descriptor
+    and receive the output.  Characters missing in a terminal's encoding are printed in ASCII.  A
+    user id unknown to the system (``docker run --user``, OpenShift) gets a name in the environment,
+    where torch looks first.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         continue
@@ -46,7 +46,7 @@ def _nothing(mode: str) -> TextIO:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Python's hook for a character that an encoding does not have: another text for it."""
+    """Return a replacement for a character that an encoding lacks; Python's error handler."""
     assert isinstance(error, UnicodeEncodeError)
     text = error.object[error.start : error.end]
     plain = "".join(_PLAIN.get(sign) or ascii(sign)[1:-1] for sign in text)
@@ -54,9 +54,9 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def flush_output() -> str | None:
-    """Flush standard output; why that failed, None also where its reader has gone.
+    """Flush standard output; return why that failed, or None, also if its reader has gone.
 
-    After a failure nothing more is written, so that the interpreter's end does not fail as well.
+    After a failure nothing more is written, so that the interpreter's exit does not fail as well.
     """
     try:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A job's standard error: what all ranks say stands once, other lines carry their rank."""
+"""A job's standard error: warnings of all ranks are shown once, other lines carry their rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TextIO, cast, final
 
 @dataclass
 class _Warning:
-    """One that was given since the last comparison."""
+    """A warning given since the last comparison with rank 0."""
 
     text: str
     shown: bool
@@ -22,16 +22,16 @@ class _Warning:
 
 @final
 class RankErrors:
-    """Standard error of one rank; in place of ``sys.stderr`` on others than rank 0.
+    """Standard error of one rank; replaces ``sys.stderr`` on ranks other than 0.
 
-    Rank 0 speaks as ever.  Another rank's lines come at once, each after ``rank N:``; its Python
-    warnings wait until :meth:`settle` knows which of them rank 0 gave, too.  They are shown in
-    any case before whatever else the rank says, and when it leaves in good order.
+    Rank 0 writes unchanged.  The other ranks' lines are written at once, each after ``rank N:``;
+    their Python warnings are held until :meth:`settle` drops those that rank 0 gave too.  Held
+    warnings are shown in any case before other output of the rank, and at an orderly exit.
 
     Args:
-        stream: where it all goes.
-        rank: whose lines they are.
-        hold: warnings wait; False in a process that nobody asks to settle.
+        stream: receives the output.
+        rank: this rank.
+        hold: hold warnings; False in a process where :meth:`settle` is never called.
     """
 
     def __init__(self, stream: TextIO, rank: int, hold: bool = True) -> None:
@@ -41,17 +41,17 @@ class RankErrors:
         self._at_start = True
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_stream":  # a copy that is being made
+        if name == "_stream":  # while a copy is being made
             raise AttributeError(name)
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, each line of another rank than 0 with its rank."""
+        """Write; each line of a rank other than 0 carries its rank."""
         self.release()
         return self._write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """As a file's."""
+        """Write lines, like a file."""
         self.write("".join(lines))
 
     def warn(
@@ -63,7 +63,7 @@ class RankErrors:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        """Take a warning; in place of ``warnings.showwarning``."""
+        """Take a warning; replaces ``warnings.showwarning``."""
         text = warnings.formatwarning(message, category, filename, lineno, line)
         if file is not None:
             file.write(text)
@@ -73,29 +73,29 @@ class RankErrors:
             self.release()
 
     def sample(self) -> int:
-        """A number below 2³² for the warnings that :meth:`settle` will be about; 0 for none."""
+        """Return a hash below 2³² of the warnings that :meth:`settle` will cover; 0 for none."""
         self._sampled = len(self._given)
         return zlib.crc32("\0".join(self.sampled()).encode(errors="replace"))
 
     def sampled(self) -> list[str]:
-        """The warnings of the last sample."""
+        """Return the warnings of the last sample."""
         return [warning.text for warning in self._given[: self._sampled]]
 
     def settle(self, said: Collection[str]) -> None:
-        """Show those of the last sample that wait and are not among what rank 0 ``said``."""
+        """Show the held warnings of the last sample that are not in ``said``, rank 0's."""
         sampled = self._given[: self._sampled]
         del self._given[: self._sampled]
         self._sampled = 0
         self._show([warning for warning in sampled if warning.text not in said])
 
     def release(self) -> None:
-        """Show the warnings that wait."""
+        """Show the held warnings."""
         self._show(self._given)
         if not self._hold:
             self._given.clear()
 
     def become(self, rank: int) -> None:
-        """Be another rank from here on."""
+        """Change this process's rank."""
         if rank != self.rank:
             self.release()
             self._given.clear()
@@ -105,10 +105,10 @@ class RankErrors:
         for warning in given:
             if not warning.shown:
                 warning.shown = True
-                with suppress(OSError):  # as Python: whoever reads it has gone, its disk is full
+                with suppress(OSError):  # as Python does: the reader has gone, or the disk is full
                     if self.rank:
                         self._write(warning.text)
-                    else:  # through what stands in for standard error, such as a progress bar
+                    else:  # through a replacement of standard error, such as a progress bar's
                         sys.stderr.write(warning.text)
 
     def _write(self, text: str) -> int:
@@ -127,9 +127,9 @@ _voice: RankErrors | None = None
 
 
 def speak_as(rank: int, hold: bool = True) -> None:
-    """From here on this process's standard error is rank ``rank``'s; may be called again.
+    """Make this process's standard error that of rank ``rank``; may be called again.
 
-    ``hold``: as of :class:`RankErrors`.
+    ``hold`` is as in :class:`RankErrors`.
     """
     global _voice
     if _voice is None:
@@ -144,5 +144,5 @@ def speak_as(rank: int, hold: bool = True) -> None:
 
 
 def voice() -> RankErrors | None:
-    """This process's standard error, once :func:`speak_as` was called."""
+    """Return this process's rank stderr; None before :func:`speak_as`."""
     return _voice

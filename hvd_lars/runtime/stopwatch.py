@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""The time of a step, by part."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Stopwatch:
     """Seconds by part, each second in one part: a part that begins inside another pauses it.
 
     Args:
-        settle: called at every change of part; on a GPU ``torch.cuda.synchronize`` makes the
-            seconds those of the device, at the cost of its overlap with the host.
+        settle: called at every change of part; on a GPU, ``torch.cuda.synchronize`` measures
+            device time, at the cost of the overlap with the host.
     """
 
     def __init__(self, settle: Callable[[], object] | None = None) -> None:
         self._settle = settle
         self._running: list[str] = []
-        self.changes = 0  # of part, since the beginning
+        self.changes = 0  # changes of part since the beginning
         self.reset()
 
     def reset(self) -> None:
@@ -32,12 +32,12 @@ class Stopwatch:
 
     @property
     def current(self) -> str:
-        """The part that runs now; empty between parts."""
+        """The running part; empty between parts."""
         return self._running[-1] if self._running else ""
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Give the time inside to ``name``, one of ``PARTS``."""
+        """Count the time inside as ``name``, one of ``PARTS``."""
         self._change()
         self._running.append(name)
         try:

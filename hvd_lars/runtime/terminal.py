@@ -1,4 +1,4 @@
-"""Lines for people."""
+"""Output for users."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from hvd_lars.errors import UserError
 
 
 def tell(line: str) -> None:
-    """A line on standard output.
+    """Print a line on standard output.
 
-    Training does not stop because a log's disk is full or whoever reads it has gone.
+    Errors are ignored: a full disk or a reader that has gone must not stop training.
     """
     with suppress(OSError):
         print(line, flush=True)
 
 
 def answer(text: str) -> None:
-    """What a command is for, on standard output.
+    """Print a command's result on standard output.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: standard output cannot be written.
         BrokenPipeError: its reader has gone.
     """
     try:
@@ -33,6 +33,6 @@ def answer(text: str) -> None:
 
 
 def warn(line: str) -> None:
-    """A line on standard error, as :func:`tell`."""
+    """Print a line on standard error; errors are ignored as in :func:`tell`."""
     with suppress(OSError):
         print(f"hvd-lars: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What sections of the YAML are made of: field types and durations.
+"""Building blocks of the config's sections: field types and durations.
 
-Nothing heavier than pydantic is needed to read a config.
+Reading a config imports nothing heavier than pydantic.
 """

@@ -11,14 +11,14 @@ _FORM = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(epoch|step|sample|minut
 
 @dataclass(frozen=True)
 class Duration:
-    """``value`` epochs, steps, samples or minutes, as the YAML says: ``5 epochs``."""
+    """``value`` epochs, steps, samples or minutes, written in YAML as ``5 epochs``."""
 
     value: float
     unit: str
 
     @classmethod
     def parse(cls, text: object, minutes: bool = False) -> Duration:
-        """Read ``"2.5 epochs"``, also minutes where allowed; ValueError says what is."""
+        """Parse ``"2.5 epochs"``, or minutes if allowed; ValueError lists the allowed forms."""
         match = _FORM.fullmatch(text) if isinstance(text, str) else None
         try:
             if match is None:
@@ -38,14 +38,14 @@ class Duration:
         return cls(value, match.group(2) + "s")
 
     def __str__(self) -> str:
-        """The form that :meth:`parse` reads."""
+        """Return the form that :meth:`parse` reads."""
         value = int(self.value) if self.value == int(self.value) else self.value
         return f"{value} {self.unit}"
 
     def steps(self, steps_per_epoch: int, global_batch: int) -> int:
-        """The nearest number of optimizer steps; of minutes there is none: ValueError."""
+        """Return the nearest number of optimizer steps; ValueError for minutes."""
         if self.unit == "minutes":
-            raise ValueError(f"{self} is no number of steps")
+            raise ValueError(f"{self} cannot be converted to steps")
         if self.unit == "epochs":
             return round(self.value * steps_per_epoch)
         return round(self.value / global_batch) if self.unit == "samples" else int(self.value)
@@ -53,17 +53,17 @@ class Duration:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Steps of the run, and between what is done in it.
+    """Steps of the run, and steps between its periodic actions.
 
     Attributes:
-        total: of the whole run.
-        evaluate: between evaluations.
-        log: between log lines.
-        checkpoint: between checkpoints.
-        layers: between records of all layers' norms; 0 for none.
-        verify: between comparisons of the ranks' parameters; 0 for none.
-        snapshot: between snapshots in memory, in a job whose ranks come and go.
-        checkpoint_seconds: between checkpoints, where those are by the clock.
+        total: steps of the whole run.
+        evaluate: steps between evaluations.
+        log: steps between log lines.
+        checkpoint: steps between checkpoints.
+        layers: steps between records of all layers' norms; 0 for none.
+        verify: steps between comparisons of the ranks' parameters; 0 for none.
+        snapshot: steps between snapshots in memory, in an elastic job.
+        checkpoint_seconds: seconds between checkpoints; infinite unless they go by the clock.
     """
 
     total: int

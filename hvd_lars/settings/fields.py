@@ -1,4 +1,4 @@
-"""Kinds of fields that the config's sections are made of."""
+"""Field types of the config's sections."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DurationField = Annotated[
     PlainSerializer(str),
     _schema("epoch|step|sample", "5 epochs", "600 steps", "1.28e6 samples"),
 ]
-# The same, or minutes by the clock.
+# A DurationField that also allows minutes.
 PeriodField = Annotated[
     Duration,
     BeforeValidator(lambda v: v if isinstance(v, Duration) else Duration.parse(v, minutes=True)),
@@ -35,11 +35,11 @@ PeriodField = Annotated[
     _schema("epoch|step|sample|minute", "5 epochs", "600 steps", "30 minutes"),
 ]
 Binds = Literal["run and recipe", "run", "recipe", "nothing"]
-"""A run cannot go on with another value; a recipe is left with another value; both; neither."""
+"""A key binds a run if resuming needs the same value, a recipe if another value departs from it."""
 
 
 def key(default: Any = ..., *, binds: Binds, description: str) -> Any:
-    """A key of a section: what it means, and what it binds."""
+    """Return a section's field with its description and what it binds."""
     return Field(default, description=description, json_schema_extra={"binds": binds})
 
 
@@ -48,6 +48,6 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys and wrong types are errors, values never change."""
+    """A section of the config, frozen; unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

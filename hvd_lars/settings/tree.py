@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def leaves(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Values of a tree of mappings, by their dotted keys."""
+    """Yield the dotted keys and values of a tree of mappings."""
     if not isinstance(tree, dict):
         yield prefix, tree
         return

@@ -1,7 +1,7 @@
-"""One file a kind of data set: its section of the YAML, and ``build()``, which makes the source.
+"""Data set settings, one file per kind: a section of the YAML whose ``build()`` makes the source.
 
-To add one, write its file, with its settings in ``KINDS``, and name the file in ``_FILES``.  Torch
-is imported by ``build`` alone.
+To add a kind, write its file, list its settings in the file's ``KINDS``, and name the file in
+``_FILES``.  Only ``build`` imports torch.
 """
 
 from functools import reduce

@@ -17,18 +17,16 @@ if TYPE_CHECKING:
 
 
 class CifarAugmentSettings(AugmentSettings):
-    """The same with CIFAR's crop."""
+    """AugmentSettings with another default crop."""
 
     crop: Literal["resized", "window", "padded"] = key(
-        binds="run and recipe", default="padded", description="as of other images"
+        binds="run and recipe", default="padded", description="as in AugmentSettings"
     )
 
 
 class _Cifar(ImageSettings):
-    root: str = key(binds="nothing", description="folder")
-    download: bool = key(
-        binds="nothing", default=False, description="fetch the files where they are missing"
-    )
+    root: str = key(binds="nothing", description="folder of torchvision's files")
+    download: bool = key(binds="nothing", default=False, description="download missing files")
     image_size: Positive = key(
         binds="run and recipe", default=32, description="side of the crop, in pixels"
     )
@@ -38,7 +36,7 @@ class _Cifar(ImageSettings):
     augment: CifarAugmentSettings = key(
         binds="run and recipe",
         default=CifarAugmentSettings(),
-        description="what happens to training images",
+        description="augmentation of training images",
     )
 
     COLOURS: ClassVar[Statistics] = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -50,13 +48,13 @@ class _Cifar(ImageSettings):
         return expand_user(self.root, "data.root") / self.FOLDER
 
     def stores(self, comm: Communicator) -> Stores:
-        """As :meth:`ImageSettings.stores`; rank 0 downloads first."""
+        """See :meth:`ImageSettings.stores`; rank 0 downloads first."""
         from hvd_lars.comm.agree import on_each_node, on_root
         from hvd_lars.data.cifar import load_cifar
         from hvd_lars.data.identity import made_identity
 
         if self.download:
-            # Rank 0 first: the folder is often shared.  Then nodes that have one of their own.
+            # Rank 0 first, as the folder is often shared; then nodes with a folder of their own.
             on_root(comm, lambda: len(load_cifar(self.name, self.root, download=True)))
         on_each_node(comm, lambda: load_cifar(self.name, self.root, self.download))
         train, val, classes = load_cifar(self.name, self.root, download=False)
@@ -64,7 +62,7 @@ class _Cifar(ImageSettings):
         return train, val, replace(identity, classes=classes), ""
 
     def read_only(self) -> _Cifar:
-        """Without a download."""
+        """Return the settings without the download."""
         return self.model_copy(update={"download": False})
 
 

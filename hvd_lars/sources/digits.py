@@ -18,7 +18,7 @@ class DigitsData(SourceSettings):
     copies: Positive = key(
         binds="run and recipe",
         default=12,
-        description="randomly warped copies of an image in an epoch",
+        description="randomly warped copies of each image per epoch",
     )
 
     def build(self, context: BuildContext) -> WarpedImages:
@@ -31,7 +31,7 @@ class DigitsData(SourceSettings):
         return [(1, 8, 8)]
 
     def statistics(self, seed: int) -> Statistics:
-        """Of the training images."""
+        """Return mean and deviation of the training images."""
         made = self._load(seed)
         return (made.mean,), (made.deviation,)
 

@@ -18,7 +18,7 @@ class GlyphsData(SourceSettings):
     copies: Positive = key(
         binds="run and recipe",
         default=6,
-        description="randomly warped copies of an image in an epoch",
+        description="randomly warped copies of each image per epoch",
     )
 
     def build(self, context: BuildContext) -> WarpedImages:
@@ -31,7 +31,7 @@ class GlyphsData(SourceSettings):
         return [(1, 16, 16)]
 
     def statistics(self, seed: int) -> Statistics:
-        """Of the training images."""
+        """Return mean and deviation of the training images."""
         made = self._load(seed)
         return (made.mean,), (made.deviation,)
 

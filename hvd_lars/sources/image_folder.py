@@ -20,7 +20,7 @@ class ImageFolderData(ImageSettings):
     FAMILY: ClassVar[str] = "photographs"
 
     name: Literal["imagefolder"] = key(binds="run", description="which data set")
-    root: str = key(binds="nothing", description="folder")
+    root: str = key(binds="nothing", description="folder of the data set")
 
     @property
     def location(self) -> Path:
@@ -28,7 +28,7 @@ class ImageFolderData(ImageSettings):
         return expand_user(self.root, "data.root")
 
     def stores(self, comm: Communicator) -> Stores:
-        """As :meth:`ImageSettings.stores`; rank 0 lists the folder."""
+        """See :meth:`ImageSettings.stores`; rank 0 lists the folder."""
         from hvd_lars.comm.agree import on_root
         from hvd_lars.data import FolderImages, list_folder
 

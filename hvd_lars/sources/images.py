@@ -1,4 +1,4 @@
-"""What all data sets of photographs share: crops, augmentation, tolerance."""
+"""Settings common to data sets of photographs: crops, augmentation, tolerance."""
 
 from __future__ import annotations
 
@@ -22,45 +22,43 @@ if TYPE_CHECKING:
     Stores = tuple[ImageStore, ImageStore, DataIdentity, str]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-EXPECT = "how large the data set must be; others are refused"
+EXPECT = "required size of the data set; any other is refused"
 # Mean and deviation of ImageNet's channels in [0, 1], as every published recipe uses them.
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class AugmentSettings(Section):
-    """What happens to training images; see the docstring of hvd_lars.data.Augment."""
+    """Augmentation of training images; see hvd_lars.data.Augment."""
 
     crop: Literal["resized", "window", "padded"] = key(
         binds="run and recipe",
         default="resized",
-        description="a random part, resized; a window of the resized image; of the padded one",
+        description="a random part, resized; or a window of the resized, or of the padded image",
     )
     crop_scale: Annotated[tuple[Probability, Probability], Field(strict=False)] = key(
         binds="run and recipe",
         default=(0.08, 1.0),
-        description="resized: least and greatest share of the area",
+        description="resized: smallest and largest share of the area",
     )
     flip: bool = key(binds="run and recipe", default=True, description="mirror half of the images")
     trivial_augment: bool = key(
-        binds="run and recipe", default=False, description="one random operation an image"
+        binds="run and recipe", default=False, description="one random operation per image"
     )
     brightness: Rate = key(
-        binds="run and recipe", default=0.0, description="greatest relative change"
+        binds="run and recipe", default=0.0, description="largest relative change"
     )
-    contrast: Rate = key(
-        binds="run and recipe", default=0.0, description="greatest relative change"
-    )
+    contrast: Rate = key(binds="run and recipe", default=0.0, description="largest relative change")
     saturation: Rate = key(
-        binds="run and recipe", default=0.0, description="greatest relative change"
+        binds="run and recipe", default=0.0, description="largest relative change"
     )
     hue: Annotated[float, Field(ge=0, le=0.5)] = key(
-        binds="run and recipe", default=0.0, description="greatest change, in turns"
+        binds="run and recipe", default=0.0, description="largest change, in turns"
     )
     lighting: Rate = key(
-        binds="run and recipe", default=0.0, description="deviation along ImageNet's colours"
+        binds="run and recipe", default=0.0, description="deviation of the PCA colour shift"
     )
     random_erasing: Probability = key(
-        binds="run and recipe", default=0.0, description="share of images"
+        binds="run and recipe", default=0.0, description="share of images with an erased part"
     )
     mixup: Rate = key(binds="run and recipe", default=0.0, description="α of Beta(α, α); 0: off")
     cutmix: Rate = key(binds="run and recipe", default=0.0, description="α of Beta(α, α); 0: off")
@@ -81,7 +79,7 @@ class Resize(Section):
 
 
 class ImageSettings(SourceSettings):
-    """What all data sets of photographs share."""
+    """Settings common to data sets of photographs."""
 
     image_size: Positive = key(
         binds="run and recipe", default=224, description="side of the crop, in pixels"
@@ -90,23 +88,25 @@ class ImageSettings(SourceSettings):
         binds="run and recipe", default=256, description="shorter side before the centre crop"
     )
     workers: Annotated[int, Field(ge=0)] = key(
-        binds="nothing", default=4, description="processes a rank that decode images ahead of time"
+        binds="nothing",
+        default=4,
+        description="processes per rank that decode images ahead of time",
     )
     augment: AugmentSettings = key(
         binds="run and recipe",
         default=AugmentSettings(),
-        description="what happens to training images",
+        description="augmentation of training images",
     )
     progressive: Annotated[tuple[Resize, ...], Field(strict=False)] = key(
         binds="run and recipe",
         default=(),
-        description="progressive resizing: sides of the training images by epoch",
+        description="progressive resizing: side of the training images by epoch",
     )
     expect: Expected | None = key(binds="nothing", default=None, description=EXPECT)
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = key(
         binds="recipe",
         default=0.001,
-        description="of the training, and of the test images, that may be unreadable",
+        description="share of the training, and of the test images, that may be unreadable",
     )
 
     @model_validator(mode="after")
@@ -130,23 +130,23 @@ class ImageSettings(SourceSettings):
 
     @abstractmethod
     def stores(self, comm: Communicator) -> Stores:
-        """Training and test images, their identity, and what was left out; collective."""
+        """Return training and test images, their identity and the skipped files; collective."""
 
     def build(self, context: BuildContext) -> Source:
-        """As :meth:`SourceSettings.build`; names what was left out, and checks ``expect``."""
+        """See :meth:`SourceSettings.build`; warns of skipped files and checks ``expect``."""
         from hvd_lars.data import Augment, Images
         from hvd_lars.data.images import Sizes
 
         train, val, identity, left_out = self.stores(context.comm)
         where = getattr(self, "root", self.name)
         if left_out and context.comm.rank == 0:
-            warn(f"data.root: {where}: left out, as they are no images of a class: {left_out}")
+            warn(f"data.root: {where}: skipped, not images of a class: {left_out}")
         classes = len(identity.classes)
         found = {"train": len(train.labels), "eval": len(val.labels), "classes": classes}
         if self.expect is not None and found != self.expect.model_dump():
             raise UserError(
                 f"data.expect: {where} has {_counts(found)}; "
-                f"{_counts(self.expect.model_dump())} are expected; data.expect=null takes any"
+                f"{_counts(self.expect.model_dump())} are expected; data.expect=null accepts any"
             )
         progressive = [(entry.epoch, entry.image_size) for entry in self.progressive]
         return Images(
@@ -162,7 +162,7 @@ class ImageSettings(SourceSettings):
 
     @property
     def shapes(self) -> list[Shape]:
-        """Square, the side of evaluation first, then those of progressive resizing."""
+        """Square shapes: the evaluation side first, then those of progressive resizing."""
         return [(3, side, side) for side in self._sides()]
 
     @property
@@ -172,7 +172,7 @@ class ImageSettings(SourceSettings):
 
     @property
     def mixes_pairs(self) -> bool:
-        """For mixup and cutmix."""
+        """True with mixup or cutmix."""
         return self.augment.mixup > 0 or self.augment.cutmix > 0
 
     @property
@@ -186,11 +186,11 @@ class ImageSettings(SourceSettings):
         return self.max_bad_fraction
 
     def statistics(self, seed: int) -> Statistics:
-        """As published recipes have them."""
+        """Return the values of published recipes."""
         return self.COLOURS
 
     def shared_bytes(self, micro_batch: int, eval_batch: int) -> int:
-        """Of the batches that workers make ahead."""
+        """Return the bytes of the batches that workers prefetch."""
         from hvd_lars.data.loader import shared_bytes
 
         sides = self._sides()
@@ -198,11 +198,11 @@ class ImageSettings(SourceSettings):
         return shared_bytes(3 * pixels, self.workers)
 
     def facts(self) -> dict[str, int]:
-        """Of the centre crop."""
+        """Return the sizes of the centre crop."""
         return {"image_size": self.image_size, "eval_resize": self.eval_resize}
 
     def made_up(self, num_train: int) -> SourceSettings:
-        """Random images of the crop's size."""
+        """Return settings for random images of the crop's size."""
         from hvd_lars.sources.synthetic import SyntheticData
 
         return SyntheticData(

@@ -1,4 +1,4 @@
-"""The settings of a data set: what the trainer asks of every kind."""
+"""The interface of all data set settings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class BuildContext:
-    """Surroundings of a data set.
+    """The context in which a data set is built.
 
     Attributes:
         comm: the ranks.
-        seed: of order, augmentation and made-up images.
-        gpu: this rank's images end up on a GPU, which then augments them.
+        seed: seeds order, augmentation and made-up images.
+        gpu: whether this rank's images go to a GPU, which then augments them.
     """
 
     comm: Communicator
@@ -36,10 +36,10 @@ class BuildContext:
 
 
 class SourceSettings(Section):
-    """A kind of data set.  The defaults are those of a small one in memory."""
+    """Settings of a kind of data set; the defaults suit a small one in memory."""
 
-    # Kinds of one family are other forms of the same data: a config that changes the form keeps
-    # the keys that both have.
+    # Kinds of one family store the same data in different forms: a config that changes the form
+    # keeps the keys that both have.
     FAMILY: ClassVar[str] = ""
 
     name: str
@@ -48,23 +48,23 @@ class SourceSettings(Section):
         """Make the source; collective.
 
         Raises:
-            UserError: on every rank alike: the data is missing, or not as it should be.
+            UserError: on every rank alike: the data is missing or not as expected.
         """
         raise NotImplementedError
 
     @property
     def shapes(self) -> list[Shape]:
-        """Shapes of images that the network is shown, that of evaluation first."""
+        """Shapes of the network's input images, that of evaluation first."""
         raise NotImplementedError
 
     @property
     def location(self) -> Path | None:
-        """The path that must be on this machine; None where nothing must."""
+        """Path that must exist on this machine, or None."""
         return None
 
     @property
     def expected(self) -> Expected | None:
-        """The size that the data set must have."""
+        """Required size of the data set, or None."""
         return None
 
     @property
@@ -74,41 +74,41 @@ class SourceSettings(Section):
 
     @property
     def num_workers(self) -> int:
-        """Processes a rank that make batches."""
+        """Processes per rank that make batches."""
         return 0
 
     @property
     def tolerated_bad_fraction(self) -> float:
-        """Of the training and of the test images, that may be unreadable."""
+        """Share of the training, and of the test images, that may be unreadable."""
         return 0.0
 
     def statistics(self, seed: int) -> Statistics | None:
-        """Mean and deviation that images are normalised by; None where they are not."""
+        """Return the mean and deviation that normalise images; None without normalisation."""
         return None
 
     def shared_bytes(self, micro_batch: int, eval_batch: int) -> int:
-        """Bytes of shared memory (/dev/shm) that a rank needs for its batches."""
+        """Return the bytes of shared memory (/dev/shm) that a rank's batches need."""
         return 0
 
     def facts(self) -> dict[str, int]:
-        """Keys that whoever prepares images for the network needs."""
+        """Return the facts needed to prepare images for the network, by key."""
         return {}
 
     def read_only(self) -> SourceSettings:
-        """The same settings, but ``build`` copies and downloads nothing."""
+        """Return settings whose ``build`` copies and downloads nothing."""
         return self
 
     def made_up(self, num_train: int) -> SourceSettings:
-        """Random images of the same shape and number of classes, to measure speed with.
+        """Return settings for random images of the same shape and classes, to measure speed.
 
-        Data sets in memory stay as they are.
+        Data sets in memory are kept as they are.
         """
         return self
 
 
 class Expected(Section):
-    """How large the data set must be: others are refused, and ``check`` plans without it."""
+    """Required size of the data set: any other is refused; without data, ``check`` uses it."""
 
-    train: Positive = key(binds="nothing", description="images to train on")
-    eval: Positive = key(binds="nothing", description="images to test on")
-    classes: Annotated[int, Field(ge=2)] = key(binds="nothing", description="labels")
+    train: Positive = key(binds="nothing", description="training images")
+    eval: Positive = key(binds="nothing", description="test images")
+    classes: Annotated[int, Field(ge=2)] = key(binds="nothing", description="number of classes")

@@ -20,17 +20,19 @@ class ShardsData(ImageSettings):
     FAMILY: ClassVar[str] = "photographs"
 
     name: Literal["shards"] = key(binds="run", description="which data set")
-    root: str = key(binds="nothing", description="folder")
+    root: str = key(binds="nothing", description="folder of the data set")
     train_shards: str = key(
         binds="run",
         default="*train*.tar",
-        description="names of the shards, where there is no dataset.json",
+        description="pattern of the training shards' names if there is no dataset.json",
     )
-    val_shards: str = key(binds="run", default="*val*.tar", description="the same for the test set")
+    val_shards: str = key(
+        binds="run", default="*val*.tar", description="pattern of the test shards' names, likewise"
+    )
     cache_dir: str | None = key(
         binds="nothing",
         default=None,
-        description="folder on the node's own disk; shards are copied there once",
+        description="folder on the node's own disk that shards are copied to once",
     )
 
     @property
@@ -39,7 +41,7 @@ class ShardsData(ImageSettings):
         return expand_user(self.root, "data.root")
 
     def stores(self, comm: Communicator) -> Stores:
-        """As :meth:`ImageSettings.stores`; rank 0 reads the index, each node fills its cache."""
+        """See :meth:`ImageSettings.stores`; rank 0 reads the index, each node fills its cache."""
         from hvd_lars.comm.agree import on_each_node, on_root
         from hvd_lars.data import ShardImages, cached_root, copy_shards, load_shards
 
@@ -54,7 +56,7 @@ class ShardsData(ImageSettings):
         return *stores, shards.identity(), shards.left_out
 
     def read_only(self) -> ShardsData:
-        """Without a copy on the node."""
+        """Return the settings without a copy on the node."""
         return self.model_copy(update={"cache_dir": None})
 
 

@@ -17,15 +17,13 @@ class SyntheticData(SourceSettings):
     """Random images made on the fly, for trying a model or measuring speed."""
 
     name: Literal["synthetic"] = key(binds="run", description="which data set")
-    num_train: Positive = key(
-        binds="run and recipe", default=1024, description="images to train on"
-    )
-    num_eval: Positive = key(binds="run and recipe", default=256, description="images to test on")
+    num_train: Positive = key(binds="run and recipe", default=1024, description="training images")
+    num_eval: Positive = key(binds="run and recipe", default=256, description="test images")
     num_classes: Annotated[int, Field(ge=2)] = key(
-        binds="run and recipe", default=10, description="labels"
+        binds="run and recipe", default=10, description="number of classes"
     )
     image_size: Positive = key(binds="run and recipe", default=32, description="side, in pixels")
-    channels: Positive = key(binds="run and recipe", default=3, description="colours")
+    channels: Positive = key(binds="run and recipe", default=3, description="number of channels")
 
     def build(self, context: BuildContext) -> Source:
         """Make the source."""
@@ -35,11 +33,11 @@ class SyntheticData(SourceSettings):
 
     @property
     def shapes(self) -> list[Shape]:
-        """Square, of ``channels``."""
+        """One square shape with ``channels`` channels."""
         return [(self.channels, self.image_size, self.image_size)]
 
     def made_up(self, num_train: int) -> SyntheticData:
-        """The same, of another number of images."""
+        """Return settings for another number of training images and one test image."""
         return self.model_copy(update={"num_train": num_train, "num_eval": 1})
 
 

@@ -1,4 +1,4 @@
-"""What a run must keep to go on: replicas, progress, checkpoints, snapshots, the run folder.
+"""The state that a run resumes from: replicas, progress, checkpoints, snapshots, run folder.
 
-Checkpoints hold full tensors by parameter name, whatever the world size.
+Checkpoints hold full tensors by parameter name, independent of the world size.
 """

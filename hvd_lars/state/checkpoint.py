@@ -1,4 +1,4 @@
-"""Saving and restoring the state of training over ranks."""
+"""Save and restore the training state across ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hvd_lars.state.run_state import RunState
 class Checkpointer:
     """Checkpoints ``step-N`` under one folder; the newest ``keep_last`` and the best are kept.
 
-    Each says that it is of ``data``.
+    Each records ``data``, the identity of its data.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Checkpointer:
         """Write ``step-N`` with N = progress.step; collective, rank 0 writes.
 
         Args:
-            state: the model's and the average's buffers become their means over the ranks.
+            state: buffers of model and average become their means over the ranks.
             background: return once the state is copied to host memory; a thread then writes it,
                 and :meth:`finish` reports its errors.
 
@@ -51,8 +51,8 @@ class Checkpointer:
             The checkpoint's folder, and the seconds that this call took.
 
         Raises:
-            UserError: on every rank, when the file system refuses and not in the background;
-                earlier checkpoints are untouched.
+            UserError: on every rank, if writing fails and not in the background; earlier
+                checkpoints are untouched.
         """
         begun = time.perf_counter()
         self.finish()
@@ -71,10 +71,10 @@ class Checkpointer:
         return target, time.perf_counter() - begun
 
     def finish(self, raising: bool = False) -> str | None:
-        """Wait for the write in the background; returns why it failed, on rank 0.
+        """Wait for the background write; returns the reason if it failed, on rank 0.
 
         Raises:
-            UserError: on every rank, it failed and that is to be an error; collective then.
+            UserError: on every rank, if it failed and ``raising`` is set; collective then.
         """
         if self._writer is not None:
             self._writer.join()
@@ -83,11 +83,11 @@ class Checkpointer:
         if raising:
             on_root(self._comm, lambda: _raise(failure))
         elif failure is not None:
-            warn(f"{failure}; the run goes on")
+            warn(f"{failure}; the run continues")
         return failure
 
     def restore(self, state: RunState) -> None:
-        """Load the newest sound checkpoint; as :func:`find_checkpoint` and :func:`restore`."""
+        """Load the newest sound checkpoint, as :func:`find_checkpoint` and :func:`restore`."""
         self.finish()
         restore(find_checkpoint(self._folder, self._comm), self._comm, state)
 
@@ -106,13 +106,13 @@ def _raise(failure: str | None) -> None:
 
 
 def find_checkpoint(folder: Path, comm: Communicator) -> checkpoint_files.Found:
-    """The newest sound checkpoint in ``folder``, or ``folder`` itself where it is one.
+    """Return the newest sound checkpoint in ``folder``, or ``folder`` itself if it is one.
 
-    Collective; rank 0 reads all of it to compare checksums.  Damaged ones are named on standard
-    error and passed over.
+    Collective; rank 0 compares all checksums.  Damaged ones are reported on standard error and
+    passed over.
 
     Raises:
-        UserError: on every rank: there is none, or all are damaged.
+        UserError: on every rank, if there is none or all are damaged.
     """
     found = look_for_checkpoint(folder, comm)
     if found is None:
@@ -121,11 +121,11 @@ def find_checkpoint(folder: Path, comm: Communicator) -> checkpoint_files.Found:
 
 
 def look_for_checkpoint(folder: Path, comm: Communicator) -> checkpoint_files.Found | None:
-    """As :func:`find_checkpoint`, but None where there is none."""
+    """Do as :func:`find_checkpoint`, but return None if there is none."""
     found = on_root(comm, lambda: checkpoint_files.find(folder))
     if found is not None and comm.rank == 0:
         for line in found.passed_over:
-            warn(f"{line}: taking {found.folder}")
+            warn(f"{line}; using {found.folder}")
     return found
 
 
@@ -135,7 +135,7 @@ def restore(found: checkpoint_files.Found, comm: Communicator, state: RunState) 
     Only rank 0 reads.  A checksum then proves that all ranks hold the same bits.
 
     Raises:
-        UserError: on every rank: it is of another model.
+        UserError: on every rank, if it is of another model.
     """
 
     def fill(live: dict[str, Tensor], names: list[str]) -> None:
@@ -155,11 +155,11 @@ def load_state(
     """Fill the state's tensors on rank ``root`` and send them to all ranks; collective.
 
     Args:
-        stored: names of the tensors that there are, as :meth:`RunState.tensors` has them.
-        fill: copies into the live tensors that it is given, on ``root``; its second argument are
-            the names in ``stored`` that are wanted.
+        stored: names of the available tensors, as in :meth:`RunState.tensors`.
+        fill: copies values into its first argument, the live tensors, on ``root``; its second
+            argument is the names in ``stored`` that are wanted.
         comm: the ranks.
-        state: its tensors are overwritten; its progress stays.
+        state: its tensors are overwritten; its progress is unchanged.
         root: the rank that has the values.
     """
     optimizer = state.optimizer

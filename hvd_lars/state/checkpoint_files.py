@@ -1,7 +1,7 @@
 """Checkpoints as folders on a file system, each whole or absent.
 
-``step-N/`` holds every tensor by name in safetensors, the progress and which data it is of as JSON
-and, written last, a manifest with the sizes and SHA-256 of all.  Loading runs no code from a file.
+``step-N/`` holds every tensor by name in safetensors, the progress and the data's identity as JSON
+and, written last, a manifest with all sizes and SHA-256.  Loading runs no code from a file.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _TENSORS, _PROGRESS, _DATA, _MANIFEST, _LATEST = (
 
 @dataclass(frozen=True)
 class Found:
-    """A sound checkpoint, and what was wrong with the newer ones that were passed over.
+    """A sound checkpoint, and the errors of newer ones that were passed over.
 
-    ``data`` is what it was trained on; None where it does not say.
+    ``data`` is the identity of its data; None if not recorded.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Found:
 
 
 def folder_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps is."""
+    """Return the folder of the checkpoint after ``step`` steps."""
     return folder / f"step-{step:08d}"
 
 
@@ -59,12 +59,12 @@ def write(
     keep_last: int,
     data: DataIdentity | None = None,
 ) -> None:
-    """Write ``step-N`` under another name, sync it, rename it, and forget old ones.
+    """Write ``step-N`` under another name, sync it, rename it, and delete old ones.
 
-    The newest ``keep_last`` stay, and the one whose ``top1`` is the greatest.
+    The newest ``keep_last`` and the one with the greatest ``top1`` are kept.
 
     Raises:
-        UserError, OSError: the file system refuses; earlier checkpoints are untouched.
+        UserError, OSError: writing fails; earlier checkpoints are untouched.
     """
     target = folder_of(folder, progress["step"])
     draft = target.with_suffix(".tmp")
@@ -82,7 +82,7 @@ def write(
         for path in (*draft.iterdir(), draft):
             sync(path)
     except (SafetensorError, OSError) as error:  # safetensors wraps the operating system's errors
-        shutil.rmtree(draft, ignore_errors=True)  # on a full disk what was written is in the way
+        shutil.rmtree(draft, ignore_errors=True)  # frees space on a full disk
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{draft}: cannot be written: {reason}") from None
     shutil.rmtree(target, ignore_errors=True)
@@ -95,10 +95,10 @@ def write(
 
 
 def find(folder: Path) -> Found | None:
-    """The newest sound checkpoint under ``folder``, or ``folder`` itself where it is one.
+    """Return the newest sound checkpoint under ``folder``, or ``folder`` itself if it is one.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged; says what is wrong with the newest.
+        UserError: all checkpoints are damaged; gives the newest one's error.
     """
     wrong: list[str] = []
     for path in [folder] if is_checkpoint(folder) else reversed(steps(folder)):
@@ -112,10 +112,10 @@ def find(folder: Path) -> Found | None:
 
 
 def read(found: Found, live: Mapping[str, Tensor], names: list[str]) -> None:
-    """Copy the file's tensors into the live ones; every name and shape must match.
+    """Copy the file's tensors into the live ones.
 
     Raises:
-        UserError: they do not.
+        UserError: a name, shape or dtype does not match.
     """
     path = found.folder / _TENSORS
     absent = sorted(set(live) - set(names)) or sorted(set(names) - set(live))
@@ -134,26 +134,26 @@ def read(found: Found, live: Mapping[str, Tensor], names: list[str]) -> None:
 
 
 def tensors_of(found: Found, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with ``prefix``, without it."""
+    """Return the tensors whose names begin with ``prefix``, without the prefix."""
     with safe_open(found.folder / _TENSORS, framework="pt") as tensors:
         names = [name for name in found.names if name.startswith(prefix)]
         return {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the name is a checkpoint's, and not a folder's of checkpoints."""
+    """Return whether the folder's name is a checkpoint's."""
     return re.fullmatch(r"step-\d+", folder.absolute().name) is not None
 
 
 def choose(folder: Path, which: str) -> Path:
-    """The checkpoint under ``folder`` that ``which`` means.
+    """Return the checkpoint under ``folder`` that ``which`` selects.
 
     ``latest`` is ``folder`` itself, from which :func:`find` takes the newest sound one; ``best``
-    the one with the greatest top-1 of those whose step was evaluated; a number is a step; all else
-    is the path of a checkpoint.
+    is the one with the greatest top-1 among evaluated steps; a number is a step; anything else is
+    the path of a checkpoint.
 
     Raises:
-        UserError: there is none such.
+        UserError: there is no such checkpoint.
     """
     there = steps(folder)
     if which == "latest":
@@ -167,7 +167,7 @@ def choose(folder: Path, which: str) -> Path:
         path = folder_of(folder, int(which))
         if path not in there:
             kept = ", ".join(str(int(each.name.removeprefix("step-"))) for each in there)
-            raise UserError(f"--checkpoint {which}: {folder} has those of steps {kept or 'none'}")
+            raise UserError(f"--checkpoint {which}: not found; {folder} has steps {kept or 'none'}")
         return path
     path = folder / which if (folder / which).is_dir() else Path(which)
     if not is_checkpoint(path) or not path.is_dir():
@@ -179,18 +179,18 @@ def choose(folder: Path, which: str) -> Path:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if is_checkpoint(path)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _open(folder: Path, passed_over: tuple[str, ...]) -> Found:
-    """Read the progress and names of a checkpoint after checking its files."""
+    """Check a checkpoint's files, then read its progress and tensor names."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         for name in (_TENSORS, _PROGRESS, *({_DATA} & set(manifest))):
             if manifest[name] != _fingerprint(folder / name):
-                raise UserError(f"{folder / name}: damaged: not what {_MANIFEST} says")
+                raise UserError(f"{folder / name}: damaged: does not match {_MANIFEST}")
         progress = Progress.from_json((folder / _PROGRESS).read_text())
         with safe_open(folder / _TENSORS, framework="pt") as tensors:
             names = tuple(tensors.keys())

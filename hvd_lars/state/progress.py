@@ -1,4 +1,4 @@
-"""Where a run stands, beside its tensors."""
+"""A run's position, without its tensors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pydantic import TypeAdapter
 
 @dataclass(frozen=True)
 class Progress:
-    """All that a resumed run needs to go on with the same bits, but for tensors.
+    """All that a run needs, besides tensors, to resume with the same bits.
 
     Attributes:
-        step: optimizer steps that are done.
-        samples: that they took; not the product with the global batch where that was changed.
-        evaluation_due: the evaluation after them was interrupted.
+        step: optimizer steps completed.
+        samples: of these steps; not step · global batch if the global batch was changed.
+        evaluation_due: whether the evaluation after ``step`` was interrupted.
         window_steps: steps since the last log line.
-        window_losses: by rank, its share of their losses, as last gathered.
-        skipped_steps: steps that were left out since the start, as a norm was not finite.
-        skipped_in_row: those since the last good one; without those of float16 that a smaller
-            scale of the loss may mend.
-        loss_scale: factor of the loss (float16); 0 elsewhere.
-        good_steps: steps since it last changed.
-        top1: of the evaluation after ``step``, where there was one.
+        window_losses: each rank's share of their losses, as last gathered.
+        skipped_steps: steps skipped since the start because a norm was not finite.
+        skipped_in_row: of these, those since the last good step, without float16 steps that a
+            smaller loss scale may fix.
+        loss_scale: factor of the loss (float16); 0 otherwise.
+        good_steps: steps since the loss scale last changed.
+        top1: of the evaluation after ``step``, if there was one.
     """
 
     step: int = 0
@@ -38,16 +38,16 @@ class Progress:
     top1: float | None = None
 
     def record(self) -> dict[str, Any]:
-        """As plain values for JSON, which keeps every bit of a float."""
+        """Return plain values for JSON, which keeps every bit of a float."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, text: str) -> Progress:
-        """What :meth:`record` gave, as JSON; ValueError where a value is of another type."""
+        """Parse the JSON of :meth:`record`; raises ValueError if a value is of another type."""
         return TypeAdapter(cls).validate_json(text, strict=True)
 
     def loss_of(self, rank: int, size: int) -> float:
-        """A rank's share of the losses since the last log line, also of another world size."""
+        """Return a rank's share of the losses since the last log line, for any world size."""
         if len(self.window_losses) == size:
             return self.window_losses[rank]
         return sum(self.window_losses) if rank == 0 else 0.0

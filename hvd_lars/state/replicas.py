@@ -1,6 +1,6 @@
-"""Making ranks agree, and proving that they do.
+"""Make ranks hold the same bits, and prove that they do.
 
-Horovod's own ``broadcast_optimizer_state`` is not used: where a rank's state is empty it takes an
+Horovod's ``broadcast_optimizer_state`` is not used: if a rank's state is empty, it takes an
 optimizer step with zero gradients, and weight decay moves that rank's weights.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator
 
-_PACK = 2**22  # bytes of small tensors that are sent together
+_PACK = 2**22  # bytes of small tensors sent together
 
 
 class ReplicasDifferError(RuntimeError):
@@ -22,7 +22,7 @@ class ReplicasDifferError(RuntimeError):
 
 
 def broadcast_and_verify(state: Mapping[str, Tensor], comm: Communicator, root: int = 0) -> None:
-    """Give every rank the tensors of rank ``root``, then check that all hold the same bits."""
+    """Copy rank ``root``'s tensors to every rank, then check that all hold the same bits."""
     packed: list[Tensor] = []
     for tensor in state.values():
         if packed and (
@@ -37,7 +37,7 @@ def broadcast_and_verify(state: Mapping[str, Tensor], comm: Communicator, root: 
 
 
 def _broadcast_together(tensors: Sequence[Tensor], comm: Communicator, root: int) -> None:
-    """One broadcast of small tensors' bytes: each of its own would cost Horovod's cycle."""
+    """Broadcast small tensors at once: each one alone would cost a cycle of Horovod."""
     if len(tensors) == 1:
         comm.broadcast(tensors[0], root)
         return
@@ -46,7 +46,7 @@ def _broadcast_together(tensors: Sequence[Tensor], comm: Communicator, root: int
     comm.broadcast(together, root)
     sizes = [part.numel() for part in flat]
     for tensor, part in zip(tensors, torch.split(together, sizes), strict=True):
-        # A copy, whose address fits the dtype.
+        # A copy, which is aligned for the dtype.
         tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
@@ -55,11 +55,11 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def verify_agreement(state: Mapping[str, Tensor], comm: Communicator) -> None:
-    """Compare a checksum of every tensor over the ranks.
+    """Compare a checksum of every tensor across the ranks.
 
     Raises:
         ReplicasDifferError: on every rank, naming the first tensor that differs and the ranks
-            where it is not what rank 0 holds.
+            where it differs from rank 0's.
     """
     mine = torch.tensor([_checksum(tensor) for tensor in state.values()], dtype=torch.int64)
     roots = mine.clone()
@@ -77,7 +77,7 @@ def verify_agreement(state: Mapping[str, Tensor], comm: Communicator) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """64 bits of BLAKE2b over the tensor's bytes, as a signed integer."""
+    """Return 64 bits of BLAKE2b over the tensor's bytes, as a signed integer."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     digest = hashlib.blake2b(data.data, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
@@ -86,9 +86,8 @@ def _checksum(tensor: Tensor) -> int:
 def average_buffers(model: nn.Module, comm: Communicator) -> None:
     """Replace floating-point buffers (BatchNorm's running statistics) by their mean over ranks.
 
-    Each rank gathers statistics of its own samples; evaluating and saving want one model.  A rank
-    whose layer has seen no batch, because there are more ranks than samples in a step, has nothing
-    to say about it.
+    Each rank gathers statistics of its own samples; evaluation and checkpoints need one model.
+    Ranks whose layer has seen no batch, as with more ranks than samples in a step, do not count.
     """
     if comm.size == 1:
         return
@@ -115,7 +114,7 @@ def average_buffers(model: nn.Module, comm: Communicator) -> None:
 
 
 def _has_seen(module: nn.Module) -> Tensor:
-    """1 where a module's statistics are of some batch, else 0: 0-dim, float64."""
+    """Return 1 if a module's statistics have seen a batch, else 0, as 0-dim float64."""
     counter: Tensor | None = getattr(module, "num_batches_tracked", None)
     if counter is None:
         device = next(module.buffers(recurse=False)).device

@@ -1,6 +1,6 @@
 """The folder of one run: its config, environment and data, its records and checkpoints.
 
-Its functions run on rank 0.
+These functions run on rank 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONFIG, ENVIRONMENT, METRICS, LAYERS, CHECKPOINTS, STOP, DATA = (
 
 
 def refuse_other_run(wanted: str) -> Path:
-    """The folder that ``run.dir`` names; UserError where it holds a run already."""
+    """Return the folder that ``run.dir`` names; raises UserError if it holds a run already."""
     folder = expand_user(wanted, "run.dir")
     if (folder / METRICS).exists() or (folder / CONFIG).exists():
         raise UserError(
@@ -42,13 +42,13 @@ def refuse_other_run(wanted: str) -> Path:
 
 
 def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Path:
-    """Make and return the run's folder: ``wanted``, or one of its own, ``runs/<name>-<time>``.
+    """Create and return the run's folder: ``wanted``, or a new ``runs/<name>-<time>``.
 
-    It is this run's alone: of two that start at once, one makes the folder or the file that
-    claims it.
+    It belongs to this run alone: of two that start at once, only one creates the folder or the
+    file that claims it.
 
     Raises:
-        UserError: it cannot be written, or holds a run already and is not to be used ``again``.
+        UserError: it cannot be written, or holds a run already and ``again`` is false.
     """
     unnamed = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = expand_user(wanted, "run.dir") if wanted else unnamed
@@ -63,7 +63,7 @@ def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Pat
         if wanted is not None and not again:
             (folder / CONFIG).touch(exist_ok=False)
     except FileExistsError as error:
-        if Path(error.filename or "").name == CONFIG:  # another run was quicker
+        if Path(error.filename or "").name == CONFIG:  # another run claimed it first
             refuse_other_run(str(wanted))
         raise UserError(f"run.dir: {folder} cannot be written: {error.strerror}") from None
     except OSError as error:
@@ -72,7 +72,7 @@ def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Pat
 
 
 def _make_new(folder: Path) -> Path:
-    """Make ``folder``, or with a number behind its name where another run has taken that."""
+    """Create ``folder``, with a number appended to its name if that is taken."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         found = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
@@ -84,18 +84,18 @@ def _make_new(folder: Path) -> Path:
     raise AssertionError("there is always a next number")
 
 
-# Overrides of a run's config: how many ranks trained, and over what, does not bind who reads it.
+# Overrides to read a run's config: its backend and world size do not bind the reader.
 ANYWHERE = ("comm.backend=auto", "run.expect_world_size=null")
 
 
 def config_of(folder: Path) -> str:
-    """Path of a run's config; UserError where the folder holds no run."""
+    """Return the path of a run's config; raises UserError if the folder holds no run."""
     require_run(folder)
     return str(folder / CONFIG)
 
 
 def require_run(folder: Path) -> None:
-    """Raise UserError where the folder holds no run."""
+    """Raise UserError if the folder holds no run."""
     if not (folder / CONFIG).is_file():
         reason = f"no {CONFIG} in it" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: not a run folder: {reason}")
@@ -107,7 +107,7 @@ def describe_run(
     data: dict[str, Any],
     machine: dict[str, Any],
 ) -> None:
-    """Write the resolved config, which data it trains on, and on which ranks and device."""
+    """Write the resolved config, the data's identity, and the environment with ``machine``."""
     _replace(folder / CONFIG, config_yaml)
     _replace(folder / DATA, json.dumps(data) + "\n")
     facts = environment_facts() | machine
@@ -115,14 +115,14 @@ def describe_run(
 
 
 def _replace(path: Path, text: str) -> None:
-    """The whole text in place of what was there, or what was there."""
+    """Replace a file by the whole text, or leave it untouched."""
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Cut what was recorded to what is of steps up to ``step``; torn lines go, too."""
+    """Drop the records of steps after ``step``, and torn lines."""
     for path in (folder / METRICS, folder / LAYERS):
         if path.exists():
             _cut(path, step)
@@ -144,7 +144,7 @@ def _cut(path: Path, step: int) -> None:
 
 
 def environment_facts() -> dict[str, Any]:
-    """Machine, versions and command line, for environment.json and ``doctor``."""
+    """Return machine, versions and command line, for environment.json and ``doctor``."""
     packages = ("hvd_lars", "torch", "torchvision", "horovod", "mpi4py", "numpy", "pydantic")
     return {
         "command": sys.argv,
@@ -176,7 +176,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` where files differ; None outside a checkout."""
+    """Return the checkout's commit, with ``-dirty`` if files differ; None outside a checkout."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"],

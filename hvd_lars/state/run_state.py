@@ -18,10 +18,10 @@ class RunState:
     """Model, optimizer, moving average and progress; only its methods change ``progress``.
 
     Args:
-        model: with the weights to train or to evaluate.
+        model: the network to train or evaluate.
         optimizer: of its parameters; None for an evaluation.
         average: moving average of the model.
-        progress: where the run stands.
+        progress: the run's position.
     """
 
     def __init__(
@@ -36,16 +36,15 @@ class RunState:
 
     @property
     def progress(self) -> Progress:
-        """How far the run is."""
+        """The run's position."""
         return self._progress
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, the optimizer's first.
+        """Return all tensors by name, the optimizer's first; collective for sharded slots.
 
         ``SLOT/NAME`` are whole slots of the optimizer (``momentum/conv.weight``), ``model/NAME``
-        parameters and buffers of the model, ``average/NAME`` those of its moving average.  They
-        are the live tensors, but for slots that are spread over the ranks; gathering those is
-        collective.
+        parameters and buffers of the model, ``average/NAME`` those of its moving average.  All
+        are live tensors, except for sharded slots, which are gathered.
         """
         state: dict[str, Tensor] = {}
         optimizer = self.optimizer
@@ -60,7 +59,7 @@ class RunState:
         return state
 
     def restored(self, progress: Progress) -> None:
-        """The tensors are those of ``progress`` now."""
+        """Set the progress to that of the restored tensors."""
         self._progress = progress
 
     def step_taken(
@@ -70,8 +69,8 @@ class RunState:
 
         Args:
             samples: of its global batch.
-            skipped: it was left out.
-            excused: it does not count among the skipped steps in a row.
+            skipped: whether it was skipped.
+            excused: whether it does not count among the skipped steps in a row.
             loss_scale: ``loss_scale`` and ``good_steps`` for the next step.
         """
         was = self._progress
@@ -89,19 +88,19 @@ class RunState:
         )
 
     def evaluation_due(self) -> None:
-        """An evaluation of this step was begun, or has to be."""
+        """Note that an evaluation of this step is due or has begun."""
         self._change(evaluation_due=True)
 
     def evaluated(self, top1: float) -> None:
-        """The evaluation of this step is complete."""
+        """Note that the evaluation of this step is complete."""
         self._change(evaluation_due=False, top1=top1)
 
     def window_logged(self) -> None:
-        """A log window begins."""
+        """Begin a log window."""
         self._change(window_steps=0)
 
     def note_losses(self, losses: Sequence[float]) -> None:
-        """By rank, the sum of its shares of the losses in this log window."""
+        """Keep each rank's sum of loss shares in this log window."""
         self._change(window_losses=tuple(losses))
 
     def _change(self, **values: Any) -> None:

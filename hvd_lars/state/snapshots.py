@@ -1,4 +1,4 @@
-"""Snapshots of a run in host memory, for ranks that go on when others are lost or join."""
+"""Snapshots of a run in host memory, from which ranks resume when others are lost or join."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Newest:
     Attributes:
         root: the rank that has it in memory.
         settings: of the run.
-        tensors: whether there is a state; else the run only has its settings and folder.
+        tensors: whether it has a state; else the run has only its settings and folder.
     """
 
     root: int
@@ -35,7 +35,7 @@ class Snapshots:
     """This process's newest snapshot; it outlives communicators, models and optimizers.
 
     Args:
-        stops: requests to stop, which outlive them, too.
+        stops: stop requests, which outlive them, too.
     """
 
     def __init__(self, stops: StopRequests) -> None:
@@ -45,15 +45,15 @@ class Snapshots:
         self._settings: Any = None
 
     def announce(self, settings: object) -> None:
-        """The run has a folder: an attempt that fails before the first snapshot goes on in it."""
+        """Note a run's settings, so that a failure before the first snapshot resumes its folder."""
         self._settings = settings
 
     def take(self, state: RunState, settings: object) -> None:
-        """Copy everything to host memory; collective.  ``settings`` is kept beside it.
+        """Copy the state to host memory, together with ``settings``; collective.
 
-        Statistics of BatchNorm are this rank's own: to average them would change the run.
+        BatchNorm's statistics stay this rank's own: averaging them would change the run.
         """
-        tensors = state.tensors()  # here a rank that is lost is noticed
+        tensors = state.tensors()  # a lost rank is noticed here
         if self._tensors.keys() != tensors.keys():
             self._tensors = {n: torch.empty_like(t, device="cpu") for n, t in tensors.items()}
         with torch.no_grad():
@@ -62,7 +62,7 @@ class Snapshots:
         self._record, self._settings = state.progress.record(), settings
 
     def newest(self, comm: Communicator) -> Newest | None:
-        """The newest of all ranks; None where none knows of the run.  Collective."""
+        """Return the newest of all ranks; None if no rank knows of the run; collective."""
         steps = torch.zeros(comm.size, dtype=torch.int64)
         if self._settings is not None:
             steps[comm.rank] = 1 if self._record is None else 2 + self._record["step"]
@@ -74,7 +74,7 @@ class Snapshots:
         return Newest(root, settings, bool(steps[root] > 1))
 
     def restore(self, newest: Newest, state: RunState, comm: Communicator) -> None:
-        """Load a snapshot on every rank, with the same bits; collective."""
+        """Load a snapshot on every rank with the same bits; collective."""
         record, names = comm.broadcast_object((self._record, list(self._tensors)), newest.root)
 
         def fill(live: dict[str, Tensor], _: list[str]) -> None:

@@ -20,28 +20,28 @@ from hvd_lars.state.replicas import average_buffers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the ``num_samples`` samples that could be read, by metric."""
+    """Means by metric over the ``num_samples`` readable samples."""
 
     means: Mapping[str, float]
     num_samples: int
 
     @property
     def top1(self) -> float:
-        """Fraction of samples whose largest logit is the right one."""
+        """Fraction of samples whose largest logit is the correct class's."""
         return self.means["top1"]
 
     def record(self, prefix: str = "") -> dict[str, float | int]:
-        """The means as metrics.jsonl has them; without a prefix, the number of samples, too."""
+        """Return the means as in metrics.jsonl; without a prefix, the number of samples, too."""
         fields: dict[str, float | int] = {f"{prefix}{k}": v for k, v in self.means.items()}
         return fields if prefix else fields | {"num_samples": self.num_samples}
 
 
 @final
 class Evaluator:
-    """Evaluates on every sample exactly once: rank r takes samples r, r + world size and so on.
+    """Evaluates every sample exactly once: rank r takes samples r, r + world size and so on.
 
-    Nothing is padded, nothing takes the place of an unreadable image, and sums are taken over
-    ranks, so the result does not depend on their number.
+    Nothing is padded, no image replaces an unreadable one, and sums are taken over ranks, so the
+    result does not depend on the world size.
 
     Args:
         source: the images.
@@ -66,15 +66,15 @@ class Evaluator:
     def evaluate(
         self, model: nn.Module, stopped: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
-        """Evaluate a model, whose running statistics become their means over ranks; collective.
+        """Evaluate a model; its running statistics become their means over ranks; collective.
 
         Args:
-            model: gives logits (n, classes) for images.
-            stopped: whether to give up, with None as the result; collective.  Called equally often
-                on all ranks: before every batch, and once after the last, where it has no effect.
+            model: returns logits (n, classes) for images.
+            stopped: whether to stop and return None; collective.  Called equally often on all
+                ranks: before every batch, and once after the last, where it has no effect.
 
         Raises:
-            UserError: on every rank: no sample can be read.
+            UserError: on every rank, if no sample can be read.
         """
         source, comm, batch = self._source, self._comm, self._batch
         average_buffers(model, comm)

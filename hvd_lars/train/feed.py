@@ -1,4 +1,4 @@
-"""The micro-batches that a rank trains on."""
+"""The micro-batches of one rank."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Feed:
 
     Attributes:
         source: the images.
-        batches: which samples make up each step.
+        batches: the samples of each step.
         comm: the ranks.
-        device: where batches are wanted.
+        device: of the batches.
         micro_batch: most samples in one.
-        total_steps: of the whole run; batches are made ahead for those.
-        workers: processes that make them; 0 for none.
+        total_steps: of the whole run; no batches are made beyond.
+        workers: processes that make batches; 0 for none.
     """
 
     source: Source
@@ -35,9 +35,9 @@ class Feed:
     workers: int = 0
 
     def from_step(self, start: int) -> Iterator[tuple[Request, Batch]]:
-        """The micro-batches of step ``start`` and all later ones, in order.
+        """Yield the micro-batches of step ``start`` and all later steps, in order.
 
-        A step ends with the request that is its ``last``; one without samples is empty.
+        A step ends with its ``last`` request; a step without samples has one empty request.
         """
         requests = (
             request for step in range(start, self.total_steps) for request in self._requests(step)

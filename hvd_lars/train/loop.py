@@ -30,9 +30,9 @@ class Summary:
 
     Attributes:
         evaluation: the last one.
-        images_per_second: over training alone, in this process.
-        seconds: of this process, training and all else.
-        stopped: the reason it ended before its last step; None where it did not.
+        images_per_second: of training alone, in this process.
+        seconds: of the whole run, in this process.
+        stopped: the reason for ending before the last step; None otherwise.
         checkpoint: the last one.
     """
 
@@ -48,12 +48,12 @@ class Loop:
 
     Args:
         trainer: takes the steps.
-        intervals: how long, and how often the rest is done.
+        intervals: length of the run, and how often to do everything else.
         evaluator: measures the model.
-        checkpointer: keeps the state; nothing is kept without one.
-        sinks: take the records; empty but on rank 0.
+        checkpointer: saves the state; None saves nothing.
+        sinks: receive the records; empty except on rank 0.
         agreement: of the ranks, on stopping among other things.
-        take_snapshot: copies the state to host memory, in a job whose ranks come and go.
+        take_snapshot: copies the state to host memory, in an elastic job.
         profile: of some steps.
     """
 
@@ -73,21 +73,21 @@ class Loop:
         self.recorder = Recorder(trainer, sinks, intervals.layers)
         self.agreement = agreement or Agreement(trainer.comm)
         self._take_snapshot = take_snapshot
-        self._doing, self._evaluated = "", 0  # other than training; batches of evaluation
+        self._doing, self._evaluated = "", 0  # if not training; evaluation batches
 
     def position(self) -> Position:
-        """How far this rank is, for a watchdog's thread."""
+        """Return this rank's position, for the watchdog's thread."""
         watch = self.trainer.watch
         ticks = watch.changes + self._evaluated
         return Position(self.state.progress.step, self._doing or watch.current, ticks)
 
     def run(self) -> Summary:
-        """Train from where ``state.progress`` is to the end; files are closed whatever happens.
+        """Train from ``state.progress`` to the end; sinks are closed in any case.
 
-        All ranks hold the same bits when it is called.
+        All ranks must hold the same bits when it is called.
 
         Raises:
-            ReplicasDifferError: ranks do not hold the same bits when they are compared.
+            ReplicasDifferError: a comparison finds that ranks do not hold the same bits.
             UserError: the last checkpoint cannot be written, or too many steps in a row were
                 skipped because a gradient was not finite.
         """
@@ -143,7 +143,7 @@ class Loop:
         return Summary(evaluation, rate, seconds, stopped, checkpoint)
 
     def _train_and_log(self, batches: Iterator[tuple[Request, Batch]]) -> Decision:
-        """Train a step, log it, and return the decision of the ranks after it."""
+        """Train and log a step, and return the ranks' decision after it."""
         state, scalars = self.state, self.trainer.placement.scalars
         if self.profile is not None:
             self.profile.before(state.progress.step + 1)
@@ -165,10 +165,10 @@ class Loop:
         return self._decide(scalars.take())
 
     def _decide(self, summed: Tensor | None = None) -> Decision:
-        """The decision of the ranks, after recording images that cannot be read."""
+        """Return the ranks' decision, after recording unreadable images."""
         try:
             decision = self.agreement.decide(summed)
-        except UserError:  # too much of the data cannot be read: save what was trained
+        except UserError:  # too many unreadable images: save the training so far
             self._save(background=False)
             raise
         for line, evaluation in decision.unreadable:
@@ -190,7 +190,7 @@ class Loop:
         )
 
     def _evaluate(self) -> tuple[Evaluation | None, str | None]:
-        """Evaluate the model, and its average where there is one; returns a reason to stop, too."""
+        """Evaluate the model and its average, if any; returns a reason to stop, too."""
         self.trainer.placement.complete_parameters()
         reasons: list[str] = []
 
@@ -230,6 +230,6 @@ class Loop:
             self._take_snapshot()
 
     def _complete_state(self) -> None:
-        """Gather what a resumed run needs; collective."""
+        """Gather the state that a resume needs; collective."""
         self.trainer.placement.complete_parameters()
         self.state.note_losses(self.recorder.losses())

@@ -1,4 +1,4 @@
-"""Numbers of fewer bits in forward and backward."""
+"""Reduced precision in forward and backward."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass: torch's autocast, or none for ``fp32``.
+    """Return the context of a forward pass: torch's autocast, or none for ``fp32``.
 
-    Weights, gradients as they are summed over ranks, momentum and norms stay float32.
+    Weights, gradients when summed over ranks, momentum and norms stay float32.
     """
     if precision == "fp32":
         return nullcontext()
@@ -27,7 +27,7 @@ class LossScale(NamedTuple):
     """The factor of the loss that keeps float16 gradients above zero and below infinity.
 
     Halved when a step overflows, but not below 1, where it would no longer help; doubled after
-    2,000 steps without one.
+    2,000 steps without overflow.
 
     Source:
         Micikevicius et al. 2018, arXiv 1710.03740, §3.2; the values are those of torch.amp.
@@ -38,16 +38,16 @@ class LossScale(NamedTuple):
 
     @classmethod
     def of(cls, value: float, good_steps: int) -> LossScale:
-        """As a checkpoint has it, which may have none (0)."""
+        """Return the scale of a checkpoint, or the initial one if it has none (0)."""
         return cls(max(value, _FLOOR), good_steps) if value else cls()
 
     @property
     def at_floor(self) -> bool:
-        """Whether a step that is not finite now is so for another reason than the scale."""
+        """Whether a step that is not finite has another cause than the scale."""
         return self.value <= _FLOOR
 
     def after(self, skipped: bool) -> LossScale:
-        """The scale of the next step; all ranks must say the same of this one."""
+        """Return the scale of the next step; ``skipped`` must be the same on all ranks."""
         if skipped:
             return LossScale(max(self.value / 2.0, _FLOOR))
         if self.good_steps + 1 == _GROWTH_STEPS:

@@ -18,12 +18,12 @@ from hvd_lars.comm.base import Communicator
 
 @final
 class Profile:
-    """Writes ``steps-A-B/`` with a trace of every rank, once training gets there.
+    """Writes ``steps-A-B/`` with a trace of every rank once training gets there.
 
     Args:
-        first: the first step that is in it, counted from 1.
-        last: the last.
-        folder: where ``torch-rank-R.json`` and ``horovod.json`` go.
+        first: the first profiled step, counted from 1.
+        last: the last profiled step.
+        folder: of ``steps-A-B/``, which holds ``torch-rank-R.json`` and ``horovod.json``.
         comm: the ranks.
     """
 
@@ -33,14 +33,14 @@ class Profile:
         self._profiler: Any = None
 
     def before(self, step: int) -> None:
-        """To be told on every rank which step comes now."""
+        """Begin or finish the profile; called on every rank before each step."""
         if step == self._first:
             self._start()
         elif step > self._last:
             self.finish()
 
     def finish(self) -> None:
-        """Write what there is; nothing where no profile is under way."""
+        """Write the profile; does nothing if none is in progress."""
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
@@ -57,7 +57,7 @@ class Profile:
         if torch.cuda.is_available():
             kinds.append(ProfilerActivity.CUDA)
         self._profiler = torch.profiler.profile(activities=kinds)
-        with warnings.catch_warnings():  # that only one cycle is kept: there is no other
+        with warnings.catch_warnings():  # about keeping only one cycle: there is no other
             warnings.filterwarnings("ignore", ".*Profiler clears events.*")
             self._profiler.start()
         if self._has_timeline():
@@ -68,7 +68,7 @@ class Profile:
 
 
 def prepare_timeline() -> None:
-    """To be called before Horovod starts: it must know that a timeline may be asked for."""
+    """Allow a timeline later; must be called before Horovod starts."""
     os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
 
 

@@ -18,17 +18,17 @@ from hvd_lars.runtime.rank_stderr import voice
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.train.trainer import Trainer
 
-_SLOW, _WINDOWS = 1.5, 3  # times the median, in so many log windows in a row
-_NAME = 64  # bytes of a host's name
+_SLOW, _WINDOWS = 1.5, 3  # a straggler: times the median, for log windows in a row
+_NAME = 64  # bytes of a host name
 
 
 @final
 class Recorder:
-    """Collects over a log window; every method but ``record`` and ``pause`` is collective.
+    """Collects over a log window; all methods except ``record`` and ``pause`` are collective.
 
     Args:
-        trainer: whose steps they are.
-        sinks: take the records; empty but on rank 0.
+        trainer: takes the steps.
+        sinks: receive the records; empty except on rank 0.
         layers_every: steps between records of all layers' norms; 0 for none.
     """
 
@@ -44,13 +44,13 @@ class Recorder:
         self._started = 0.0
 
     def record(self, kind: str, step: int, **fields: object) -> None:
-        """Give a record to the sinks."""
+        """Write a record to the sinks."""
         epoch = round(step / self._trainer.feed.batches.steps_per_epoch, 4)
         for sink in self.sinks:
             sink.write({"kind": kind, "step": step, "epoch": epoch, **fields})
 
     def begin(self) -> None:
-        """The run begins, or goes on, perhaps in the middle of a window."""
+        """Begin or resume the run, perhaps in the middle of a window."""
         progress = self._trainer.state.progress
         step = progress.step
         self._loss.fill_(progress.loss_of(self._comm.rank, self._comm.size))
@@ -61,18 +61,18 @@ class Recorder:
         self._started = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
-        """Leave out seconds that were not spent on training."""
+        """Exclude seconds that were not spent on training."""
         self._started += seconds
 
     def losses(self) -> list[float]:
-        """The window's sum of losses so far, by rank."""
+        """Return the window's sum of losses so far, by rank."""
         losses = torch.zeros(self._comm.size, dtype=torch.float64)
         losses[self._comm.rank] = self._loss.item()
         self._comm.start_all_reduce_sum(losses, "window_losses").wait()
         return losses.tolist()
 
     def step_taken(self, loss: Tensor | None) -> None:
-        """Take a step's share of the loss; None where the step was skipped."""
+        """Add a step's share of the loss; None if the step was skipped."""
         if loss is not None:
             self._loss += loss
         step = self._trainer.state.progress.step
@@ -84,7 +84,7 @@ class Recorder:
         trainer, progress = self._trainer, self._trainer.state.progress
         steps, size, rank = progress.window_steps, self._comm.size, self._comm.rank
         took = {part: s / max(steps, 1) for part, s in trainer.watch.seconds.items()}
-        # The loss, then by rank the seconds that others do not cause, and what it warned of.
+        # The loss, then each rank's seconds of data and of compute, and digest of its warnings.
         sums = torch.zeros(1 + 3 * size, dtype=torch.float64)
         sums[0] = self._loss.item()
         sums[1 + rank] = took["data"]
@@ -114,7 +114,7 @@ class Recorder:
         self._started = time.perf_counter()
 
     def _log_layers(self, step: int) -> None:
-        """Norms that the step computed anyway, by name of the parameter."""
+        """Record norms that the step computed anyway, by parameter name."""
         if not self.sinks:
             return
         rows = self._trainer.optimizer.report.norms()
@@ -129,7 +129,7 @@ class Recorder:
         self.record("layers", step, lr=self._trainer.schedule(step - 1), **table)
 
     def _look_for_stragglers(self, seconds: list[float]) -> None:
-        """Name a rank that takes longer than the others, once, when it has for a while."""
+        """Warn once of a rank that has been slower than the others for a while."""
         usual = statistics.median_low(seconds)
         slow = {rank for rank, took in enumerate(seconds) if took > _SLOW * usual}
         self._slow = Counter({rank: self._slow[rank] + 1 for rank in slow})
@@ -145,7 +145,7 @@ class Recorder:
 
 
 def hosts_of(comm: Communicator) -> list[str]:
-    """The machine of every rank, by rank; collective."""
+    """Return the host name of every rank, by rank; collective."""
     table = torch.zeros(comm.size, _NAME, dtype=torch.int32)
     name = socket.gethostname().encode()[:_NAME]
     table[comm.rank, : len(name)] = torch.tensor(list(name), dtype=torch.int32)
@@ -154,7 +154,7 @@ def hosts_of(comm: Communicator) -> list[str]:
 
 
 def settle_warnings(comm: Communicator) -> None:
-    """Show what this rank warned of and rank 0 did not; collective."""
+    """Show this rank's warnings that rank 0 did not give; collective."""
     warned = torch.zeros(comm.size, dtype=torch.float64)
     warned[comm.rank] = _sample()
     comm.start_all_reduce_sum(warned, "warnings").wait()
@@ -167,7 +167,7 @@ def _sample() -> int:
 
 
 def _settle(comm: Communicator, digests: list[float]) -> None:
-    """``digests`` are of all ranks, so all know whether rank 0 has to say what it gave."""
+    """Broadcast rank 0's warnings if any of ``digests``, which are of all ranks, differ."""
     own = voice()
     given = [] if own is None else own.sampled()
     if len(set(digests)) > 1:

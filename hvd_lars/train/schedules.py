@@ -16,7 +16,7 @@ Scaling = Literal["none", "linear", "sqrt"]
 
 
 def scaled_rate(base_lr: float, scaling: Scaling, global_batch: int, reference_batch: int) -> float:
-    """The target rate for a batch of k times the reference: γ·k, γ·√k or γ.
+    """Return the target rate for a batch k times the reference: γ·k, γ·√k or γ.
 
     Reference: Goyal et al. 2017, arXiv 1706.02677, §2.1; √k: Krizhevsky 2014, arXiv 1404.5997.
     """
@@ -25,19 +25,17 @@ def scaled_rate(base_lr: float, scaling: Scaling, global_batch: int, reference_b
 
 
 def constant(base_lr: float) -> Schedule:
-    """The same rate at every step."""
+    """Keep the same rate at every step."""
     return lambda step: base_lr
 
 
 def poly(
     base_lr: float, total_steps: int, power: float = 2.0, end_lr: float = 0.0, start_step: int = 0
 ) -> Schedule:
-    """Polynomial decay end + (base − end)·(1 − t/T)^power; end_lr from step T on.
+    """Decay as end + (base − end)·(1 − t/T)^power; end_lr from step T on.
 
-    t and T count from ``start_step``.
-
-    ``start_step=0`` is Caffe's rule, where a warmup eats into the decay (``poly_span: total``);
-    the number of warmup steps gives MLPerf's (``post_warmup``).
+    t and T count from ``start_step``: 0 is Caffe's rule, where a warmup eats into the decay
+    (``poly_span: total``); the number of warmup steps gives MLPerf's (``post_warmup``).
 
     Reference: You, Gitman, Ginsburg 2017, arXiv 1708.03888, §5: power 2.
     """
@@ -53,7 +51,7 @@ def poly(
 
 
 def cosine(base_lr: float, total_steps: int, end_lr: float = 0.0, start_step: int = 0) -> Schedule:
-    """Half a cosine from base_lr at ``start_step`` to end_lr at ``total_steps``.
+    """Decay by half a cosine from base_lr at ``start_step`` to end_lr at ``total_steps``.
 
     Reference: Loshchilov, Hutter 2017, arXiv 1608.03983, equation 5 without restarts.
     """
@@ -69,7 +67,7 @@ def cosine(base_lr: float, total_steps: int, end_lr: float = 0.0, start_step: in
 
 
 def multistep(base_lr: float, milestones: Sequence[int], factor: float = 0.1) -> Schedule:
-    """base_lr times ``factor`` for every milestone (a step) that has been reached.
+    """Multiply base_lr by ``factor`` at every milestone (a step).
 
     Reference: Goyal et al. 2017, §5.1: ÷10 at epochs 30, 60 and 80 of 90.
     """
@@ -79,7 +77,7 @@ def multistep(base_lr: float, milestones: Sequence[int], factor: float = 0.1) ->
 def gradual_warmup(
     main: Schedule, warmup_steps: int, target_lr: float, start_lr: float = 0.0
 ) -> Schedule:
-    """A straight line from start_lr at step 0 towards target_lr at ``warmup_steps``, then main.
+    """Rise linearly from start_lr at step 0 to target_lr at ``warmup_steps``, then follow main.
 
     Reference: Goyal et al. 2017, §2.2, gradual warmup, per iteration.
     """
@@ -93,7 +91,7 @@ def gradual_warmup(
 
 
 def constant_warmup(main: Schedule, warmup_steps: int, start_lr: float) -> Schedule:
-    """A low constant rate, then a jump to wherever the main rule stands.
+    """Keep a low constant rate, then jump to the main rule.
 
     Reference: Goyal et al. 2017, §2.2, constant warmup.  They found that for large k the jump
     makes the training error spike; it helps fine-tuning.

@@ -47,10 +47,10 @@ class Trainer:
         state: model, optimizer with ``placement``, and average; on the feed's device.
         placement: sums the gradients.
         feed: this rank's micro-batches.
-        schedule: γ of every step.
+        schedule: the rate γ of every step.
         comm: the ranks.
         options: how a step is computed.
-        forward: computes the model's logits, such as a compiled one; the model where absent.
+        forward: computes the model's logits, such as a compiled model; the model if None.
     """
 
     def __init__(
@@ -82,18 +82,18 @@ class Trainer:
 
     @property
     def loss_scale(self) -> LossScale | None:
-        """Of the next step; None but in float16."""
+        """The loss scale of the next step; None except in float16."""
         progress = self.state.progress
         if self.options.precision != "fp16":
             return None
         return LossScale.of(progress.loss_scale, progress.good_steps)
 
     def train_step(self, batches: Iterator[tuple[Request, Batch]]) -> Tensor:
-        """One optimizer step; returns this rank's share of the loss, 0-dim float64.
+        """Take one optimizer step; returns this rank's share of the loss, 0-dim float64.
 
         The loss is a sum over samples divided by the global batch, so that the sum of the ranks'
         gradients is the gradient of the mean, however unevenly the samples are spread.
-        ``batches`` are at the step's first micro-batch.
+        ``batches`` must be at the step's first micro-batch.
         """
         request, images, labels = self._next(batches)
         for group in self.optimizer.param_groups:
@@ -117,7 +117,7 @@ class Trainer:
         return share
 
     def _accumulate(self, images: Tensor, labels: Tensor, last: bool) -> Tensor:
-        """Forward and backward of a micro-batch; its share of the loss."""
+        """Run forward and backward of a micro-batch; returns its share of the loss."""
         options, scale = self.options, self.loss_scale
         with self.watch.part("forward"), autocast(options.precision, self.feed.device):
             smoothing = options.label_smoothing
@@ -132,7 +132,7 @@ class Trainer:
         return loss.detach()
 
     def _step(self, share: Tensor) -> None:
-        """Let the optimizer step; where a norm is not finite, all ranks skip the step.
+        """Step the optimizer; if a norm is not finite, all ranks skip the step.
 
         ``share`` is this rank's part of the loss.  In float16 a step that overflowed because the
         loss was scaled too far does not count among the skipped steps in a row.
@@ -149,18 +149,18 @@ class Trainer:
             self.state.step_taken(
                 self.global_batch, skipped, excused, loss_scale=value, good_steps=good_steps
             )
-        if skipped:  # what the bad batch did to running statistics is undone as well
+        if skipped:  # undo the bad batch's effect on running statistics
             for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
                 buffer.copy_(before)
 
     def _lost(self, share: Tensor) -> bool:
-        """Whether any rank's loss, before it was scaled, is not finite; collective."""
+        """Return whether any rank's unscaled loss is not finite; collective."""
         lost = (~share.isfinite()).double().cpu()
         self.comm.start_all_reduce_sum(lost, "lost").wait()
         return bool(lost)
 
     def _next(self, batches: Iterator[tuple[Request, Batch]]) -> tuple[Request, Tensor, Tensor]:
-        """The next micro-batch on the device, ready for the model."""
+        """Return the next micro-batch on the device, ready for the model."""
         with self.watch.part("data"):
             request, (images, labels) = next(batches)
             if len(labels):

@@ -137,14 +137,14 @@ def test_resuming_with_other_data_is_refused_unless_it_is_wanted(run, images, ch
     assert code == 2, output
     checkpoint = run / "checkpoints/step-00000004"
     assert output == (
-        f"hvd-lars: data: not what {checkpoint} has seen: {message}; run.allow_other_data=true on "
-        f"the command line takes it all the same\n"
+        f"hvd-lars: data: differs from that of {checkpoint}: {message}; run.allow_other_data=true "
+        f"on the command line accepts it\n"
     )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     taken = ["run.allow_other_data=true", "train.duration=8 steps", "train.eval_every=4 steps"]
     code, output = hvd_lars(*training(images, run, *taken, "train.global_batch=4", "--resume"))
     assert code == 0, output
-    assert f"not what {checkpoint} has seen, and taken: {message}" in output
+    assert f"differs from that of {checkpoint}, and is accepted: {message}" in output
     samples = [r["samples"] for r in records_of(run, "train")]
     assert samples == [6, 12, 18, 24, 28, 32, 36, 40]  # where 4 · 5 would run backwards
     assert "allow_other_data: false" in (run / "config.yaml").read_text()
@@ -179,7 +179,7 @@ def test_eval_refuses_other_classes_and_other_test_images(run, images):
     assert "label 0 was ant and is bee" in output
     code, output = hvd_lars("eval", run, f"data.root={images}", "run.allow_other_data=true")
     assert code == 0, output
-    assert "and taken: gone: class ant" in output
+    assert "and is accepted: gone: class ant" in output
 
 
 def test_a_run_without_a_checkpoint_knows_its_data_too(run, images):
@@ -187,7 +187,7 @@ def test_a_run_without_a_checkpoint_knows_its_data_too(run, images):
     grow(images)
     code, output = hvd_lars(*training(images, run, "--resume"))
     assert code == 2, output
-    assert f"data: not what {run} has seen: 24 images in train then, 60 now" in output
+    assert f"data: differs from that of {run}: 24 images in train then, 60 now" in output
 
 
 def test_a_checkpoint_from_before_that_says_nothing_is_taken(run, images):

@@ -163,7 +163,7 @@ def test_checkpoints_by_name(run):
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("eval", ["--checkpoint", "99"], "has those of steps 1, 2, 3, 4, 5, 6"),
+        ("eval", ["--checkpoint", "99"], "has steps 1, 2, 3, 4, 5, 6"),
         ("export", ["-o", "w.bin"], "-o: w.bin: found '.bin'; allowed: .safetensors, .pth"),
         ("export", ["-o", "/no/such/w.pth"], "/no/such/w.pth: cannot be written: No such file"),
         ("export", ["-o", "w.pth", "--onnx"], "--onnx: -o w.pth: must end in .onnx"),
@@ -182,7 +182,7 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(
 
 def test_a_checkpoint_of_another_network_is_refused(run, images, tmp_path):
     other = train(tmp_path / "other", images, "squeezenet1_1")
-    with pytest.raises(UserError, match="step-00000004: .* does not fit: it is of another model"):
+    with pytest.raises(UserError, match="step-00000004: .* does not fit the run's model"):
         path = str(other / "checkpoints/step-00000004")
         export(run, load_config(config_of(run)), tmp_path / "w.pth", path, False)
     assert not (tmp_path / "w.pth").exists()
@@ -194,7 +194,7 @@ def test_a_run_without_an_average_has_none_to_export(tmp_path):
     assert code == 0, output
     code, output = hvd_lars("export", tmp_path / "run", "-o", tmp_path / "w.pth", "--average")
     assert code == 2
-    assert "has none; model.ema_decay keeps one" in output
+    assert "has no average; model.ema_decay keeps one" in output
     state = torch.load(exported(tmp_path / "run", tmp_path / "w.pth"), weights_only=True)
     assert state.hvd_lars["classes"] == [str(i) for i in range(10)]
     assert 0 < state.hvd_lars["mean"][0] < 1

@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, case):
     program = this_python("-m", "hvd_lars", *training(killed, *options), "--resume")
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
-    assert "going on after step 7" in result.stdout
+    assert "resuming after step 7" in result.stdout
     assert_same_bits(whole, killed)
 
 
@@ -147,7 +147,7 @@ def test_a_request_to_stop_ends_in_a_checkpoint(tmp_path, launcher, how, code):
     again = training(run, *LONG[1:], f"train.duration={step + 2} steps", "--resume")
     result, output = hvd_lars(*again)
     assert result == 0, output
-    assert f"going on after step {step}" in output
+    assert f"resuming after step {step}" in output
     result, output = hvd_lars(*again)
     assert result == 0, output
     assert "nothing is left to do" in output
@@ -163,7 +163,7 @@ def assert_it_goes_on(run):
         *training(run, *LONG[1:], f"train.duration={kept + 2} steps"), "--resume"
     )
     assert code == 0, output
-    assert f"going on after step {kept}" in output
+    assert f"resuming after step {kept}" in output
     assert kept >= 2
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(finished, how):
     code, output = hvd_lars(*training(finished), "--resume")
     assert code == 0, output
     assert "checkpoints/step-00000020" in output and "damaged" in output
-    assert "going on after step 14" in output
+    assert "resuming after step 14" in output
     assert what_was_measured(finished)[-1]["step"] == 20
 
 
@@ -256,7 +256,7 @@ def test_another_run_starts_from_a_checkpoint(finished, tmp_path):
     source = finished / "checkpoints/step-00000014"
     code, output = hvd_lars(*training(other), "--resume-from", source)
     assert code == 0, output
-    assert "going on after step 14" in output
+    assert "resuming after step 14" in output
     wanted, found = state_after(finished), state_after(other)
     assert all(wanted[name].equal(found[name]) for name in wanted)
     assert what_was_measured(other)[0]["step"] == 15

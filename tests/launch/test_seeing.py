@@ -89,4 +89,4 @@ def test_a_folder_that_holds_no_run_is_one_line(tmp_path):
 def test_a_profile_of_no_steps_is_one_line():
     code, output = hvd_lars("train", "digits", "train.profile=steps 6-5")
     assert code == 2
-    assert "profile is 'steps 6-5'; the first step comes first" in output
+    assert "profile is 'steps 6-5'; the first step is after the last" in output

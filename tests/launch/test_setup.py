@@ -186,7 +186,7 @@ def test_edits_are_made_once_and_refuse_a_changed_source(build_horovod, tmp_path
         assert (tmp_path / name).read_text() == text
     with pytest.raises(SystemExit):
         build_horovod.apply_edits(tmp_path)
-    assert "stands 0 times, expected once" in capsys.readouterr().err
+    assert "found 0 times, expected once" in capsys.readouterr().err
 
 
 def test_a_changed_sdist_is_not_built(build_horovod, tmp_path, monkeypatch, capsys):

@@ -126,7 +126,7 @@ def test_a_job_is_preempted_requeued_and_goes_on(slurm, tmp_path):
     wait_until(lambda: not any(p.name().startswith("slurmstepd") for p in psutil.process_iter()),
                text)  # fmt: skip
     slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait_until(lambda: "going on after step" in text(), text)
+    wait_until(lambda: "resuming after step" in text(), text)
     stopped, resumed = [e["step"] for e in records_of(run, "event") if e["event"] != "start"][-2:]
     (run / "STOP").touch()
     wait_until(lambda: "stopped by STOP file" in text(), text)

@@ -46,25 +46,25 @@ REFUSED = {
         "param, optimizer = made(); _, other = stepped((4, 3))\n"
         "optimizer.load_state_dict(other.state_dict()); param.grad = torch.ones(64, 33)\n"
         "result = said(optimizer.step)",
-        "momentum_buffer has shape (4, 3); the weight that it is for has (64, 33)",
+        "momentum_buffer has shape (4, 3), but its weight has (64, 33)",
     ),
     "loaded, as many elements": (
         "param, optimizer = made(); _, other = stepped((33, 64))\n"
         "optimizer.load_state_dict(other.state_dict()); param.grad = torch.ones(64, 33)\n"
         "result = said(optimizer.step)",
-        "momentum_buffer has shape (33, 64); the weight that it is for has (64, 33)",
+        "momentum_buffer has shape (33, 64), but its weight has (64, 33)",
     ),
     "set": (
         "param, optimizer = stepped()\n"
         "optimizer.state[param]['momentum_buffer'] = torch.zeros(7)\n"
         "result = said(optimizer.step)",
-        "momentum_buffer has shape (7,); the weight that it is for has (64, 33)",
+        "momentum_buffer has shape (7,), but its weight has (64, 33)",
     ),
     "resized": (
         "param, optimizer = stepped()\n"
         "optimizer.state[param]['momentum_buffer'].resize_(90000)\n"
         "result = said(optimizer.step)",
-        "momentum_buffer has shape (90000,); the weight",
+        "momentum_buffer has shape (90000,), but its weight",
     ),
     "set_momentum": (
         "param, optimizer = stepped()\n"
@@ -75,20 +75,20 @@ REFUSED = {
         "param, optimizer = stepped(dtype=torch.bfloat16)\n"
         "optimizer.state[param]['master_weight'] = torch.zeros(5)\n"
         "result = said(optimizer.step)",
-        "master_weight has shape (5,); the weight that it is for",
+        "master_weight has shape (5,), but its weight",
     ),
     # a parameter that became another
     "larger parameter": (
         "param, optimizer = stepped(); param.data = torch.randn(640, 33)\n"
         "param.grad = torch.randn(640, 33); result = said(optimizer.step)",
-        "momentum_buffer has shape (64, 33); the weight that it is for has (640, 33)",
+        "momentum_buffer has shape (64, 33), but its weight has (640, 33)",
     ),
     "larger at the same address": (
         "base = torch.randn(100); param = torch.nn.Parameter(base[:50])\n"
         "optimizer = LARS([param], lr=0.1, kernel=kernel); param.grad = torch.ones(50)\n"
         "optimizer.step(); param.data = base; param.grad = torch.ones(100)\n"
         "result = said(optimizer.step)",
-        "momentum_buffer has shape (50,); the weight that it is for has (100,)",
+        "momentum_buffer has shape (50,), but its weight has (100,)",
     ),
     "larger gradient": (
         "param, optimizer = stepped(); param.grad.data = torch.randn(640, 33)\n"

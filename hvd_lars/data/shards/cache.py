@@ -1,4 +1,4 @@
-"""Shards compared with their checksums, and a node's own copy of them."""
+"""Verify shards against their checksums, and copy them to a node."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hvd_lars.runtime.files import expand_user, sha256_of
 
 
 def cached_root(shards: ShardSet, cache_dir: str) -> Path:
-    """Where the copy of this data set lies; another set or version has another place."""
+    """Return the folder of this data set's copy, which differs by data set and version."""
     facts = [str(Path(shards.root).resolve()), shards.version]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return expand_user(cache_dir, "data.cache_dir") / f"shards-{key}"
 
 
 def copy_shards(shards: ShardSet, cache_dir: str, threads: int = 4) -> None:
-    """Copy the shards that the node does not have; a shard is there whole or not at all.
+    """Copy the shards that the node lacks; a copy is either complete or absent.
 
     Raises:
-        UserError: there is no room, the folder cannot be written, or a copy is not what
-            dataset.json says.
+        UserError: there is no room, the folder cannot be written, or a copy does not match
+            dataset.json.
     """
     target = cached_root(shards, cache_dir)
     try:
@@ -59,19 +59,19 @@ def _copy(shards: ShardSet, name: str, target: Path) -> None:
         shutil.copyfile(source, draft)
         wanted = shards.sha256.get(name)
         if wanted is not None and sha256_of(draft) != wanted:
-            raise UserError(f"{source}: damaged: its copy has not the SHA-256 of dataset.json")
+            raise UserError(f"{source}: damaged: its copy does not match {DATASET}'s SHA-256")
         draft.rename(target)
     finally:
         draft.unlink(missing_ok=True)
 
 
 def verify(folder: Path, threads: int, progress: Callable[[int, int], None]) -> int:
-    """Read every shard and compare its SHA-256 with dataset.json; returns how many there are.
+    """Compare every shard's SHA-256 with dataset.json; returns the number of shards.
 
     Args:
-        folder: what ``hvd-lars pack`` wrote.
+        folder: written by ``hvd-lars pack``.
         threads: shards read at once.
-        progress: called with the number of shards that were read and of all shards.
+        progress: called with the numbers of shards read and of all shards.
 
     Raises:
         UserError: a line for every shard that is missing or damaged.
@@ -86,7 +86,7 @@ def verify(folder: Path, threads: int, progress: Callable[[int, int], None]) -> 
             if isinstance(error, OSError):
                 problems.append(f"{path}: cannot be read: {error.strerror}")
             elif future.result() != sums[future]["sha256"]:
-                problems.append(f"{path}: damaged: not the SHA-256 that {DATASET} says")
+                problems.append(f"{path}: damaged: does not match {DATASET}'s SHA-256")
             progress(done, len(entries))
     if problems:
         raise UserError("\n".join([*sorted(problems), "remove these and pack again"]))

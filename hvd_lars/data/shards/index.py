@@ -1,8 +1,8 @@
-"""Which bytes of which tar shard are which image.
+"""Locate the images in tar shards.
 
 ``hvd-lars pack`` writes ``dataset.json`` (classes, and size and SHA-256 of every shard) and
-``index.safetensors`` (where every image lies).  Shards of other origin in WebDataset's layout have
-neither: their headers are read once and the result is remembered.
+``index.safetensors`` (the location of every image).  Other shards in WebDataset's layout have
+neither: their headers are read once and the result is cached.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 class ShardSplit:
     """Images of one split: ``shard`` (a position in ``names``), ``offset``, ``size``, ``labels``.
 
-    All four are (n,) int64; offset and size in bytes.
+    All four are (n,) int64; offset and size are in bytes.
     """
 
     names: tuple[str, ...]
@@ -56,10 +56,10 @@ class ShardSplit:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A sharded data set: ``bytes`` of every shard, ``sha256`` where it is known.
+    """A sharded data set: ``bytes`` of every shard, ``sha256`` if known.
 
-    ``version`` changes when the files do, or when they lie elsewhere; ``left_out`` counts what is
-    in them beside samples, in a line.
+    ``version`` changes with the files or their location; ``left_out`` counts skipped members by
+    kind, in one line.
     """
 
     root: str
@@ -72,7 +72,7 @@ class ShardSet:
     left_out: str = ""
 
     def identity(self) -> DataIdentity:
-        """What a run remembers of the data that it saw; the same wherever the shards lie."""
+        """Return the identity that a run records of its data, wherever the shards are."""
         return DataIdentity(self.classes, self._of(self.train), self._of(self.val))
 
     def _of(self, split: ShardSplit) -> SplitIdentity:
@@ -86,18 +86,18 @@ class ShardSet:
 def load_shards(
     root: str, train: str, val: str, cache: Path | None, num_classes: int | None = None
 ) -> ShardSet:
-    """The data set in ``root``, after checking that every shard is there in full.
+    """Load the data set in ``root`` after checking that every shard is complete.
 
     Args:
-        root: a folder that ``hvd-lars pack`` wrote, or one with shards in WebDataset's layout.
+        root: a folder that ``hvd-lars pack`` wrote, or one of shards in WebDataset's layout.
         train: pattern of the training shards' names, for a folder without dataset.json.
-        val: the same of the evaluation shards.
-        cache: where the index of such a folder is remembered.
-        num_classes: of such a folder; as many as there are labels in training if None.
+        val: the same for the evaluation shards.
+        cache: where the index of such a folder is cached.
+        num_classes: of such a folder; if None, the number of labels in training.
 
     Raises:
-        UserError: a shard is missing, truncated or not a tar file, a sample has not one image
-            and one label, or a label is out of range.
+        UserError: a shard is missing, truncated or not a tar file, a sample is not one image and
+            one label, or a label is out of range.
     """
     folder = expand_user(root, "data.root")
     if (folder / DATASET).is_file():
@@ -120,10 +120,10 @@ def load_shards(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """dataset.json, its shards named by plain file names.
+    """Read dataset.json, which names shards by plain file names.
 
     Raises:
-        UserError: it is damaged, of a later version, or names a file elsewhere.
+        UserError: it is damaged, of a later version, or names a file outside the folder.
     """
     path = folder / DATASET
     try:
@@ -132,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path}: format {manifest['format']!r}; {FORMAT!r} is supported")
         for split in ("train", "val"):
             if not isinstance(manifest[split], list):
-                raise ValueError(f"{split} is no list")
+                raise ValueError(f"{split} is not a list")
             for entry in manifest[split]:
                 if not _SHARD_NAME.fullmatch(entry["name"]):
                     raise UserError(f"{path}: {entry['name']!r} is not the name of a shard")
@@ -151,7 +151,7 @@ def _load_packed(folder: Path) -> ShardSet:
     try:
         if sha256_of(folder / INDEX) != manifest["index"]:
             raise UserError(
-                f"{folder / INDEX}: damaged: not the SHA-256 that {DATASET} says; pack again"
+                f"{folder / INDEX}: damaged: does not match {DATASET}'s SHA-256; pack again"
             )
         arrays = load_file(folder / INDEX)
         train, val = (
@@ -176,7 +176,7 @@ def _load_packed(folder: Path) -> ShardSet:
 
 
 def _check_split(folder: Path, key: str, split: ShardSplit, found: ShardSet) -> None:
-    """Every image lies inside its shard and every label is a class."""
+    """Check that every image is inside its shard and every label is a class."""
     count = split.labels.size
     if count == 0:
         raise UserError(f"data.root: {folder}: no images in {key}")
@@ -186,7 +186,7 @@ def _check_split(folder: Path, key: str, split: ShardSplit, found: ShardSet) -> 
     ):
         raise UserError(f"{folder / INDEX}: damaged: its arrays do not fit together")
     sizes = np.array([found.bytes[name] for name in split.names])
-    room = sizes[split.shard] - split.offset  # what follows the offset; no sum can overflow
+    room = sizes[split.shard] - split.offset  # compared with size, as a sum could overflow
     bad = (split.offset < 512) | (split.size < 0) | (split.size > room)
     if bad.any():
         raise UserError(
@@ -222,7 +222,7 @@ def _load_foreign(
     names = {key: tuple(str(p.relative_to(folder)) for p in paths[key]) for key in paths}
     sizes = {str(p.relative_to(folder)): p.stat().st_size for key in paths for p in paths[key]}
     times = [p.stat().st_mtime_ns for key in paths for p in paths[key]]
-    endings = sorted(image_endings())  # another Pillow may read more
+    endings = sorted(image_endings())  # another version of Pillow may read more
     text = json.dumps([_INDEX_FORMAT, str(folder.resolve()), names, sizes, times, endings])
     file = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz" if cache else None
     wanted = [f"{key}_{array}" for key in paths for array in _ARRAYS] + ["left_out"]
@@ -248,14 +248,14 @@ def _load_foreign(
 
 
 def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int, int, int]]:
-    """Offset and size in bytes, and label, of every sample of a shard in WebDataset's layout.
+    """Return offset and size in bytes, and label, of every sample of a WebDataset shard.
 
     A sample is the files whose names agree up to the first dot of the last part: an image, and
-    ``.cls``, which holds the label as text.  Hidden files and what has neither are passed over and
+    ``.cls``, which holds the label as text.  Hidden files and groups with neither are skipped and
     counted in ``left_out``.
 
     Raises:
-        UserError: not an uncompressed tar file, truncated, or a sample has not one image and one
+        UserError: not an uncompressed tar file, truncated, or a sample is not one image and one
             label.
     """
     samples: dict[str, _Sample] = {}
@@ -264,12 +264,12 @@ def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             files: dict[str, tarfile.TarInfo] = {}
             for member in tar:
-                if member.islnk():  # a second name of a file before it
+                if member.islnk():  # a second name of an earlier file
                     target = files.get(member.linkname)
                     if target is None:
                         raise UserError(
                             f"{path}: {_shown(member.name)} is a link to "
-                            f"{_shown(member.linkname)}, which is not before it in the shard"
+                            f"{_shown(member.linkname)}, which does not precede it in the shard"
                         )
                     member.offset_data, member.size = target.offset_data, target.size
                 elif member.isfile():
@@ -291,9 +291,9 @@ def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int
         if sample.image is not None and sample.label is not None:
             rows.append((sample.image.offset_data, sample.image.size, sample.label))
         elif sample.image is not None or sample.label is not None:
-            lacks = "a .cls label" if sample.image is not None else "an image that is read"
-            others = f" (beside {', '.join(map(_shown, sample.others))})" if sample.others else ""
-            raise UserError(f"{path}: sample {_shown(key)} has not {lacks}{others}")
+            lacks = ".cls label" if sample.image is not None else "readable image"
+            others = f" (found {', '.join(map(_shown, sample.others))})" if sample.others else ""
+            raise UserError(f"{path}: sample {_shown(key)} has no {lacks}{others}")
         elif left_out is not None:
             for name in sample.others:
                 count_left_out(left_out, name)
@@ -302,7 +302,7 @@ def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int
 
 @dataclass
 class _Sample:
-    """What a shard holds under one key; ``others`` are names of files that nobody reads."""
+    """The files of a shard under one key; ``others`` are names of unused files."""
 
     image: tarfile.TarInfo | None = None
     label: int | None = None
@@ -316,12 +316,12 @@ def _take(
     samples: dict[str, _Sample],
     left_out: Counter[str] | None,
 ) -> None:
-    """Put a member into its sample."""
+    """Add a member to its sample."""
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     hidden = next((part for part in parts if is_litter(part)), None)
     base = hidden or (parts[-1] if parts else "")
     stem, dot, extension = base.partition(".")
-    if hidden is not None or not dot:  # without a dot: a README, which WebDataset passes over too
+    if hidden is not None or not dot:  # no dot: a README, which WebDataset skips, too
         if left_out is not None:
             count_left_out(left_out, base)
         return
@@ -343,7 +343,7 @@ def _take(
 
 
 def _shown(name: str) -> str:
-    """On one line, whatever it is made of."""
+    """Return the name on one line, whatever its characters."""
     return name if name.isprintable() else repr(name)
 
 
@@ -355,6 +355,6 @@ def _label(path: Path, file: int, member: tarfile.TarInfo) -> int:
             raise ValueError
     except ValueError:
         raise UserError(
-            f"{path}: {_shown(member.name)}: found {text[:40]!r}; a label is a number"
+            f"{path}: {_shown(member.name)}: found {text[:40]!r}; a label must be a number"
         ) from None
     return label

@@ -1,4 +1,4 @@
-"""Whether shards still hold what their source files hold."""
+"""Check whether shards still match their source files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hvd_lars.data.shards.index import scan_tar
 from hvd_lars.errors import UserError
 
 Samples = Sequence[tuple[str, int]]
-"""(path in the source folder, label) of each sample of a shard, in its order."""
+"""(path in the source folder, label) of each sample of a shard, in order."""
 
-_THREADS = 16  # they wait for the file system
+_THREADS = 16  # mostly waiting for the file system
 
 
 def stamps(root: str, shards: Mapping[str, Samples]) -> dict[str, str]:
-    """By shard, a hash that changes with the size or modification time of any of its sources."""
+    """Return by shard a hash that changes with any source's size or modification time."""
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda samples: _stamp(root, samples), shards.values())
         return dict(zip(shards, found, strict=True))
@@ -31,7 +31,7 @@ def _stamp(root: str, samples: Samples) -> str:
         try:
             status = os.stat(os.path.join(root, path))
             facts.append((path, status.st_size, status.st_mtime_ns))
-        except OSError:  # whoever reads it will say so
+        except OSError:  # reported when the file is read
             facts.append((path, None, None))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -49,11 +49,11 @@ def compare(
         root: the source folder.
         target: the folder of the shards.
         shards: by name.
-        progress: called with the number of shards that were compared and of all.
+        progress: called with the numbers of compared shards and of all shards.
         threads: shards compared at once.
 
     Raises:
-        UserError: a file has other bytes, or cannot be read; names the first, and how many.
+        UserError: files have changed or cannot be read; names the first, and gives their number.
     """
     changed: list[str] = []
     with ThreadPoolExecutor(threads) as pool:
@@ -65,13 +65,13 @@ def compare(
             progress(done, len(running))
     if changed:
         raise UserError(
-            f"{target}: {Path(root, min(changed))}: not what was packed: it has other bytes now "
-            f"({len(changed):,} such files); name another folder for the shards, or remove this one"
+            f"{target}: {Path(root, min(changed))}: changed since it was packed ({len(changed):,} "
+            f"such files); name another folder for the shards, or remove this one"
         )
 
 
 def _changed(root: str, shard: Path, samples: Samples) -> list[str]:
-    """Paths of the sources that are not what the shard holds."""
+    """Return the paths of the sources that differ from the shard."""
     found = []
     rows = scan_tar(shard)
     if len(rows) != len(samples):

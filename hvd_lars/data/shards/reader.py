@@ -1,4 +1,4 @@
-"""Images in tar shards, read at random."""
+"""Random access to images in tar shards."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hvd_lars.data.decoding import Picture
 from hvd_lars.data.shards.index import ShardSplit
 from hvd_lars.errors import UserError
 
-_OPEN_FILES = 64  # a process may have 1,024, and torch needs its own
+_OPEN_FILES = 64  # a process may have 1,024, and torch needs some, too
 
 
 @final
 class ShardImages:
-    """One split of a sharded data set: an image is one read at its offset in its shard.
+    """One split of a sharded data set; an image is one read at its offset in its shard.
 
     Args:
-        root: the folder of the shards; may be another than the one that was indexed.
-        split: which bytes of which shard are which image.
+        root: the folder of the shards, not necessarily the indexed one.
+        split: locations of the images in the shards.
     """
 
     def __init__(self, root: Path, split: ShardSplit) -> None:
@@ -28,7 +28,7 @@ class ShardImages:
         self.labels = split.labels
 
     def open(self, index: int) -> Picture:
-        """Read an image; UserError names shard and member if that fails."""
+        """Read an image; raises UserError, which names shard and member, if that fails."""
         split = self._split
         shard, offset = int(split.shard[index]), int(split.offset[index])
         path, size = self._root / split.names[shard], int(split.size[index])
@@ -39,18 +39,18 @@ class ShardImages:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         if len(data) < size:
-            raise UserError(f"{path}: truncated: the image at byte {offset} is not all there")
+            raise UserError(f"{path}: truncated: the image at byte {offset} is incomplete")
         return Picture(data, f"{path}: {name}")
 
     def _descriptor(self, shard: int, path: Path) -> int:
-        """An open file of a shard; of many, the one that was used longest ago is closed."""
+        """Return an open file of a shard; closes the least recently used one of too many."""
         if shard not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(path, os.O_RDONLY)
-        self._files[shard] = descriptor = self._files.pop(shard)  # now the last of the dict
+        self._files[shard] = descriptor = self._files.pop(shard)  # moved to the end of the dict
         return descriptor
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, which belong to one process."""
+        """Drop open files, which belong to one process."""
         return self.__dict__ | {"_files": {}}

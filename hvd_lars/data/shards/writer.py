@@ -1,8 +1,8 @@
-"""From an image folder to tar shards in WebDataset's layout.
+"""Pack an image folder into tar shards in WebDataset's layout.
 
-A shard is written
-under another name, synced and renamed, then its facts are written beside it in ``.packing/``: what
-was finished before an interruption is not written again.  The same folder gives the same bytes.
+A shard is written under another name, synced and renamed, then its facts are written to
+``.packing/``, so that an interrupted pack keeps its finished shards.  The same folder gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a pack came to; ``written`` counts the samples of this call, ``mended`` names shards.
+    """The result of a pack; ``written`` counts this call's samples, ``mended`` names shards.
 
-    A mended shard had been written before, and was missing or of another size.  ``left_out`` counts
-    the files that are no images; ``root`` and ``sources`` are what :func:`compare` takes.
+    A mended shard was written before, but was missing or of another size.  ``left_out`` counts the
+    skipped files by kind; ``root`` and ``sources`` are for :func:`compare`.
     """
 
     samples: int
@@ -72,21 +72,21 @@ def pack(
     shard_samples: int,
     progress: Callable[[int, int], None],
 ) -> Packed:
-    """Write the shards of ``source``, an ImageNet-like folder, that ``target`` does not have yet.
+    """Write the shards of ``source``, an ImageNet-like folder, that ``target`` lacks.
 
-    Training images are shuffled once, so that a reader that streams shards sees them mixed.  Where
-    the size or time of a source file is not what it was, the shard is compared with its sources.
+    Training images are shuffled once, so that streaming readers see them mixed.  If the size or
+    time of a source file has changed, its shard is compared with its sources.
 
     Args:
         source: root/train/CLASS/image and root/val/CLASS/image.
-        target: folder to make.
-        workers: processes.
-        shard_samples: images a shard.
-        progress: called with the number of samples that are done and of all samples.
+        target: folder to create.
+        workers: number of processes.
+        shard_samples: images per shard.
+        progress: called with the numbers of finished samples and of all samples.
 
     Raises:
-        UserError: the folder is not laid out as it should be, ``target`` holds another folder's
-            shards, or other bytes than its sources have now, or cannot be written.
+        UserError: the folder has another layout, or ``target`` holds another folder's shards, no
+            longer matches its sources or cannot be written.
     """
     listing = list_folder(source, None)
     jobs = {key: list(_jobs(listing, key, shard_samples)) for key in ("train", "val")}
@@ -136,7 +136,7 @@ def _jobs(listing: Listing, key: str, shard_samples: int) -> Iterator[_Job]:
 
 
 def _identity(listing: Listing, jobs: dict[str, list[_Job]]) -> str:
-    """Changes with the classes, the files' names and how they are cut."""
+    """Return a hash of the classes, the files' names and their split into shards."""
     digest = hashlib.sha256(json.dumps([FORMAT, listing.classes]).encode())
     for key in jobs:
         for job in jobs[key]:
@@ -147,9 +147,9 @@ def _identity(listing: Listing, jobs: dict[str, list[_Job]]) -> str:
 def _known(
     target: Path, identity: str, jobs: list[_Job], now: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Facts of the shards that were written before, by name.
+    """Return the facts of the shards that were written before, by name.
 
-    Of a set that is not finished, shards whose sources have changed are written again.
+    In an unfinished set, shards whose sources have changed are written again.
     """
     stamp = target / _PACKING / _STAMP
     if (target / DATASET).exists():
@@ -162,7 +162,7 @@ def _known(
         return {entry["name"]: entry for entry in manifest["train"] + manifest["val"]}
     if stamp.exists() and stamp.read_text() != identity:
         raise UserError(
-            f"{target}: shards of other images, or of another --shard-samples, were begun here; "
+            f"{target}: holds an unfinished pack of other images, or of another --shard-samples; "
             f"remove it"
         )
     if not stamp.exists():
@@ -174,7 +174,7 @@ def _known(
             )
     known = {}
     for job in jobs:
-        # A note that is torn is as good as none: its shard is written again.
+        # If a shard's facts are torn, it is written again.
         with contextlib.suppress(OSError, ValueError):
             facts = json.loads((target / _PACKING / f"{job.name}.json").read_bytes())
             if facts.get("source") == now[job.name]:
@@ -183,14 +183,14 @@ def _known(
 
 
 def _begin(target: Path, identity: str) -> None:
-    """Make the folder; the stamp that says whose it is stays as it is."""
+    """Create the folder and the stamp of its identity, if missing."""
     (target / _PACKING).mkdir(parents=True, exist_ok=True)
     if not (target / _PACKING / _STAMP).exists():
         _write_synced(target / _PACKING / _STAMP, identity)
 
 
 def _write_synced(path: Path, text: str) -> None:
-    """The whole text under its name, or nothing."""
+    """Write the whole text under its name, or nothing."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     draft.write_text(text, encoding="utf-8")
     sync(draft)
@@ -203,7 +203,7 @@ def _is_there(target: Path, facts: dict[str, Any]) -> bool:
 
 
 def _index_is_sound(target: Path) -> bool:
-    """Whether dataset.json is there and the index is what it says."""
+    """Return whether dataset.json exists and matches the index."""
     if not (target / DATASET).exists() or not (target / INDEX).exists():
         return False
     return bool(read_manifest(target)["index"] == sha256_of(target / INDEX))
@@ -223,7 +223,7 @@ def _write_all(
     workers: int,
     now: dict[str, str],
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Write shards in parallel; yields each one's facts and number of samples when it is done."""
+    """Write shards in parallel; yields the facts and sample count of each finished shard."""
     if min(workers, len(jobs)) <= 1:
         for job in jobs:
             facts = _write(root, target, job, sums.get(job.name), now[job.name])
@@ -247,12 +247,15 @@ def _write_all(
 
 
 def _write(root: str, target: Path, job: _Job, wanted: str | None, stamp: str) -> dict[str, Any]:
-    """One shard; its name is its own only when it is whole, and what it was before."""
+    """Write one shard, renamed only if it is complete and the same as before."""
     draft = target / _PACKING / f"{job.name}.{os.getpid()}.tmp"
     try:
         facts = _fill(root, draft, job) | {"source": stamp}
         if wanted is not None and facts["sha256"] != wanted:
-            raise UserError(f"{target / job.name}: not what it was: files of {root} have changed")
+            raise UserError(
+                f"{target / job.name}: files of {root} changed since it was packed; name another "
+                f"folder for the shards"
+            )
         draft.rename(target / job.name)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -305,9 +308,9 @@ def _finish(
     jobs: dict[str, list[_Job]],
     done: dict[str, dict[str, Any]],
 ) -> None:
-    """The index, then dataset.json, which says that all is there.
+    """Write the index, then dataset.json, which marks the set as complete.
 
-    Of shards that an earlier run finished, the manifest does not say where the images lie.
+    Shards that an earlier run finished are scanned: the manifest does not locate their images.
     """
     arrays, entries = {}, {}
     for key in jobs:
@@ -335,7 +338,7 @@ def _finish(
 
 
 def _restamp(target: Path, now: dict[str, str]) -> None:
-    """Note the times of sources that were written anew with the same bytes."""
+    """Record the times of sources that were rewritten with the same bytes."""
     manifest = read_manifest(target)
     for entry in manifest["train"] + manifest["val"]:
         entry["source"] = now[entry["name"]]

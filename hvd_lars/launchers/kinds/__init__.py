@@ -1,10 +1,10 @@
-"""One file a way to start ranks; to add one, write its file and name it in ``KINDS``."""
+"""Ways to start ranks, one per file; to add one, write its file and name it in ``KINDS``."""
 
 from importlib import import_module
 
 from hvd_lars.launchers.start import Request, Start
 
-# By what ``--on`` calls it: the file whose ``start`` makes the command.
+# From a value of ``--on`` to the module whose ``start`` makes the command.
 KINDS = {
     "local": "local",
     "horovodrun": "horovodrun",
@@ -21,7 +21,7 @@ def start_of(request: Request) -> Start:
     """Return the command for a request.
 
     Raises:
-        UserError: its options and its kind do not go together.
+        UserError: the request's options do not fit its kind.
     """
     start: Start = import_module(f"{__name__}.{KINDS[request.kind]}").start(request)
     return start

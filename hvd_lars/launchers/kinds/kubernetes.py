@@ -11,19 +11,19 @@ from hvd_lars.launchers.start import Request, Start, script
 
 
 def start(request: Request) -> Start:
-    """An MPIJob as launch/mpijob.yaml has it."""
-    request.refuse_hosts("has no use for it")
+    """Return the creation of an MPIJob from launch/mpijob.yaml."""
+    request.refuse_hosts("does not use it")
     training = request.with_run_folder("/runs").training
     return Start(["kubectl", "apply", "-f", "-"], {}, _mpijob(training, request.ranks))
 
 
 def _mpijob(training: Sequence[str], ranks: int | None) -> str:
-    """launch/mpijob.yaml for this training, with as many workers as the ranks need."""
+    """Return launch/mpijob.yaml for this training, with as many workers as the ranks need."""
     job = yaml.safe_load(script("mpijob.yaml").read_text(encoding="utf-8"))
     slots, replicas = job["spec"]["slotsPerWorker"], job["spec"]["mpiReplicaSpecs"]
     if ranks is not None:
         if ranks % slots and ranks > slots:
-            raise UserError(f"-np: found {ranks}; a worker has {slots} slots: a multiple of it")
+            raise UserError(f"-np: found {ranks}; allowed: up to {slots}, or a multiple of {slots}")
         job["spec"]["slotsPerWorker"] = min(slots, ranks)
         replicas["Worker"]["replicas"] = max(1, ranks // slots)
         [worker] = replicas["Worker"]["template"]["spec"]["containers"]

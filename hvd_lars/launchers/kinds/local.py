@@ -7,7 +7,7 @@ from hvd_lars.launchers.start import Request, Start
 
 
 def start(request: Request) -> Start:
-    """``mpirun``, with two ranks if no number is given."""
-    request.refuse_hosts("has no use for it")
+    """Return the start of ``mpirun``, with two ranks if no number is given."""
+    request.refuse_hosts("does not use it")
     program = ["hvd-lars", "train", *request.training]
     return Start(local_command("mpirun", request.ranks or 2, program))

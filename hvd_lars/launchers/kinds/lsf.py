@@ -6,7 +6,7 @@ from hvd_lars.launchers.start import Request, Start, script
 
 
 def start(request: Request) -> Start:
-    """A job of launch/lsf.sh."""
+    """Return the submission of launch/lsf.sh."""
     request.refuse_hosts("leaves it to the scheduler")
     request.refuse_blanks()
     config, *options = request.without_resume()

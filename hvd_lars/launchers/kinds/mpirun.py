@@ -6,5 +6,5 @@ from hvd_lars.launchers.start import Request, Start, script
 
 
 def start(request: Request) -> Start:
-    """launch/mpirun.sh, which asks mpirun for its kind."""
+    """Return the start of launch/mpirun.sh, which detects the kind of mpirun."""
     return Start(["bash", str(script("mpirun.sh")), *request.training], request.variables())

@@ -6,7 +6,7 @@ from hvd_lars.launchers.start import Request, Start, script
 
 
 def start(request: Request) -> Start:
-    """A job of launch/pbs.sh."""
+    """Return the submission of launch/pbs.sh."""
     request.refuse_hosts("leaves it to the scheduler")
     request.refuse_blanks()
     config, *options = request.without_resume()
@@ -16,7 +16,7 @@ def start(request: Request) -> Start:
     variables = {
         "CONFIG": config,
         "OPTIONS": " ".join(options),
-        # For when the script submits itself again.
+        # Used when the script resubmits itself.
         "SCRIPTS": str(script("pbs.sh").parent),
         "QSUB": " ".join(size),
     }

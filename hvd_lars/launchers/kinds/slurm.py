@@ -6,7 +6,7 @@ from hvd_lars.launchers.start import Request, Start, script
 
 
 def start(request: Request) -> Start:
-    """A step of the allocation that this is inside of, else a job."""
+    """Return a step of the current allocation, or a new job outside one."""
     request.refuse_hosts("leaves it to the scheduler")
     size = [] if request.ranks is None else [f"--ntasks={request.ranks}"]
     if "SLURM_JOB_ID" in request.environment:

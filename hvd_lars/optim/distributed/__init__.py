@@ -1,4 +1,4 @@
-"""How a LARS step spans ranks: gradient buckets, and which rank updates which part.
+"""LARS steps over ranks: gradient buckets, and the part that each rank updates.
 
 ``Replicated`` all-reduces; ``Sharded`` reduce-scatters, updates a part and all-gathers.
 """

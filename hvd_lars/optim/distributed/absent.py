@@ -1,4 +1,4 @@
-"""The gradient that no rank holds whole."""
+"""A stand-in for gradients that no rank holds whole."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @final
 class AbsentGradient(Tensor):
-    """Stands in ``param.grad`` between backward and step under ``Sharded``.
+    """The value of ``param.grad`` between backward and step under ``Sharded``.
 
-    Gradients of None would let clipping find a norm of zero and ``GradScaler`` find no infinity.
-    Whatever reads this raises RuntimeError instead.
+    With None, clipping would find a norm of zero and ``GradScaler`` no infinity.  Any operation on
+    this raises RuntimeError instead.
     """
 
     @classmethod
@@ -24,9 +24,9 @@ class AbsentGradient(Tensor):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> NoReturn:
-        """Raise RuntimeError that says what can be done."""
+        """Raise RuntimeError with the remedy."""
         raise RuntimeError(
-            "param.grad under Sharded: each rank holds the sums of a part of the gradients, so "
+            "param.grad under Sharded: each rank holds only a part of the summed gradients, so "
             "they cannot be read or changed between backward and step (clipping, GradScaler): "
             "use Replicated for that"
         )

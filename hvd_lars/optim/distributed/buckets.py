@@ -1,4 +1,4 @@
-"""Gradients in flat buckets that are handed over as backward fills them."""
+"""Gradients in flat buckets, each reduced as soon as backward has filled it."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ _UNZEROED = (
 
 @dataclass(slots=True)
 class Bucket:
-    """Gradients of some parameters in one piece of memory, reduced as one message."""
+    """Gradients of some parameters in one flat tensor, reduced as one message."""
 
     params: list[nn.Parameter]
     starts: list[int]  # of each parameter in flat
     flat: Tensor  # (numel,), padded with zeros
     views: list[Tensor]
-    absent: list[AbsentGradient] = field(default_factory=list)  # where no rank has whole sums
-    fresh: set[int] = field(default_factory=set)  # positions whose view is of this window
-    missing: set[int] = field(default_factory=set)  # positions whose gradient is still to come
+    absent: list[AbsentGradient] = field(default_factory=list)  # if no rank has whole sums
+    fresh: set[int] = field(default_factory=set)  # positions whose view belongs to this window
+    missing: set[int] = field(default_factory=set)  # positions still without a gradient
     pending: Pending | None = None
 
 
 class Reduction(Protocol):
-    """How buckets are summed over the ranks.
+    """A way to sum buckets over the ranks.
 
     Attributes:
         multiple: buckets are padded to a multiple of this many elements.
-        in_place: the collective leaves the sums in the bucket; else ``param.grad`` is an
+        in_place: the collective leaves the sums in the bucket; otherwise ``param.grad`` is an
             :class:`AbsentGradient` until the step.
     """
 
@@ -58,7 +58,7 @@ class Reduction(Protocol):
     in_place: bool
 
     def start(self, b: int, flat: Tensor) -> Pending:
-        """Begin the collective of the bucket at position ``b``, whose memory is ``flat``."""
+        """Start the collective of the bucket at position ``b``, whose memory is ``flat``."""
         ...
 
 
@@ -66,22 +66,22 @@ class Reduction(Protocol):
 class GradientBuckets:
     """Collects ``param.grad`` as views of flat buckets and starts a collective for each full one.
 
-    A bucket starts from a hook in backward as soon as it and those before it are full, in an order
-    that is the same on all ranks: the reverse of the parameters', about that in which backward
-    finishes them.  ``backward()`` returns when all are complete; a rank that has no backward pass
-    in a window joins in :meth:`finish`.
+    A hook in backward starts a bucket as soon as it and all buckets before it are full.  The order
+    is the same on all ranks: the reverse of the parameters', roughly the order in which backward
+    finishes them.  ``backward()`` returns when all are complete; a rank without a backward pass in
+    a window joins in :meth:`finish`.
 
     Args:
-        params: parameters to train; those that need no gradient are left out.
-        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        params: parameters to train; those that need no gradient are omitted.
+        bucket_bytes: maximum bytes of a bucket; a larger tensor gets its own bucket.
         comm: the ranks.
-        reduction: how a bucket is summed over them.
+        reduction: sums a bucket over the ranks.
         watch: its part "communication" is the time spent waiting for other ranks.
-        on_reduced: gets a bucket's position and memory once it is summed, in order.
+        on_reduced: called with each bucket's position and memory once it is summed, in order.
 
     Raises:
-        ValueError: no parameter, one that is not dense in memory or in a placement already, or
-            ranks whose parameters differ in shape, strides, dtype or order; on every rank then.
+        ValueError: there is no parameter; one is not dense in memory or already in a placement; or
+            the ranks' parameters differ in shape, strides, dtype or order (raised on every rank).
         TypeError: a parameter's dtype cannot be summed over ranks.
     """
 
@@ -126,13 +126,13 @@ class GradientBuckets:
         self._comm, self._reduction, self._in_place = comm, reduction, reduction.in_place
         self._on_reduced = on_reduced
         self._synchronizing, self._used, self._spent = True, False, False
-        self.steps = 0  # that have used the sums
+        self.steps = 0  # steps that have used the sums
         self.watch = watch or Stopwatch()
         self.zero()
 
     @torch.no_grad()
     def broadcast_parameters(self, root: int) -> None:
-        """Every rank's parameters become rank ``root``'s; by way of the buckets' memory."""
+        """Overwrite every rank's parameters with rank ``root``'s, through the buckets' memory."""
         if self._comm.size == 1:
             return
         for bucket in self.buckets:
@@ -145,7 +145,7 @@ class GradientBuckets:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes inside only accumulate: for all but a window's last micro-batch."""
+        """Only accumulate in backward passes inside; for all but a window's last micro-batch."""
         self._synchronizing = False
         try:
             yield
@@ -155,11 +155,11 @@ class GradientBuckets:
     def zero(self) -> None:
         """Begin a new window.
 
-        Gradients are None until backward makes them: it then hands its own tensor over, to be
-        copied, which moves fewer bytes than to zero a bucket and add to it.
+        Gradients are None until backward sets them to tensors of its own; copying those moves fewer
+        bytes than zeroing a bucket and adding to it.
         """
         for bucket in self.buckets:
-            if bucket.pending is not None:  # of a backward pass that failed half-way
+            if bucket.pending is not None:  # left by a backward pass that failed
                 bucket.pending.wait()
                 bucket.pending = None
         self._forget_gradients()
@@ -170,8 +170,8 @@ class GradientBuckets:
         """Start the buckets that backward did not fill, then complete all of them in order.
 
         Raises:
-            RuntimeError: the gradients were used by a step already, or somebody has replaced one
-                since they were summed.
+            RuntimeError: a step has already used the gradients, or one was replaced after they
+                were summed.
         """
         if self._reduced:
             self._check_not_replaced()
@@ -197,7 +197,7 @@ class GradientBuckets:
         self._reduced, self._used, self._spent = True, False, False
 
     def end_step(self) -> None:
-        """The sums have been used."""
+        """Mark the sums as used by a step."""
         if not self._in_place:
             self._forget_gradients()
         self._reduced, self._used, self._spent = False, True, True
@@ -230,7 +230,7 @@ class GradientBuckets:
                 param.grad = None
 
     def _begin_window(self) -> None:
-        self._next = 0  # the first bucket that was not started yet
+        self._next = 0  # the first bucket not yet started
         self._completed = 0
         self._callback_queued = False
         for bucket in self.buckets:
@@ -238,7 +238,7 @@ class GradientBuckets:
             bucket.fresh.clear()
 
     def _on_gradient(self, param: Tensor) -> None:
-        """Autograd's hook: the gradient of ``param`` for this backward pass is complete."""
+        """Take the gradient of ``param``, complete for this backward pass; autograd's hook."""
         b, i = self.place[param]
         bucket = self.buckets[b]
         self._check_fresh(bucket, i, param)
@@ -258,7 +258,7 @@ class GradientBuckets:
                 self._complete(only_done=True)
 
     def _check_fresh(self, bucket: Bucket, i: int, param: Tensor) -> None:
-        """Raise RuntimeError where ``param.grad`` has sums of an earlier window in it."""
+        """Raise RuntimeError if ``param.grad`` contains sums of an earlier window."""
         stale = param.grad is bucket.views[i] or isinstance(param.grad, AbsentGradient)
         if stale and i not in bucket.fresh:
             raise RuntimeError(_UNZEROED if self._spent else _LATE)
@@ -283,10 +283,10 @@ class GradientBuckets:
 
 
 def placed_already(params: Sequence[Tensor]) -> Tensor | None:
-    """The first parameter that a placement which is still in use has; None where none has."""
+    """Return the first parameter that is in a live placement, or None."""
     found = _placed(params)
     if found is not None:
-        gc.collect()  # a placement that was dropped is part of a cycle
+        gc.collect()  # a dropped placement is part of a reference cycle
         found = _placed(params)
     return found
 
@@ -297,7 +297,7 @@ def _placed(params: Sequence[Tensor]) -> Tensor | None:
 
 
 def _hook_of(buckets: GradientBuckets) -> Callable[[Tensor], None]:
-    """Autograd's hook, which does not keep alive a placement that nobody else holds."""
+    """Return the hook for autograd, which does not keep an unused placement alive."""
     reference = weakref.ref(buckets)
 
     def hook(param: Tensor) -> None:
@@ -318,7 +318,7 @@ def _is_new(gradient: Tensor | None) -> bool:
 
 
 def _adopt(bucket: Bucket, i: int, param: Tensor) -> None:
-    """Make ``param.grad`` the bucket's view, with what backward or somebody else put there."""
+    """Replace ``param.grad`` by the bucket's view, with the same contents."""
     view = bucket.views[i]
     bucket.fresh.add(i)
     if param.grad is view:
@@ -336,7 +336,7 @@ def _adopt(bucket: Bucket, i: int, param: Tensor) -> None:
 
 
 def _make_buckets(params: list[nn.Parameter], bucket_bytes: int, multiple: int) -> Iterator[Bucket]:
-    """Buckets in reverse order of the parameters, one dtype and device each."""
+    """Yield buckets of one dtype and device each, in reverse order of the parameters."""
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for param in reversed(params):
         kinds.setdefault((param.dtype, param.device), []).append(param)

@@ -15,22 +15,22 @@ from hvd_lars.runtime.torch_internals import versions_of
 
 @final
 class EarlyNorms:
-    """Sums each bucket's squares as its reduction completes; none before a step asked for them.
+    """Sums each bucket's squares as its reduction completes, once a step has asked for them.
 
     Args:
-        parts: of the bucket at a position, the elements that this rank sums the squares of, a
-            tensor for each parameter.
+        parts: returns, for the bucket at a position, one tensor per parameter with the elements
+            whose squares this rank sums.
     """
 
     def __init__(self, parts: Callable[[int], list[Tensor]]) -> None:
         self._parts = parts
         self._kernel: Kernel | None = None
-        self._sums: dict[int, tuple[Tensor, int]] = {}  # by bucket: of a version of its memory
+        self._sums: dict[int, tuple[Tensor, int]] = {}  # by bucket: sums, version of its memory
         self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order
 
     @torch.no_grad()
     def on_reduced(self, b: int, flat: Tensor) -> None:
-        """The bucket at position ``b`` holds its sums over the ranks."""
+        """Sum the squares of the bucket at position ``b``, which is now summed over the ranks."""
         if self._kernel is not None:
             sums = self._kernel.sums_of_squares(self._parts(b))
             self._sums[b] = (sums, versions_of([flat])[0])
@@ -38,14 +38,14 @@ class EarlyNorms:
     def take(
         self, params: Sequence[Tensor], gradients: GradientBuckets, kernel: Kernel | None
     ) -> Tensor | None:
-        """The sums of this window for ``params``, (len(params),) float64.
+        """Return this window's sums for ``params``, (len(params),) float64.
 
-        None where they were not taken, or where somebody has edited the gradients since.
+        None if they were not computed, or if the gradients were edited since.
 
         Args:
-            params: whose; the same list in every step.
+            params: the parameters; the same list object in every step.
             gradients: the buckets.
-            kernel: sums the squares from the next window on; None for nobody.
+            kernel: sums the squares from the next window on; None to stop.
         """
         before, self._kernel = self._kernel, kernel
         versions = versions_of(bucket.flat for bucket in gradients.buckets)

@@ -1,4 +1,4 @@
-"""Which parameters a model is about to read, while it runs forward."""
+"""Callbacks with the parameters that a model's forward is about to read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class ForwardReads:
     """Calls back before each part of a model runs, with the parameters that it may read.
 
     Parts are the model's children, and the children of plain ``nn.Sequential``s among them.  A
-    part's own code may read any parameter below it, whether or not it calls the module that holds
-    it (``nn.MultiheadAttention`` does not call its ``out_proj``), so a part is not divided further.
-    Parameters of no part, and of parts that were not called when :meth:`learn` was, count as the
-    model's own, which it may read at once.
+    part's code may read any parameter below it without calling the module that holds it
+    (``nn.MultiheadAttention`` does not call its ``out_proj``), so parts are not divided further.
+    Parameters outside all parts, and those of parts not called before :meth:`learn`, count as the
+    model's own, which it may read at any time.
 
     Args:
-        model: what is called.
-        about_to_read: gets the parameters; not before :meth:`learn` has succeeded.
+        model: the model.
+        about_to_read: called with the parameters, once :meth:`learn` has succeeded.
     """
 
     def __init__(self, model: nn.Module, about_to_read: Callable[[Iterable[Tensor]], None]) -> None:
@@ -35,14 +35,14 @@ class ForwardReads:
             part.register_forward_pre_hook(partial(self._before_part, i))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardReads:
-        """For a copy of the model, whose parameters nobody gathers: it never calls back."""
+        """Return a twin that never calls back, since nothing gathers a copy's parameters."""
         twin = copy.copy(self)
         twin._own, twin._called = None, set()
         twin._about_to_read = lambda _: None
         return twin
 
     def learn(self) -> bool:
-        """Take note of the parts that forward has called; whether there were any."""
+        """Record the parts that forward has called; return whether there were any."""
         if self._own is None and self._called:
             below = {
                 param

@@ -1,4 +1,4 @@
-"""Whether all ranks hold parameters of one layout."""
+"""The check that all ranks hold parameters of the same layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_same_layout(params: Sequence[Tensor], comm: Communicator) -> None:
     """Compare shapes, strides, dtypes and order of the parameters over the ranks; collective.
 
     Raises:
-        ValueError: on every rank, with the first rank that differs from rank 0 and how.
+        ValueError: on every rank; names the first rank that differs from rank 0, and how.
     """
     if comm.size == 1:
         return
@@ -34,10 +34,10 @@ def check_same_layout(params: Sequence[Tensor], comm: Communicator) -> None:
 
 def _how(first: _Layout, theirs: _Layout) -> str:
     if len(first) != len(theirs):
-        return f"{len(theirs)} there, {len(first)} on rank 0"
+        return f"{len(theirs)} parameters there, {len(first)} on rank 0"
     i = next(i for i, (a, b) in enumerate(zip(first, theirs, strict=True)) if a != b)
     (shape, strides, dtype), (shape_0, strides_0, dtype_0) = theirs[i], first[i]
     return (
-        f"number {i} is {shape} with strides {strides}, {dtype} there, and {shape_0} with strides "
+        f"number {i} is {shape} with strides {strides}, {dtype} there, but {shape_0} with strides "
         f"{strides_0}, {dtype_0} on rank 0 (another order, memory format or precision?)"
     )

@@ -1,4 +1,4 @@
-"""Every rank holds everything.
+"""The placement in which every rank holds everything.
 
 On 2 ranks with 2 buckets:
 
@@ -43,27 +43,27 @@ class Replicated:
     """Every rank holds all parameters and momentum; gradients are all-reduced in flat buckets.
 
     ``param.grad`` are views of the buckets.  A bucket's all-reduce starts in backward as soon as it
-    is full (:class:`GradientBuckets` has the order).  ``backward()`` returns when all are summed,
-    so that clipping and ``torch.amp.GradScaler`` see the whole gradient; a rank that has no
+    is full (:class:`GradientBuckets` defines the order).  ``backward()`` returns when all are
+    summed, so that clipping and ``torch.amp.GradScaler`` see the whole gradient; a rank without a
     backward pass in a window joins in ``LARS.step``.  Gradients are summed, not averaged: scale
-    each rank's loss by 1 / global batch.  A parameter that got no gradient in a window has a
-    gradient of zero.
+    each rank's loss by 1 / global batch.  A parameter without a gradient in a window has a gradient
+    of zero.
 
     Args:
-        params: parameters to train; those that need no gradient are left out.
+        params: parameters to train; those that need no gradient are omitted.
         comm: the ranks.
-        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
-        early_norms: sum the squares of each bucket as its reduction completes, for a step that
-            then reads the gradients once less.  Nothing may edit gradients between backward and
-            step: torch does not count the edits of ``GradScaler``.
+        bucket_bytes: maximum bytes of a bucket; a larger tensor gets its own bucket.
+        early_norms: sum the squares of each bucket as its reduction completes, which saves the step
+            one read of the gradients.  Nothing may edit gradients between backward and step: torch
+            does not count the edits of ``GradScaler``.
         gradients_through: sums the buckets in place of ``comm``, such as a CompressedReducer.
-        root: every rank's parameters become this rank's; None where they are the same already, or
-            will be before the first step.
+        root: rank whose parameters are broadcast to all; None if they are already equal, or will be
+            before the first step.
         watch: its part "communication" is the time spent waiting for other ranks.
 
     Raises:
-        ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
-            in shape, strides, dtype or order; on every rank then.
+        ValueError: there is no parameter; one is not dense in memory or already in a placement; or
+            the ranks' parameters differ in shape, strides, dtype or order (raised on every rank).
         TypeError: a parameter's dtype cannot be summed over ranks.
     """
 
@@ -79,7 +79,7 @@ class Replicated:
         root: int | None = 0,
         watch: Stopwatch | None = None,
     ) -> None:
-        # Rank 0 says: a rank that joined later has not made as many.
+        # Use rank 0's count: a rank that joined later has made fewer.
         name = f"gradients.{comm.broadcast_object(next(Replicated._instances))}"
         watch = watch or Stopwatch()
         self.early = EarlyNorms(self._norm_parts) if early_norms else None
@@ -101,30 +101,30 @@ class Replicated:
                 self._owned[param] = overlap(start, param.numel(), begin, end)
 
     def publish_parameters(self) -> None:
-        """Every rank has updated every parameter: only the window ends."""
+        """End the window; every rank has updated every parameter."""
         self.gradients.end_step()
 
     def complete_parameters(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: all parameters are complete."""
 
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
-        """The whole parameter and its gradient, in memory order."""
+        """Return the whole parameter and its gradient, in memory order."""
         b, i = self.gradients.place[param]
         view = self.gradients.buckets[b].views[i]
         check_unmoved(param, view, moved=False)
         return flat(param), flat(view)
 
     def norm_part(self, param: Tensor) -> tuple[int, int]:
-        """This rank's share of ``param``; ValueError where it is not among the parameters."""
+        """Return this rank's share of ``param``; ValueError if it is not in the placement."""
         check_placed(param, self._owned)
         return self._owned[param]
 
     def whole(self, param: Tensor, part: Tensor) -> Tensor:
-        """``part`` itself, which is the whole."""
+        """Return ``part`` itself, which is the whole."""
         return part.view_as(param)
 
     def part(self, param: Tensor, whole: Tensor) -> Tensor:
-        """``whole`` itself."""
+        """Return ``whole`` itself."""
         return whole
 
     def _norm_parts(self, b: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def fill_buckets(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Group the positions 0 … len(sizes)-1, in order, into buckets of at most ``capacity``.
 
-    A tensor larger than the capacity has a bucket of its own.  Units are the caller's (bytes).
+    A tensor larger than the capacity gets its own bucket.  Any unit will do (bytes).
 
     >>> fill_buckets([4, 4, 4, 20, 1], capacity=8)
     [[0, 1], [2], [3], [4]]
@@ -25,7 +25,9 @@ def fill_buckets(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def part_of(numel: int, rank: int, size: int) -> tuple[int, int]:
-    """Begin and end of rank ``rank``'s part of ``numel`` elements; parts differ by at most one.
+    """Return begin and end of rank ``rank``'s part of ``numel`` elements.
+
+    Parts differ in size by at most one.
 
     >>> [part_of(10, rank, 3) for rank in range(3)]
     [(0, 3), (3, 6), (6, 10)]
@@ -34,7 +36,7 @@ def part_of(numel: int, rank: int, size: int) -> tuple[int, int]:
 
 
 def overlap(start: int, numel: int, begin: int, end: int) -> tuple[int, int]:
-    """The part of a tensor at [start, start + numel) that lies in [begin, end), from its start.
+    """Return the part of a tensor at [start, start + numel) in [begin, end), from its start.
 
     >>> overlap(start=4, numel=10, begin=6, end=9)
     (2, 5)

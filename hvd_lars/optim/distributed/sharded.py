@@ -1,4 +1,4 @@
-"""Each rank updates 1 / size of everything.
+"""The placement in which each rank updates 1 / size of everything.
 
 On 2 ranks with one bucket of two layers, the second across the border:
 
@@ -7,7 +7,7 @@ On 2 ranks with one bucket of two layers, the second across the border:
     rank 0 holds    ▓▓▓▓▓▓▓▓▒▒▒▒                 sums of its part, sums Σ² of both layers' shares
     rank 1 holds                 ▒▒▒▒▒▒▒▒▒▒▒▒    sums of its part, sums Σ² of its share
     step:           2·layers values summed over the ranks; each updates its part
-    publish:        all-gather of the parameters, in place, beside the next forward on request
+    publish:        all-gather of the parameters, in place; optionally during the next forward
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Share:
     end: int
     weight: Tensor  # (end - begin,), a view of the parameter's own memory
     gradient: Tensor  # (end - begin,)
-    whole: Tensor  # the parameter as it lies in its bucket
+    whole: Tensor  # the parameter's view of its bucket
 
 
 @final
@@ -54,7 +54,7 @@ class _ReduceScatter:
         self._shards: dict[int, Tensor] = {}
 
     def shard(self, b: int, flat: Tensor) -> Tensor:
-        """Where this rank's sums of the bucket are: (numel / size,)."""
+        """Return the memory of this rank's sums of the bucket: (numel / size,)."""
         if b not in self._shards:
             self._shards[b] = flat.new_zeros(flat.numel() // self.multiple)
         return self._shards[b]
@@ -67,29 +67,29 @@ class _ReduceScatter:
 class Sharded:
     """Every rank holds the parameters; momentum and the update are divided evenly over the ranks.
 
-    Gradients are reduce-scattered in flat buckets, padded to a multiple of the ranks, while
-    backward goes on (:class:`GradientBuckets`); layers may cross the borders.  After the step the
-    parameters are all-gathered.  The same bytes go over the wire as for an all-reduce; a rank's
-    momentum and time of the update are 1 / size of a whole.  ``param.grad`` is None once it has
-    been summed, since no rank holds the whole gradient: clipping by norm and
-    ``torch.amp.GradScaler`` need :class:`Replicated`.
+    Gradients are reduce-scattered during backward in flat buckets, padded to a multiple of the
+    world size (:class:`GradientBuckets`); layers may cross the borders.  After the step the
+    parameters are all-gathered.  The bytes sent are those of an all-reduce; a rank's momentum and
+    update time are 1 / size of the whole.  Once summed, ``param.grad`` cannot be read, since no
+    rank holds the whole gradient: clipping by norm and ``torch.amp.GradScaler`` need
+    :class:`Replicated`.
 
     The parameters' memory moves into the buckets: make the placement after the model is on its
     device, and before anything keeps a reference to ``param.data``.  ``LARS.state_dict`` holds this
-    rank's part of the momentum; :meth:`LARS.momentum` gives whole ones.
+    rank's part of the momentum; :meth:`LARS.momentum` returns whole tensors.
 
     Args:
-        params: parameters to train; those that need no gradient are left out.
+        params: parameters to train; those that need no gradient are omitted.
         comm: the ranks.
-        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        bucket_bytes: maximum bytes of a bucket; a larger tensor gets its own bucket.
         early_norms: sum the squares of each bucket as its reduction completes.
-        root: every rank's parameters become this rank's; None where they are the same already, or
-            will be before the first step.
+        root: rank whose parameters are broadcast to all; None if they are already equal, or will be
+            before the first step.
         watch: its part "communication" is the time spent waiting for other ranks.
 
     Raises:
-        ValueError: no parameter, one that is not dense in memory, or ranks whose parameters differ
-            in shape, strides, dtype or order; on every rank then.
+        ValueError: there is no parameter; one is not dense in memory or already in a placement; or
+            the ranks' parameters differ in shape, strides, dtype or order (raised on every rank).
         TypeError: a parameter's dtype cannot be summed over ranks.
 
     Source:
@@ -108,7 +108,7 @@ class Sharded:
         watch: Stopwatch | None = None,
     ) -> None:
         self._comm = comm
-        # Rank 0 says: a rank that joined later has not made as many.
+        # Use rank 0's count: a rank that joined later has made fewer.
         self._name = f"shards.{comm.broadcast_object(next(Sharded._instances))}"
         watch = watch or Stopwatch()
         self.early = EarlyNorms(self._norm_parts) if early_norms else None
@@ -151,19 +151,19 @@ class Sharded:
     def gather_during_forward(self, model: nn.Module) -> None:
         """Return from a step at once, and wait for parameters before the part that reads them.
 
-        The first forward shows which parts it calls.  Whoever reads parameters other than by
-        calling ``model`` asks for :meth:`complete_parameters` first.  Not for a model that
-        ``torch.compile`` runs.
+        The parts are known after the first forward.  Call :meth:`complete_parameters` before
+        reading parameters other than by calling ``model``.  Not for models run by
+        ``torch.compile``.
         """
         self._reads = ForwardReads(model, self._complete)
 
     def publish_parameters(self) -> None:
-        """All-gather every bucket's parameters in place; those that forward reads first, first."""
+        """All-gather every bucket's parameters in place, those that forward reads first, first."""
         with self.gradients.watch.part("communication"):
             for b in reversed(range(len(self._weights))):
                 name = f"{self._name}.parameters.{b}"
                 self._gathering[b] = self._comm.start_all_gather(self._weights[b], name)
-        for param in self._shares:  # autograd must see that they have changed
+        for param in self._shares:  # autograd does not see the gather's writes
             torch.autograd.graph.increment_version(param)
         self.gradients.end_step()
         if self._reads is None or not self._reads.learn():
@@ -184,20 +184,20 @@ class Sharded:
                     gathering.wait()
 
     def block(self, param: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's part of the parameter and of its summed gradient."""
+        """Return this rank's part of the parameter and of its summed gradient."""
         share = self._shares[param]
         moved = param.data_ptr() != share.whole.data_ptr()
         check_unmoved(param, share.whole, moved)
         return share.weight, share.gradient
 
     def norm_part(self, param: Tensor) -> tuple[int, int]:
-        """All of this rank's part; ValueError where it is not among the parameters."""
+        """Return all of this rank's part; ValueError if it is not in the placement."""
         check_placed(param, self._shares)
         share = self._shares[param]
         return 0, share.end - share.begin
 
     def whole(self, param: Tensor, part: Tensor) -> Tensor:
-        """Every rank's part put together; collective."""
+        """Return the ranks' parts joined; collective."""
         share = self._shares[param]
         everything = part.new_zeros(param.numel())
         everything[share.begin : share.end] = flat(part)
@@ -205,7 +205,7 @@ class Sharded:
         return everything.as_strided(param.shape, param.stride())
 
     def part(self, param: Tensor, whole: Tensor) -> Tensor:
-        """This rank's part of ``whole``, which has the parameter's shape."""
+        """Return this rank's part of ``whole``, which has the parameter's shape."""
         share = self._shares[param]
         laid_out = torch.empty_like(param, dtype=whole.dtype).copy_(whole)
         if share.end - share.begin == param.numel():

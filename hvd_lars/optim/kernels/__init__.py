@@ -1,8 +1,8 @@
-"""The arithmetic of a step over many layers, in several ways that agree.
+"""Interchangeable implementations of a step's arithmetic over many layers.
 
-``native`` is this package's own code (C++ on CPU, Triton on a GPU), ``fused`` torch's fused SGD
-with LARS folded into its coefficients, ``eager`` plain torch.  :func:`choose_kernel` is the one
-place that decides.
+``native`` is this package's own code (C++ on CPU, Triton on a GPU), ``fused`` is torch's fused SGD
+with LARS folded into its coefficients, ``eager`` is plain torch.  Only :func:`choose_kernel`
+chooses among them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["Block", "Kernel", "KernelName", "choose_kernel", "why_not_native"]
 
 @functools.cache
 def choose_kernel(wanted: KernelName, device: str) -> Kernel:
-    """The kernel of that name for a type of device (``"cpu"``, ``"cuda"``).
+    """Return the kernel of that name for a type of device (``"cpu"``, ``"cuda"``).
 
-    ``auto`` takes the fastest that this machine has, as benchmarks/lars_step.py measures them:
-    native, else fused on CPU or eager elsewhere.
+    ``auto`` takes the fastest that is available, as measured by benchmarks/lars_step.py: native,
+    else fused on CPU or eager elsewhere.
 
     Raises:
-        ValueError: there is no such kernel for the device; says why and which there are.
+        ValueError: the device has no such kernel; the message says why and what is allowed.
     """
     on_cpu = device == "cpu"
     if wanted == "fused" and not on_cpu:
@@ -47,7 +47,7 @@ def choose_kernel(wanted: KernelName, device: str) -> Kernel:
 
 
 def why_not_native(device: str) -> str:
-    """Why this package's own code cannot serve a type of device here; empty where it can."""
+    """Return why the native kernel cannot run on a type of device here; empty if it can."""
     if device == "cpu":
         return why_not_loaded()
     return why_not_gpu() if device == "cuda" else f"it does not know {device}"

@@ -10,10 +10,12 @@ from hvd_lars.optim.kernels import KernelName, choose_kernel, why_not_native
 
 
 def agree_on_kernel(wanted: KernelName, device: torch.device, comm: Communicator) -> KernelName:
-    """The kernel that every rank uses: kernels differ in the last bits, and so would ranks.
+    """Return the kernel that all ranks use; collective for ``auto`` and ``native``.
+
+    Kernels differ in the last bits, so mixing them would let the ranks' parameters diverge.
 
     Raises:
-        UserError: on every rank alike, some of them do not have the one that is wanted.
+        UserError: on every rank alike: the kernel is not available on all of them.
     """
     try:
         choose_kernel("auto" if wanted == "native" else wanted, device.type)

@@ -1,4 +1,4 @@
-"""What a kernel works on."""
+"""The interface of a kernel, and the block of memory it updates."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class Block:
     in memory keeps its shape.
     """
 
-    weight: Tensor  # what is updated: float32 masters where the parameter is of half precision
+    weight: Tensor  # updated; the float32 master of a half-precision parameter
     gradient: Tensor
     buffer: Tensor | None  # momentum, like weight; None without momentum
-    copy: Tensor | None  # the parameter of half precision that follows its master
+    copy: Tensor | None  # the half-precision parameter, a rounded copy of its master
     group: dict[str, Any]
     state: dict[str, Any]
     norm_part: tuple[int, int]  # begin and end of the elements whose squares this rank sums
-    # The native kernel's Layer: addresses of the four tensors, sizes, …; None since one changed.
+    # The native kernel's Layer: addresses of the four tensors, sizes, …; None if out of date.
     row: tuple[int, ...] | None = None
 
     @property
     def is_flat(self) -> bool:
-        """Whether all its tensors are gapless, so that their memory pairs up element by element."""
+        """Whether all tensors are contiguous, so that their memory pairs up by element."""
         tensors = (self.weight, self.gradient, self.buffer, self.copy)
         return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
 
     def check(self) -> None:
-        """Raise RuntimeError where its tensors, which kernels take by address, do not pair up."""
+        """Raise RuntimeError if the tensors, which kernels access by address, differ in size."""
         size = self.weight.numel()
         for name in ("gradient", "buffer", "copy"):
             tensor: Tensor | None = getattr(self, name)
@@ -54,7 +54,7 @@ class Kernel(Protocol):
     name: Any  # as KernelName has it
 
     def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Sum of squares of each tensor: (len(tensors),), float64, on their device."""
+        """Return the sum of squares of each tensor: (len(tensors),), float64, on their device."""
         ...
 
     def update(
@@ -66,28 +66,28 @@ class Kernel(Protocol):
     ) -> tuple[Tensor | None, Tensor] | None:
         """Apply the momentum rule in place; ``ratios`` are the blocks' λ, (n,) float64.
 
-        g is the blocks' gradient times ``unscale``.  Where ``live``, a 0-dim bool on their device,
-        is False, everything stays as it is.
+        g is the blocks' gradient times ``unscale``.  If ``live``, a 0-dim bool on their device, is
+        False, nothing changes.
 
-        With a the rate inside the buffer and b the rate outside it, a·b = γλ:
+        With the rates a inside the buffer and b outside it, a·b = γλ:
         v ← μv + a(g + βw) and w ← w − b·v, Nesterov w ← w − b(μv + a(g + βw)).  λ = 0 in a group
-        with ``zero_norm="skip"`` leaves a block and its buffer as they are.  A λ that is not a
-        number makes the block and its buffer that, too.
+        with ``zero_norm="skip"`` leaves the block and its buffer unchanged.  A λ of NaN makes the
+        block and its buffer NaN.
 
         Returns:
-            Sums of squares of the weights' norm parts before and after, (n,) float64 each, where
-            the kernel has them without another pass: the bits that ``sums_of_squares`` gives.
-            None in place of those before where it does not look.
+            Sums of squares of the weights' norm parts before and after, (n,) float64 each,
+            bitwise equal to those of ``sums_of_squares``.  None if the kernel would need another
+            pass for them; None for the sums before if only those are not computed.
         """
         ...
 
 
 def rates(group: dict[str, Any]) -> tuple[float, float]:
-    """Factors of λ inside the buffer (a / λ) and of the buffer outside (b), by ``lr_position``."""
+    """Return the factors a / λ inside the buffer and b outside it, by ``lr_position``."""
     lr = float(group["lr"])
     return (1.0, lr) if group["lr_position"] == "update" else (lr, 1.0)
 
 
 def is_skipped(block: Block, ratio: float) -> bool:
-    """Whether a zero norm leaves the block as it is."""
+    """Return whether a zero norm leaves the block unchanged."""
     return ratio == 0.0 and block.group["zero_norm"] == "skip"

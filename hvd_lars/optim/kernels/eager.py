@@ -1,7 +1,7 @@
 """The update in plain torch operations.
 
-On CPU a loop over the layers with rates on the host.  Elsewhere ``torch._foreach_*`` over all
-layers of a kind with rates that stay on the device, so that no step waits for it.
+On CPU, a loop over the layers with rates on the host.  Elsewhere, ``torch._foreach_*`` over all
+layers of a kind with rates on the device, so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from hvd_lars.optim.norms import sums_of_squares
 
 @final
 class EagerKernel:
-    """Runs on any device and takes any layout.
+    """Plain torch operations, for any device and layout.
 
     Args:
-        on_host: the ratios are the host's to read; False keeps them where the layers are.
+        on_host: read the ratios on the host; if False they stay on the layers' device.
     """
 
     name = "eager"
@@ -30,7 +30,7 @@ class EagerKernel:
         self._on_host = on_host
 
     def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As the protocol says."""
+        """Return the sums of squares; see :class:`Kernel`."""
         return sums_of_squares(tensors)
 
     def update(
@@ -40,7 +40,7 @@ class EagerKernel:
         unscale: float,
         live: Tensor | None = None,
     ) -> None:
-        """As the protocol says; takes no sums."""
+        """Update in place, without sums; see :class:`Kernel`."""
         if live is not None and not live:
             return
         if self._on_host:
@@ -56,7 +56,7 @@ class EagerKernel:
 
 
 def update_on_host(block: Block, ratio: float, unscale: float) -> None:
-    """The rule for one block on CPU with λ on the host."""
+    """Apply the rule to one block on CPU, with λ on the host."""
     group, weight = block.group, block.weight
     inside, outside = rates(group)
     momentum, decay, scale = group["momentum"], group["weight_decay"], ratio * inside
@@ -80,7 +80,7 @@ def update_on_host(block: Block, ratio: float, unscale: float) -> None:
 
 
 def _update_together(blocks: list[Block], ratios: Tensor, unscale: float) -> None:
-    """The rule for blocks of one group and dtype without copying a value to the host."""
+    """Apply the rule to blocks of one group and dtype without copying a value to the host."""
     group, weights = blocks[0].group, [block.weight for block in blocks]
     inside, outside = rates(group)
     momentum, decay = group["momentum"], group["weight_decay"]

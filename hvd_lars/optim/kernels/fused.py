@@ -1,15 +1,15 @@
 """LARS in one pass of torch's fused SGD on CPU.
 
-``torch._fused_sgd_`` knows v ← μ'v + (1 − d)(g + βw), w ← w − γ'v with one γ' a call and no rate
-inside the buffer.  With v = a·n, a one number a layer, and s = γλ:
+``torch._fused_sgd_`` computes v ← μ'v + (1 − d)(g + βw), w ← w − γ'v with one γ' per call and no
+rate inside the buffer.  With v = a·n, where a is one number per layer, and s = γλ:
 
     a' = μa + s,   n' = (μa/a')·n + (s/a')(g + βw),   w' = w − a'·n'
 
 which is the paper's v' = a'n' = μv + s(g + βw); with γ outside the buffer s = λ and the last term
-is γa'n'.  n stays an average of gradients.  The block's
-buffer then holds n and ``state["momentum_scale"]`` holds a: :func:`unfold` makes it v again.  A new
-buffer has a = 0, one that holds v is folded by s first: with a = 1 and a small s, d would be so
-close to 1 that 1 − d has few digits.
+is γa'n'.  n stays an average of gradients.  The block's buffer then holds n, and
+``state["momentum_scale"]`` holds a; :func:`unfold` restores v.  A new buffer has a = 0.  A buffer
+that holds v is folded by s first: with a = 1 and a small s, d would be so close to 1 that 1 − d
+has few significant digits.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _SCALE = "momentum_scale"
 
 
 def unfold(state: dict[str, Any]) -> None:
-    """Make a parameter's momentum buffer hold v where it holds v / a."""
+    """Make a parameter's momentum buffer hold v if it holds v / a."""
     scale = state.pop(_SCALE, 1.0)
     if scale != 1.0:
         state["momentum_buffer"].mul_(scale)
 
 
 def unfold_all(states: Iterable[dict[str, Any]]) -> None:
-    """:func:`unfold` where it is needed, which costs next to nothing where it is not."""
+    """Unfold the states that need it; costs next to nothing for the others."""
     for state in states:
         if _SCALE in state:
             unfold(state)
 
 
 def _fold(momentum: Tensor, scale: float) -> float:
-    """Let a buffer that holds v hold v / a; returns a, which is about ``scale`` where it can be."""
+    """Divide a buffer that holds v by a; return a: ``scale``, 1 if that overflows, 0 if v = 0."""
     largest = float(torch.linalg.vector_norm(momentum, float("inf")))
     if largest == 0.0:
         return 0.0
@@ -55,12 +55,15 @@ def _fold(momentum: Tensor, scale: float) -> float:
 
 @final
 class FusedKernel:
-    """For CPU without a compiler; blocks that torch's kernel would get wrong go the eager way."""
+    """For CPU without a compiler; blocks that torch's kernel would get wrong are updated eagerly.
+
+    See :class:`Kernel` for the methods.
+    """
 
     name = "fused"
 
     def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As the protocol says."""
+        """Return the sums of squares."""
         return sums_of_squares(tensors)
 
     def update(
@@ -70,7 +73,7 @@ class FusedKernel:
         unscale: float,
         live: Tensor | None = None,
     ) -> None:
-        """As the protocol says; takes no sums."""
+        """Update in place, without sums."""
         if live is not None and not live:
             return
         for block, ratio in zip(blocks, ratios.tolist(), strict=True):
@@ -84,7 +87,10 @@ class FusedKernel:
 
 
 def _fits(block: Block) -> bool:
-    """Nesterov has no fold; half gradients and differing strides come out silently wrong."""
+    """Return whether torch's kernel can take the block.
+
+    Nesterov cannot be folded; half gradients and differing strides give silently wrong results.
+    """
     return (
         not block.group["nesterov"]
         and block.gradient.dtype == block.weight.dtype
@@ -106,7 +112,7 @@ def _update(block: Block, ratio: float, unscale: float) -> None:
             old = _fold(block.buffer, scale)
         new = momentum * old + scale
         if new == 0.0:
-            return  # nothing has moved yet, and nothing moves
+            return  # v is zero and stays zero
         block.state[_SCALE] = new
         momentum, dampening, lr = momentum * old / new, 1.0 - scale / new, new * outside
         first = momentum == 0.0  # torch takes momentum 0 for "no buffer"

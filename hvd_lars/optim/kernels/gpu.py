@@ -1,7 +1,7 @@
 """The Triton kernels over lists of tensors.
 
-Nothing here waits for the device: tables of addresses go there once and stay while the tensors do,
-so a step can be captured in a CUDA graph after one or two that were not.
+Nothing here waits for the device: tables of addresses are copied to it once and stay valid as long
+as the tensors, so a step can be captured in a CUDA graph after one or two uncaptured steps.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.norms import sums_of_squares
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_WIDE = (16, 8)  # bytes of addresses, and elements, that every chunk's load of several takes
+_WIDE = (16, 8)  # alignment that wide loads need: of addresses in bytes, of positions in elements
 
 Part = tuple[int, int]
 
 
 def why_not_gpu() -> str:
-    """Why the kernels cannot be used on the GPU here; empty where they can."""
+    """Return why the kernels cannot be used on the GPU here; empty if they can."""
     return _try_on(torch.device("cuda"))
 
 
 @functools.cache
 def _try_on(device: torch.device) -> str:
-    """Compile and run both kernels on a few numbers, against plain torch."""
+    """Compile both kernels and compare them with plain torch on a few numbers."""
     try:
         kernel, plain = GpuKernel(), EagerKernel(on_host=False)
         ends = []
@@ -58,10 +58,10 @@ def _try_on(device: torch.device) -> str:
 
 @final
 class GpuKernel:
-    """28 bytes a parameter in float32: sums read w and g, the update reads w, g, v, writes w, v.
+    """Moves 28 bytes per float32 parameter: sums read w, g; the update reads w, g, v, writes w, v.
 
-    The update also sums the squares of the weights that it writes.  Blocks with gaps in memory go
-    the eager way.
+    The update also sums the squares of the weights that it writes.  Blocks with gaps in memory are
+    updated eagerly.  See :class:`Kernel` for the methods.
 
     Raises:
         ImportError: Triton is not installed.
@@ -73,7 +73,7 @@ class GpuKernel:
         self._triton = _kernels()
 
     def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As the protocol says."""
+        """Return the sums of squares."""
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) != 1 or not all(map(_fits, tensors)):
             return sums_of_squares(tensors)
@@ -101,7 +101,7 @@ class GpuKernel:
         unscale: float,
         live: Tensor | None = None,
     ) -> tuple[None, Tensor] | None:
-        """As the protocol says; no sums where a block went the eager way."""
+        """Update in place; return no sums if a block was updated eagerly."""
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, block in enumerate(blocks):
             kinds.setdefault(_kind(block), []).append(i)
@@ -123,7 +123,7 @@ class GpuKernel:
         return (None, after) if () not in kinds else None
 
     def _launch(self, blocks: Sequence[Block], ratios: Tensor, factors: Tensor) -> Tensor:
-        """Update blocks of one kind; the new weights' sums of squares."""
+        """Update blocks of one kind and return the new weights' sums of squares."""
         groups = {id(block.group): block.group for block in blocks}
         numbers = {key: number for number, key in enumerate(groups)}
         rows = tuple(
@@ -155,7 +155,7 @@ class GpuKernel:
                 CHUNK=self._triton.CHUNK,
                 FOLD=self._triton.FOLD,
             )
-        for block in blocks:  # autograd must see what it cannot see Triton do
+        for block in blocks:  # autograd does not see Triton's writes
             torch.autograd.graph.increment_version(block.weight)
             if block.copy is not None:
                 torch.autograd.graph.increment_version(block.copy)
@@ -168,7 +168,7 @@ class GpuKernel:
         members: tuple[int, ...],
         device: torch.device,
     ) -> tuple[Tensor, int, list[Tensor]]:
-        """The sums to be, the number of programs, and the tables and scratch of a launch."""
+        """Return the output sums, the number of programs, and a launch's tables and scratch."""
         chunks, slots, num_slots = _chunks(parts, self._triton.CHUNK, device)
         layers = _on_device(
             tuple(
@@ -184,7 +184,7 @@ class GpuKernel:
 
 
 def _kernels() -> ModuleType:
-    from hvd_lars.optim.kernels import triton_kernels  # Triton is not everywhere where torch is
+    from hvd_lars.optim.kernels import triton_kernels  # not every build of torch brings Triton
 
     return triton_kernels
 
@@ -194,7 +194,7 @@ def _triton_type(language: Any, dtype: torch.dtype) -> Any:
 
 
 def _aligned(rows: Sequence[tuple[int, ...]], parts: Sequence[tuple[int, Part]]) -> bool:
-    """Whether wide loads serve every chunk of every tensor."""
+    """Return whether every chunk of every tensor is aligned for wide loads."""
     address, elements = _WIDE
     return not any(
         any(number % address for number in row) or any(n % elements for n in (numel, *part))
@@ -207,7 +207,7 @@ def _fits(tensor: Tensor) -> bool:
 
 
 def _kind(block: Block) -> tuple[Any, ...]:
-    """Blocks of one kind share a launch; () is what the kernel cannot take."""
+    """Return a block's kind, () if the kernel cannot take it; a kind shares one launch."""
     tensors = [t for t in (block.weight, block.gradient, block.buffer, block.copy) if t is not None]
     if not all(map(_fits, tensors)):
         return ()
@@ -220,7 +220,7 @@ def _kind(block: Block) -> tuple[Any, ...]:
 
 
 def _rules(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
-    """The groups' (groups, 5) float64 table of triton_kernels; γ may be on the device already."""
+    """Return the (groups, 5) float64 table of triton_kernels; γ may be a device tensor."""
     rows, late = [], []
     for i, group in enumerate(groups):
         lr, inside = group["lr"], group["lr_position"] == "momentum"
@@ -249,10 +249,10 @@ def _on_device(values: tuple[Any, ...], device: torch.device) -> Tensor:
 def _chunks(
     parts: tuple[tuple[int, Part], ...], size: int, device: torch.device
 ) -> tuple[Tensor, list[Part], int]:
-    """Work of ``size`` elements: (programs, 4) layer, begin, end, slot; each layer's slots.
+    """Return chunks of ``size`` elements, (programs, 4): layer, begin, end, slot; layers' slots.
 
-    Chunks begin anew where the norm part does and where it ends, so that its sums are of the same
-    elements whoever takes them.
+    Chunks restart at the beginning and the end of the norm part, so that its sums cover the same
+    elements in both kernels.
     """
     tables, slots, slot = [np.empty((0, 4), dtype=np.int64)], [], 0
     for layer, (numel, (begin, end)) in enumerate(parts):
@@ -273,7 +273,7 @@ def _chunks(
 
 
 def _update_eagerly(blocks: Sequence[Block], ratios: Tensor, factors: Tensor) -> None:
-    """As the protocol says, with the factors on the host: this waits for the device."""
+    """Update with the factors read on the host; waits for the device."""
     unscale, live = factors.tolist()
     if live:
         EagerKernel(on_host=False).update(blocks, ratios, unscale)

@@ -1,7 +1,7 @@
 """The C++ kernels of native.cpp through ctypes.
 
-setup.py builds them where there is a compiler.  They use the OpenMP runtime that torch has loaded
-already, so that the two share one set of threads.
+setup.py builds them if there is a compiler.  They use the OpenMP runtime that torch has already
+loaded, so that both share one set of threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 
 def why_not_loaded() -> str:
-    """Why the library cannot be used here; empty where it can."""
+    """Return why the library cannot be used here; empty if it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else ""
 
@@ -46,7 +46,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _openmp_runtime() -> str:
-    """Torch's OpenMP library; any of the three runtimes serves code that GCC compiled."""
+    """Return torch's OpenMP library; code compiled by GCC works with any of the three runtimes."""
     try:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:
@@ -59,8 +59,9 @@ def _openmp_runtime() -> str:
 class NativeKernel:
     """Reads every gradient once for the norms, and weight, gradient and momentum once to update.
 
-    The update also gives the sums of squares of the weights.  Blocks with gaps in memory, or
-    dtypes that native.cpp does not know, go the eager way.
+    The update also returns the weights' sums of squares.  Blocks with gaps in memory, or with
+    dtypes that native.cpp does not support, are updated eagerly.  See :class:`Kernel` for the
+    methods.
     """
 
     name = "native"
@@ -71,7 +72,7 @@ class NativeKernel:
         self._sums, self._update = library.hvd_lars_sums, library.hvd_lars_update
 
     def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As the protocol says."""
+        """Return the sums of squares."""
         if not all(tensor.is_contiguous() and tensor.dtype in _KINDS for tensor in tensors):
             return sums_of_squares(tensors)
         rows = [(0, t.data_ptr(), 0, 0, t.numel(), _KINDS[t.dtype], 0, 0) for t in tensors]
@@ -86,14 +87,15 @@ class NativeKernel:
         unscale: float,
         live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """As the protocol says; no sums where a block was left out or went the eager way."""
+        """Update in place; return no sums if a block was skipped or updated eagerly."""
         if live is not None and not live:
             return None
-        taken, scales = self._taken(blocks, ratios.numpy(), unscale)
+        rules = {id(block.group): block.group for block in blocks}
+        skips = any(group["zero_norm"] == "skip" for group in rules.values())
+        taken, scales = _taken(blocks, ratios.numpy(), unscale, skips)
         if not taken:
             return None
         table = np.array([block.row for block in taken], dtype=np.int64)
-        rules = {id(block.group): block.group for block in taken}
         numbers = dict(zip(rules, range(len(rules)), strict=True))
         coefficients = np.array(
             [_coefficients(g, unscale) for g in rules.values()], dtype=np.float64
@@ -103,41 +105,41 @@ class NativeKernel:
         sums = np.empty((len(taken), 2))
         _call(self._update, table, rows, sums)
         written = [b.weight for b in taken] + [b.copy for b in taken if b.copy is not None]
-        torch.autograd.graph.increment_version(written)  # autograd cannot see what ctypes does
+        torch.autograd.graph.increment_version(written)  # autograd does not see ctypes' writes
         if len(taken) < len(blocks):
             return None
         before, after = torch.from_numpy(sums).unbind(1)
         return before, after
 
-    def _taken(
-        self, blocks: Sequence[Block], ratios: np.ndarray[Any, Any], unscale: float
-    ) -> tuple[Sequence[Block], np.ndarray[Any, Any]]:
-        """Blocks for the kernel, with their λ; updates the eager way those that it cannot take."""
-        skips = any(block.group["zero_norm"] == "skip" for block in blocks)
-        if all(block.row is not None or _has_row(block) for block in blocks) and not (
-            skips and any(map(is_skipped, blocks, ratios))
-        ):
-            return blocks, ratios
-        kept = []
-        for i, (block, ratio) in enumerate(zip(blocks, ratios.tolist(), strict=True)):
-            if is_skipped(block, ratio):
-                continue
-            if _has_row(block):
-                kept.append(i)
-            else:
-                update_on_host(block, ratio, unscale)
-        return [blocks[i] for i in kept], ratios[kept]
+
+def _taken(
+    blocks: Sequence[Block], ratios: np.ndarray[Any, Any], unscale: float, skips: bool
+) -> tuple[Sequence[Block], np.ndarray[Any, Any]]:
+    """Return the blocks for the kernel, with their λ; update the others eagerly."""
+    if all([block.row or _has_row(block) for block in blocks]) and not (
+        skips and any(map(is_skipped, blocks, ratios))
+    ):
+        return blocks, ratios
+    kept = []
+    for i, (block, ratio) in enumerate(zip(blocks, ratios.tolist(), strict=True)):
+        if is_skipped(block, ratio):
+            continue
+        if _has_row(block):
+            kept.append(i)
+        else:
+            update_on_host(block, ratio, unscale)
+    return [blocks[i] for i in kept], ratios[kept]
 
 
 def _coefficients(group: dict[str, Any], unscale: float) -> tuple[float, ...]:
-    """As ``Coefficients`` in native.cpp, without the ratio."""
+    """Return ``Coefficients`` of native.cpp, without the ratio."""
     inside, outside = rates(group)
     momentum, decay, nesterov = group["momentum"], group["weight_decay"], group["nesterov"]
     return momentum, decay, inside, outside, nesterov, unscale
 
 
 def _has_row(block: Block) -> bool:
-    """Whether the kernel can take the block; notes its addresses as ``Layer`` in native.cpp."""
+    """Return whether the kernel can take the block; sets its row, ``Layer`` in native.cpp."""
     if block.row is None and _fits(block):
         block.check()  # C trusts the length
         addresses = [
@@ -150,7 +152,7 @@ def _has_row(block: Block) -> bool:
 
 
 def _fits(block: Block) -> bool:
-    """Same dtype throughout, or a half gradient and parameter with a float32 master."""
+    """Return whether all dtypes match, or a half gradient and parameter have a float32 master."""
     if not block.is_flat:
         return False
     if block.buffer is not None and block.buffer.dtype != block.weight.dtype:
@@ -162,7 +164,7 @@ def _fits(block: Block) -> bool:
 
 
 def _call(function: Any, table: np.ndarray[Any, Any], *rest: np.ndarray[Any, Any]) -> None:
-    """Pass (layers, 8) int64 rows and float64 arrays; the GIL is free meanwhile."""
+    """Pass (layers, 8) int64 rows and float64 arrays to C, which runs without the GIL."""
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (table, *rest)]
     threads = ctypes.c_int(torch.get_num_threads())
     function(pointers[0], ctypes.c_int64(len(table)), *pointers[1:], threads)

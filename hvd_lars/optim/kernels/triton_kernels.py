@@ -1,9 +1,9 @@
 """The two passes over memory of a LARS step on a GPU, in Triton.
 
-A program takes one chunk of a layer; a table on the device says which, and where its tensors lie,
-so that one launch serves all layers.  Sums of squares: a program writes the sum of its chunk, and
-the last program of a layer to finish adds the chunks up in their order, in float64.  So a sum has
-the same bits whatever order the programs run in, and needs no second launch.
+Each program handles one chunk of a layer; a table on the device holds the chunks and the addresses
+of the tensors, so that one launch covers all layers.  For sums of squares, each program writes the
+sum of its chunk, and the last program of a layer to finish adds up the chunks in order, in float64.
+A sum thus has the same bits in whatever order programs run, and needs no second launch.
 """
 
 # ruff: noqa: N803 - Triton's compile-time arguments are written in capitals
@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CHUNK = 4096  # elements of a program
-FOLD = 1024  # chunk sums that are added at once
+CHUNK = 4096  # elements per program
+FOLD = 1024  # chunk sums added at once
 
 
 @triton.jit
@@ -28,13 +28,13 @@ def _complete(
     sums,
     FOLD: tl.constexpr,
 ):
-    """Keep the sum of a chunk; the layer's last program adds them up and resets the counter."""
+    """Store a chunk's sum; the layer's last program adds them up and resets the counter."""
     tl.store(partials + slot, total.to(tl.float64))
     tl.debug_barrier()  # the store comes before the counter, for all threads
     if tl.atomic_add(arrived + layer, 1) == count - 1:
         together = tl.zeros([FOLD], dtype=tl.float64)
         begin = 0
-        while begin < count:  # range() of a loaded number is beyond Triton's interpreter
+        while begin < count:  # Triton's interpreter has no range() of a loaded number
             at = begin + tl.arange(0, FOLD)
             together += tl.load(partials + first + at, mask=at < count, other=0.0, volatile=True)
             begin += FOLD
@@ -44,7 +44,7 @@ def _complete(
 
 @triton.jit
 def _at(table, row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The tensor whose address stands in the table."""
+    """Return the pointer in a column of the table's row."""
     pointer = tl.load(table + row * 8 + column).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -53,7 +53,7 @@ def _at(table, row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.const
 
 @triton.jit
 def _range(row, ALIGNED: tl.constexpr):
-    """Where a chunk begins and ends."""
+    """Return the beginning and end of a chunk."""
     begin, end = tl.load(row + 1), tl.load(row + 2)
     if ALIGNED:
         begin, end = tl.multiple_of(begin, 8), tl.multiple_of(end, 8)
@@ -65,7 +65,7 @@ def sums_kernel(
     chunks,  # (programs, 4) int64: layer, begin, end, slot
     layers,  # (layers, 8) int64: address, …, first slot, number of slots
     partials,  # (slots,) float64
-    arrived,  # (layers,) int32, zeros before and after
+    arrived,  # (layers,) int32, zero before and after the launch
     sums,  # (layers,) float64
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -73,7 +73,7 @@ def sums_kernel(
     CHUNK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Sums of squares of all layers of one dtype."""
+    """Sum the squares of all layers of one dtype."""
     row = chunks + tl.program_id(0) * 4
     layer, slot = tl.load(row), tl.load(row + 3)
     begin, end = _range(row, ALIGNED)
@@ -87,9 +87,9 @@ def sums_kernel(
 def update_kernel(
     chunks,  # as above; slot -1 outside the norm part
     layers,  # (layers, 8) int64: weight, gradient, buffer, copy, first slot, slots, group
-    groups,  # (groups, 5) float64: μ, β, a / λ, b, 1 where λ = 0 leaves a layer alone
+    groups,  # (groups, 5) float64: μ, β, a / λ, b, 1 if λ = 0 skips a layer
     ratios,  # (layers,) float64: λ
-    factors,  # (2,) float64: of the gradients; 0 leaves every layer alone
+    factors,  # (2,) float64: factor of the gradients; 0 to skip every layer
     partials,
     arrived,
     sums,
@@ -102,7 +102,7 @@ def update_kernel(
     CHUNK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """The momentum rule over all layers of one kind, and the new weights' sums of squares."""
+    """Update all layers of one kind and sum the squares of the new weights."""
     row = chunks + tl.program_id(0) * 4
     layer, slot = tl.load(row), tl.load(row + 3)
     begin, end = _range(row, ALIGNED)
