@@ -37,11 +37,11 @@ def folder(tmp_path):
     return make_folder(tmp_path / "images")
 
 
-def source_of(folder, seed=0, augment=None, progressive=(), **options):
+def source_of(folder, seed=0, augment=None, progressive=(), sides=(16, 20), **options):
     listing = list_folder(str(folder), None)
     train, val = (FolderImages(listing.root, split) for split in (listing.train, listing.val))
     parts = train, val, listing.identity(), augment or Augment()
-    return Images(*parts, Sizes(16, 20, progressive), seed, STATISTICS, **options)
+    return Images(*parts, Sizes(*sides, progressive), seed, STATISTICS, **options)
 
 
 def test_a_folder_is_listed_by_class(folder):

@@ -1,7 +1,7 @@
 """Optimizer settings, one file per kind: a section of the YAML whose ``build()`` makes it.
 
 To add a kind, write its file, list its settings in the file's ``KINDS``, and name the file in
-``_FILES``.  Only ``build`` imports torch.
+``_FILES``.  Torch is loaded by ``build`` only.
 """
 
 from functools import reduce

@@ -1,4 +1,4 @@
 """Building blocks of the config's sections: field types and durations.
 
-Reading a config imports nothing heavier than pydantic.
+Reading a config loads nothing heavier than pydantic.
 """
