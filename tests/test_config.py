@@ -1,12 +1,16 @@
 """Config files: what is read, and how mistakes are told."""
 
 import json
+import typing
 
 import pytest
+from pydantic import BaseModel
 
+from hvd_lars.config.binding import changes
 from hvd_lars.config.file import bundled_configs, dump_config, find_config, load_config
-from hvd_lars.config.schema import json_schema
+from hvd_lars.config.schema import KINDS, Config, json_schema
 from hvd_lars.errors import UserError
+from hvd_lars.settings.fields import Binds
 
 MINIMAL = """
 data: {name: digits}
@@ -269,3 +273,52 @@ def test_a_window_fits_into_the_resized_image(write):
     window = ["data.augment.crop=window", "data.progressive=[{epoch: 1, image_size: 288}]"]
     (line,) = lines_of(write(BASE), *window)
     assert "eval_resize is 256; at least 288, the largest side" in line
+
+
+def sections(model):
+    """A section's model and all below it."""
+    yield model
+    for field in model.model_fields.values():
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from sections(part)
+
+
+def test_every_key_says_what_it_binds():
+    found = {each.__name__: each for each in sections(Config)}
+    assert {"Run", "LarsSettings", "SgdSettings", "ShardsData", "Expected", "Resize"} <= set(found)
+    own = [name for name in Config.model_fields if name not in ("extends", "recipe")]
+    for name, section in found.items():
+        for key, field in section.model_fields.items():
+            if name != "Config" or key not in own:  # those are sections
+                assert field.json_schema_extra["binds"] in typing.get_args(Binds), f"{name}.{key}"
+    for section, kinds in KINDS.items():
+        assert set(kinds) <= set(found.values()), section
+
+
+def test_a_key_binds_what_it_says():
+    before = load_config("resnet50-lars-b8192")
+    after = load_config(
+        "resnet50-lars-b8192",
+        ["optimizer.momentum=0.8", "model.ema_decay=0.9", "train.max_skipped_steps=3",
+         "train.micro_batch=7", "data.augment.flip=false", "data.expect=null"],
+    )  # fmt: skip
+    changed = {
+        bound: changes(before, after, bound, lambda key, *values: key)
+        for bound in ("run", "recipe")
+    }
+    both = ["data.augment.flip", "optimizer.momentum"]
+    assert changed["run"] == sorted([*both, "model.ema_decay"])
+    assert changed["recipe"] == sorted([*both, "train.max_skipped_steps"])
+    allowed = changes(before, after, "run", lambda key, *_: key, ["optimizer", "data.augment.flip"])
+    assert allowed == ["model.ema_decay"]
+
+
+def test_another_optimizer_is_chosen_by_its_name(write):
+    assert load_config(write(MINIMAL)).optimizer.name == "lars"
+    chosen = load_config(write(MINIMAL), ["optimizer.name=sgd", "optimizer.momentum=0.5"])
+    assert (chosen.optimizer.name, chosen.optimizer.momentum) == ("sgd", 0.5)
+    with pytest.raises(UserError, match="optimizer.name: found 'adam'; allowed: lars, sgd"):
+        load_config(write(MINIMAL), ["optimizer.name=adam"])
+    with pytest.raises(UserError, match="optimizer.momentumm: unknown key; did you mean momentum?"):
+        load_config(write(MINIMAL), ["optimizer.momentumm=0.5"])

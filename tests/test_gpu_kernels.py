@@ -127,18 +127,18 @@ def test_a_steps_sums_stay_where_a_captured_step_reads_them(take_kernel):
 def test_a_gpu_that_cannot_run_them_or_gets_them_wrong_takes_plain_torch(monkeypatch, take_kernel):
     take_kernel("gpu")
     cpu = torch.device("cpu")
-    gpu._try_on.cache_clear()
+    gpu.try_on.cache_clear()
     choose_kernel.cache_clear()
     try:
-        assert gpu._try_on(cpu) == ""
+        assert gpu.try_on(cpu) == ""
         assert choose_kernel("auto", "cuda").name == "eager"  # there is no GPU
         with pytest.raises(ValueError, match="kernel native: Triton does not run here: "):
             choose_kernel("native", "cuda")
-        gpu._try_on.cache_clear()
+        gpu.try_on.cache_clear()
         monkeypatch.setattr(gpu.GpuKernel, "sums_of_squares", lambda *_: torch.zeros(3))
-        assert gpu._try_on(cpu) == "Triton's results differ from torch's here"
+        assert gpu.try_on(cpu) == "Triton's results differ from torch's here"
     finally:
-        gpu._try_on.cache_clear()
+        gpu.try_on.cache_clear()
         choose_kernel.cache_clear()
 
 

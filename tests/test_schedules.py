@@ -91,7 +91,7 @@ def test_minutes_are_for_what_a_clock_can_say():
         Duration.parse("30 minutes")
     with pytest.raises(ValueError, match="or '30 minutes'"):
         Duration.parse("30 hours", minutes=True)
-    with pytest.raises(ValueError, match="no number of steps"):
+    with pytest.raises(ValueError, match="cannot be converted to steps"):
         Duration(30, "minutes").steps(10, 1024)
 
 

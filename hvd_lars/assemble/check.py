@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -129,11 +128,23 @@ def _departures(config: Config, recipe: Config | None, plan: Plan, normalised: b
     return lines
 
 
-@lru_cache(maxsize=64)  # the recipes share a few networks
+_Network = tuple[tuple[Group, ...], Footprint, bool]
+_measured: dict[str, _Network] = {}  # by settings: the recipes share a few networks
+
+
 def _measure(
     settings: Model, optimizer: OptimizerSettings, data: SourceSettings, num_classes: int
-) -> tuple[tuple[Group, ...], Footprint, bool]:
+) -> _Network:
     """Return optimizer groups and memory of a network, and whether it has BatchNorm."""
+    key = "\n".join([*(s.model_dump_json() for s in (settings, optimizer, data)), str(num_classes)])
+    if key not in _measured:
+        _measured[key] = _measure_anew(settings, optimizer, data, num_classes)
+    return _measured[key]
+
+
+def _measure_anew(
+    settings: Model, optimizer: OptimizerSettings, data: SourceSettings, num_classes: int
+) -> _Network:
     model = build_network(settings, data, num_classes, torch.device("cpu"))
     groups = tuple(
         Group(

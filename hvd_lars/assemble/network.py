@@ -13,8 +13,8 @@ from hvd_lars.errors import UserError
 from hvd_lars.models import (
     batch_norms,
     build_model,
+    checkpoint_activations,
     initialise_last_layer,
-    recompute_blocks,
     set_batch_norm_momentum,
     zero_last_gammas,
 )
@@ -32,7 +32,7 @@ def build_network(
         UserError: the name is unknown, an option does not fit the network, or the network does
             not take images of the data's shape.
     """
-    model = build_model(settings.name, num_classes)
+    model = build_model(settings.name, num_classes, settings.options)
     if settings.zero_init_last_gamma:
         zero_last_gammas(model)
     if settings.fc_sigma is not None:
@@ -45,7 +45,7 @@ def build_network(
                 "model.checkpoint_blocks: cannot be used with model.bn_sync_ranks above 1, as "
                 "backward would repeat BatchNorm's sums over ranks"
             )
-        recompute_blocks(model)
+        checkpoint_activations(model)
     model = model.to(device).eval()
     for shape in data.shapes:
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from hvd_lars.cli.parser import ON_RANKS, TOOLS, parse
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.process import flush_output, prepare
-from hvd_lars.runtime.rank_stderr import speak_as, voice
+from hvd_lars.runtime.rank_stderr import label_stderr, own_stderr
 from hvd_lars.runtime.terminal import warn
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
             from hvd_lars.comm import detect_launch
 
             launch = detect_launch(os.environ)
-            speak_as(launch.rank)
+            label_stderr(launch.rank)
             return _run_on_ranks(options, launch)
         return TOOLS[options.command].run(options)
     except UserError as error:
@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
 def _interrupted() -> NoReturn:
     if _rank() == 0:
         print("hvd-lars: interrupted", file=sys.stderr, flush=True)
-    elif (own := voice()) is not None:
+    elif (own := own_stderr()) is not None:
         own.release()
     os._exit(130)
 
@@ -105,7 +105,7 @@ def _guarded(
     from hvd_lars.state.replicas import ReplicasDifferError
     from hvd_lars.train.recorder import settle_warnings
 
-    speak_as(comm.rank)  # an elastic job's ranks change
+    label_stderr(comm.rank)  # an elastic job's ranks change
     why = None
     try:
         code = work()
@@ -140,7 +140,7 @@ def _fail_together(message: str) -> NoReturn:
     with the mistake, or has no launcher that ends it, and prints too.
     """
     rank = _rank()
-    speak_as(rank)
+    label_stderr(rank)
     _let_rank_0_speak(rank, _USER_ERROR)
     for line in message.splitlines():
         warn(line)
@@ -151,7 +151,7 @@ def _fail_together(message: str) -> NoReturn:
 def _rank() -> int:
     from hvd_lars.comm import detect_launch
 
-    if (own := voice()) is not None:
+    if (own := own_stderr()) is not None:
         return own.rank
     try:
         return detect_launch(os.environ).rank

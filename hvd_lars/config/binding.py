@@ -38,9 +38,16 @@ def changes(
         describe(key, was.get(key), now.get(key))
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
-        and bound in binds[key].split(" and ")
+        and bound in _binding_of(key, binds).split(" and ")
         and not any(_overlap(key, other) for other in allowed)
     ]
+
+
+def _binding_of(key: str, binds: dict[str, str]) -> str:
+    """Return what a key binds; one of a mapping of options binds as the mapping does."""
+    while key not in binds:
+        key = key.rpartition(".")[0]
+    return binds[key]
 
 
 def _overlap(key: str, other: str) -> bool:

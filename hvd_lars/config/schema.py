@@ -91,12 +91,18 @@ class Comm(Section):
 
 
 class Model(Section):
-    """The network: one of hvd_lars, a torchvision classifier, or ``timm/NAME``."""
+    """The network: one of hvd_lars, a torchvision classifier, ``timm/NAME``, or one's own."""
 
     name: str = key(
         binds="run and recipe",
         default="digits_alexnet",
-        description="a network of hvd_lars, a torchvision classifier, or timm/NAME",
+        description="a network of hvd_lars, a torchvision classifier, timm/NAME, or "
+        "package.module:function of your own",
+    )
+    options: dict[str, Any] = key(
+        binds="run and recipe",
+        default={},
+        description="keyword arguments of the network's constructor or of your function",
     )
     init_from: str | None = key(
         binds="recipe",

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from hvd_lars.data.source import Batch, Request, Source, Unreadable
 from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
-from hvd_lars.runtime.rank_stderr import speak_as, voice
+from hvd_lars.runtime.rank_stderr import label_stderr, own_stderr
 
 
 class WorkerLostError(RuntimeError):
@@ -51,7 +51,7 @@ def _begin(rank: int | None, worker: int) -> None:
     """Set up a new worker; DataLoader passes its number."""
     leave_with_owner()
     if rank is not None:
-        speak_as(rank, hold=False)
+        label_stderr(rank, hold=False)
 
 
 def answer(source: Source, request: Request) -> Batch:
@@ -110,7 +110,7 @@ def _made(
     # Or all workers would import these again at every start, such as for an evaluation.
     context.set_forkserver_preload(["hvd_lars.data", "torchvision.transforms.v2"])
     asked, requests = itertools.tee(requests)
-    own = voice()
+    own = own_stderr()
     loader = DataLoader(
         _Answers(source),
         batch_size=None,
@@ -146,8 +146,8 @@ def _guarded(made: Iterator[_Made], workers: int) -> Iterator[_Made]:
                     f"train.micro_batch, or give the container more (docker run --shm-size=8g, or "
                     f"--ipc=host)"
                 ) from None
-            if "DataLoader worker" not in text:
-                raise
+            if "DataLoader worker" not in text or text.startswith("Caught "):
+                raise  # an error in the user's own data set, with its traceback
             signal = re.search(r"killed by signal: (\w+)", text)
             raise WorkerLostError(
                 f"a process that loads images (one of data.workers={workers}) "

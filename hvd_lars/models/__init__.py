@@ -1,6 +1,6 @@
 """Networks by name, and the changes that recipes make to them."""
 
-from hvd_lars.models.activation_checkpointing import recompute_blocks
+from hvd_lars.models.activation_checkpointing import checkpoint_activations
 from hvd_lars.models.build import build_model, check_model_name, model_names
 from hvd_lars.models.options import (
     batch_norms,
@@ -18,7 +18,7 @@ __all__ = [
     "initialise_last_layer",
     "load_weights",
     "model_names",
-    "recompute_blocks",
+    "checkpoint_activations",
     "set_batch_norm_momentum",
     "zero_last_gammas",
 ]

@@ -14,7 +14,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.runtime.torch_internals import replace_forward, statistics_in_copies
 
 
-def recompute_blocks(model: nn.Module) -> int:
+def checkpoint_activations(model: nn.Module) -> int:
     """Keep only the inputs of residual blocks for backward; returns the number of blocks.
 
     Blocks are direct children of an ``nn.Sequential`` or ``nn.ModuleList`` with at least two

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from hvd_lars.errors import UserError
 from hvd_lars.models.alexnet import CaffeAlexNet
 from hvd_lars.models.small_alexnet import SmallAlexNet
+from hvd_lars.runtime.imports import REFERENCE, load_callable
 
 
 def resnet18_cifar(num_classes: int) -> nn.Module:
@@ -24,7 +27,7 @@ def resnet18_cifar(num_classes: int) -> nn.Module:
     return model
 
 
-OWN: dict[str, Callable[[int], nn.Module]] = {
+OWN: dict[str, Callable[..., nn.Module]] = {
     "digits_alexnet": partial(SmallAlexNet, image_size=8),
     "glyphs_alexnet": partial(SmallAlexNet, image_size=16),
     "alexnet_caffe": CaffeAlexNet,
@@ -59,6 +62,11 @@ def model_names() -> list[str]:
 
 def check_model_name(name: str) -> None:
     """Raise UserError, with the nearest names, if :func:`build_model` does not know ``name``."""
+    if ":" in name:
+        if not re.match(REFERENCE, name):
+            raise UserError(f"model.name: found {name!r}; a network of your own is module:function")
+        load_callable(name, "model.name")
+        return
     if name in OWN:
         return
     library = "timm" if name.startswith("timm/") else "torchvision"
@@ -73,25 +81,50 @@ def check_model_name(name: str) -> None:
     raise UserError(f"model.name: found {name!r}; {hint}{missing}")
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
+def build_model(name: str, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a new network, initialised from torch's global random state.
 
+    Args:
+        name: of a network of ours, torchvision's or timm's, or ``module:function`` of a callable
+            that takes ``num_classes`` and the options.
+        num_classes: outputs of the network.
+        options: keyword arguments; none for a network of ours.
+
     Raises:
-        UserError: the name is unknown.
+        UserError: the name is unknown, or its network is no ``torch.nn.Module``.
     """
     check_model_name(name)
-    if name in OWN:
-        return OWN[name](num_classes)
+    own = dict(options or {})
     model: nn.Module
+    if ":" in name:
+        model = load_callable(name, "model.name")(num_classes=num_classes, **own)
+        if not isinstance(model, nn.Module):
+            found = type(model).__name__
+            raise UserError(f"model.name: {name} returned {found}; a torch.nn.Module is needed")
+        return model
+    try:
+        return _build_known(name, num_classes, own)
+    except TypeError as error:
+        if not own:
+            raise
+        raise UserError(f"model.options: {name} does not take them: {error}") from None
+
+
+def _build_known(name: str, num_classes: int, own: dict[str, Any]) -> nn.Module:
+    """Build a network of ours, torchvision's or timm's."""
+    model: nn.Module
+    if name in OWN:
+        model = OWN[name](num_classes, **own)
+        return model
     if name.startswith("timm/"):
         import timm
 
-        model = timm.create_model(name.removeprefix("timm/"), num_classes=num_classes)
+        model = timm.create_model(name.removeprefix("timm/"), num_classes=num_classes, **own)
         return model
     from torchvision import models
 
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
-    model = models.get_model(name, **options)
+    model = models.get_model(name, **(options | own))
     return model

@@ -21,7 +21,7 @@ class _Warning:
 
 
 @final
-class RankErrors:
+class RankStderr:
     """Standard error of one rank; replaces ``sys.stderr`` on ranks other than 0.
 
     Rank 0 writes unchanged.  The other ranks' lines are written at once, each after ``rank N:``;
@@ -123,26 +123,26 @@ class RankErrors:
         return len(text)
 
 
-_voice: RankErrors | None = None
+_own_stderr: RankStderr | None = None
 
 
-def speak_as(rank: int, hold: bool = True) -> None:
+def label_stderr(rank: int, hold: bool = True) -> None:
     """Make this process's standard error that of rank ``rank``; may be called again.
 
-    ``hold`` is as in :class:`RankErrors`.
+    ``hold`` is as in :class:`RankStderr`.
     """
-    global _voice
-    if _voice is None:
+    global _own_stderr
+    if _own_stderr is None:
         if sys.stderr is None:  # closed
             return
-        _voice = RankErrors(sys.stderr, rank, hold)
-        warnings.showwarning = _voice.warn
-        atexit.register(_voice.release)
-    _voice.become(rank)
+        _own_stderr = RankStderr(sys.stderr, rank, hold)
+        warnings.showwarning = _own_stderr.warn
+        atexit.register(_own_stderr.release)
+    _own_stderr.become(rank)
     if rank > 0:
-        sys.stderr = cast(TextIO, _voice)
+        sys.stderr = cast(TextIO, _own_stderr)
 
 
-def voice() -> RankErrors | None:
-    """Return this process's rank stderr; None before :func:`speak_as`."""
-    return _voice
+def own_stderr() -> RankStderr | None:
+    """Return this process's rank stderr; None before :func:`label_stderr`."""
+    return _own_stderr

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_lars.comm.base import Communicator
 from hvd_lars.metrics import Sink
-from hvd_lars.runtime.rank_stderr import voice
+from hvd_lars.runtime.rank_stderr import own_stderr
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.train.trainer import Trainer
 
@@ -162,13 +162,13 @@ def settle_warnings(comm: Communicator) -> None:
 
 
 def _sample() -> int:
-    own = voice()
+    own = own_stderr()
     return 0 if own is None else own.sample()
 
 
 def _settle(comm: Communicator, digests: list[float]) -> None:
     """Broadcast rank 0's warnings if any of ``digests``, which are of all ranks, differ."""
-    own = voice()
+    own = own_stderr()
     given = [] if own is None else own.sampled()
     if len(set(digests)) > 1:
         given = comm.broadcast_object(given)

@@ -69,7 +69,7 @@ class Trainer:
         self.model, self.optimizer = state.model, state.optimizer
         self.schedule, self.comm, self.options = schedule, comm, options or StepOptions()
         self.watch = placement.gradients.watch
-        self._forward = forward or state.model
+        self._forward = state.model if forward is None else forward
         channels_last = self.options.channels_last
         self._format = torch.channels_last if channels_last else torch.preserve_format
         self._buffers = list(state.model.buffers())

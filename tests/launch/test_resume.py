@@ -278,7 +278,7 @@ def test_another_run_starts_from_a_checkpoint(finished, tmp_path):
             ["run.dir=NEW", "--resume-from", "RUN", "model.name=glyphs_alexnet"],
             "glyphs_alexnet does not take the",
         ),
-        (["run.dir=NEW", "--resume-from", "RUN", "data.copies=6"], "data: not what"),
+        (["run.dir=NEW", "--resume-from", "RUN", "data.copies=6"], "data: differs from"),
     ],
 )
 def test_what_cannot_be_resumed_is_one_line(finished, tmp_path, options, message):

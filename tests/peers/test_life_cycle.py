@@ -171,7 +171,7 @@ def test_a_forgotten_placement(comm, placed):
     placement = placed(model.parameters(), comm)
     backward(comm, model)
     with pytest.raises(
-        RuntimeError, match=r"optimizer was not given: LARS\(…, placement=placement"
+        RuntimeError, match=r"was not given: pass it as LARS\(…, placement=placement"
     ):
         optimizer.step()
     assert placement.gradients.steps == 0

@@ -27,11 +27,11 @@ Part = tuple[int, int]
 
 def why_not_gpu() -> str:
     """Return why the kernels cannot be used on the GPU here; empty if they can."""
-    return _try_on(torch.device("cuda"))
+    return try_on(torch.device("cuda"))
 
 
 @functools.cache
-def _try_on(device: torch.device) -> str:
+def try_on(device: torch.device) -> str:
     """Compile both kernels and compare them with plain torch on a few numbers."""
     try:
         kernel, plain = GpuKernel(), EagerKernel(on_host=False)

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from hvd_lars.errors import UserError
-from hvd_lars.models import recompute_blocks
+from hvd_lars.models import checkpoint_activations
 from hvd_lars.models.footprint import footprint
 
 
@@ -22,7 +22,7 @@ def test_gradients_and_statistics_are_the_same(name, blocks):
     else:
         model = get_model(name, num_classes=7).double()
     other = copy.deepcopy(model)
-    assert recompute_blocks(other) == blocks
+    assert checkpoint_activations(other) == blocks
     twin = copy.deepcopy(other)  # as for a moving average
     images = torch.randn(2, 3, side, side, dtype=torch.float64)
     for network in (model, other):
@@ -41,11 +41,11 @@ def test_gradients_and_statistics_are_the_same(name, blocks):
 def test_a_step_keeps_less(monkeypatch):
     model = get_model("resnet50")
     before = footprint(model, (3, 64, 64))
-    recompute_blocks(model)
+    checkpoint_activations(model)
     after = footprint(model, (3, 64, 64))
     assert 0 < after.activations_per_sample < 0.5 * before.activations_per_sample
 
 
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(UserError, match="model.checkpoint_blocks: the network has no blocks"):
-        recompute_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))
+        checkpoint_activations(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))

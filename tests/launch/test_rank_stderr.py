@@ -10,7 +10,7 @@ import pytest
 from commands import HANG_GUARD
 
 from hvd_lars.launchers.local import run_here
-from hvd_lars.runtime.rank_stderr import RankErrors
+from hvd_lars.runtime.rank_stderr import RankStderr
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def show(monkeypatch):
 
 def test_rank_0_speaks_as_ever(show):
     stream = io.StringIO()
-    errors = RankErrors(stream, 0)
+    errors = RankStderr(stream, 0)
     print("one\ntwo", file=errors)
     show(errors, "odd")
     assert stream.getvalue().startswith("one\ntwo\n")
@@ -40,7 +40,7 @@ def test_rank_0_speaks_as_ever(show):
 
 def test_every_line_of_another_rank_carries_it_once():
     stream = io.StringIO()
-    errors = RankErrors(stream, 3)
+    errors = RankStderr(stream, 3)
     errors.write("half")
     errors.write(" line\nnext\nrank 3: Traceback\n")
     errors.writelines(["\n", "last"])
@@ -51,7 +51,7 @@ def test_every_line_of_another_rank_carries_it_once():
 
 def test_warnings_wait_and_are_told_apart(show):
     streams = [io.StringIO(), io.StringIO()]
-    ranks = [RankErrors(stream, rank) for rank, stream in enumerate(streams)]
+    ranks = [RankStderr(stream, rank) for rank, stream in enumerate(streams)]
     for errors in ranks:
         show(errors, "both")
     assert ranks[0].sample() == ranks[1].sample() != 0
@@ -72,7 +72,7 @@ def test_warnings_wait_and_are_told_apart(show):
 
 def test_a_rank_that_becomes_another_forgets_nothing(show):
     stream = io.StringIO()
-    errors = RankErrors(stream, 1)
+    errors = RankStderr(stream, 1)
     show(errors, "odd")
     errors.sample()
     errors.become(0)
@@ -84,14 +84,14 @@ def test_a_rank_that_becomes_another_forgets_nothing(show):
 
 def test_a_progress_bar_keeps_its_rank():
     stream = io.StringIO()
-    RankErrors(stream, 1).write("\r 10%\r 20%")
+    RankStderr(stream, 1).write("\r 10%\r 20%")
     assert stream.getvalue() == "\rrank 1:  10%\rrank 1:  20%"
 
 
 def test_a_full_disk_is_no_reason_to_stop(show):
     for rank in (0, 1):
         with open("/dev/full", "w", buffering=1) as stream:
-            errors = RankErrors(stream, rank)
+            errors = RankStderr(stream, rank)
             show(errors, "odd")
             errors.sample()
             errors.settle([])
@@ -102,7 +102,7 @@ def test_a_full_disk_is_no_reason_to_stop(show):
 
 def test_what_waits_comes_before_anything_else_that_is_said(show):
     stream = io.StringIO()
-    errors = RankErrors(stream, 1)
+    errors = RankStderr(stream, 1)
     show(errors, "first")
     errors.write("then\n")
     assert stream.getvalue().index("first") < stream.getvalue().index("rank 1: then")
@@ -110,8 +110,8 @@ def test_what_waits_comes_before_anything_else_that_is_said(show):
 
 def test_what_waits_is_not_lost_at_the_end():
     program = (
-        "import warnings; from hvd_lars.runtime.rank_stderr import speak_as;"
-        "speak_as(2); warnings.warn('late')"
+        "import warnings; from hvd_lars.runtime.rank_stderr import label_stderr;"
+        "label_stderr(2); warnings.warn('late')"
     )
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -125,8 +125,8 @@ from hvd_lars.train import trainer
 import hvd_lars.cli
 sys.modules["hvd_lars.cli.main"]._GRACE_SECONDS = 60.0
 step = trainer.Trainer.train_step
-def warns(self, number, batches):
-    rank = self.comm.rank
+def warns(self, batches):
+    rank, number = self.comm.rank, self.state.progress.step
     if number in (3, 8):
         warnings.warn(f"met by all at {number}")
     if number == 8 and rank == 0:
@@ -137,7 +137,7 @@ def warns(self, number, batches):
         print("said by rank 1", file=sys.stderr)
     if number == 13 and sys.argv[2] == "fail":
         raise ArithmeticError("broken everywhere")
-    return step(self, number, batches)
+    return step(self, batches)
 trainer.Trainer.train_step = warns
 hvd_lars.cli.main(["train", "digits", "run.dir=" + sys.argv[1], "train.log_every=5 steps",
                    "train.duration=15 steps", "schedule.warmup_duration=2 steps"])

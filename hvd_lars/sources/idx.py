@@ -1,0 +1,90 @@
+"""MNIST and its relatives as data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from hvd_lars.errors import UserError
+from hvd_lars.runtime.files import expand_user
+from hvd_lars.settings.fields import Positive, key
+from hvd_lars.sources.settings import BuildContext, Expected, Shape, SourceSettings, Statistics
+
+if TYPE_CHECKING:
+    from hvd_lars.data.idx import IdxImages
+
+
+class IdxData(SourceSettings):
+    """Grey images in MNIST's IDX files: MNIST, Fashion-MNIST, KMNIST, EMNIST; see docs/data.md."""
+
+    name: Literal["idx"] = key(binds="run", description="which data set")
+    root: str = key(binds="nothing", description="folder of the four files, or torchvision's")
+    image_size: Positive = key(
+        binds="run and recipe", default=28, description="side that the images have, in pixels"
+    )
+    shift: Annotated[int, Field(ge=0, le=16)] = key(
+        binds="run and recipe",
+        default=2,
+        description="most pixels that a training image is moved to any side",
+    )
+    flip: bool = key(
+        binds="run and recipe", default=False, description="mirror half of the training images"
+    )
+    expect: Expected | None = key(
+        binds="nothing", default=None, description="size of the data set; others are refused"
+    )
+
+    def build(self, context: BuildContext) -> IdxImages:
+        """Read the files; every node reads its own."""
+        from hvd_lars.comm.agree import on_each_node
+
+        on_each_node(context.comm, lambda: self._load(context.seed))
+        return self._load(context.seed)
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Return the grey images' shape."""
+        return [(1, self.image_size, self.image_size)]
+
+    @property
+    def location(self) -> Path:
+        """Return ``root``."""
+        return expand_user(self.root, "data.root")
+
+    @property
+    def expected(self) -> Expected | None:
+        """Return ``expect``."""
+        return self.expect
+
+    def statistics(self, seed: int) -> Statistics | None:
+        """Return those of the training images; None where the files are not here."""
+        try:
+            found = self._load(seed)
+        except UserError:
+            return None
+        return (found.mean,), (found.deviation,)
+
+    def _load(self, seed: int) -> IdxImages:
+        from hvd_lars.data.idx import IdxImages, find_idx
+
+        files = find_idx(self.root)
+        found = IdxImages(files, self.shift, self.flip, seed)
+        if found.shape != self.shapes[0]:
+            sides = "×".join(map(str, found.shape[1:]))
+            raise UserError(
+                f"data.image_size: found {self.image_size}; {files.train_images} has images of "
+                f"{sides}"
+            )
+        sizes = {"train": found.num_train, "eval": found.num_eval, "classes": found.num_classes}
+        if self.expect is not None and sizes != self.expect.model_dump():
+            raise UserError(
+                f"data.expect: {self.root} has {found.num_train:,} + {found.num_eval:,} images of "
+                f"{found.num_classes} classes, which is not what is expected; "
+                f"data.expect=null accepts any"
+            )
+        return found
+
+
+KINDS = (IdxData,)
