@@ -105,7 +105,7 @@ KINDS = (PlainSettings,)
 }
 # file, text in it, the line that is added before it
 LINES = [
-    ("sources/__init__.py", '"digits", "glyphs"', '"spots", '),
+    ("sources/__init__.py", '    "glyphs",\n', '    "spots",\n'),
     ("optimizers/__init__.py", '"lars", "sgd"', '"plain", '),
     ("launchers/kinds/__init__.py", '    "local": ', '    "flux": "flux",\n'),
     (

@@ -245,7 +245,8 @@ def test_without_its_library_auto_takes_another_and_native_says_why(tmp_path, li
     if library is not None:
         (package / "optim/kernels/_native.so").write_text(library)
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_LIBRARY], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        [sys.executable, "-c", WITHOUT_LIBRARY], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

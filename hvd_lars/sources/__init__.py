@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 
 from hvd_lars.sources.settings import BuildContext, SourceSettings
 
-_FILES = ("digits", "glyphs", "synthetic", "image_folder", "shards", "cifar", "idx", "python")
+_FILES = (
+    "digits",
+    "glyphs",
+    "synthetic",
+    "image_folder",
+    "shards",
+    "imagenet",
+    "cifar",
+    "idx",
+    "python",
+)
 KINDS: tuple[type[SourceSettings], ...] = tuple(
     kind for file in _FILES for kind in import_module(f"{__name__}.{file}").KINDS
 )

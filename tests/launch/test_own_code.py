@@ -1,0 +1,91 @@
+"""Data sets and networks of one's own: the example of docs/data.md, and what goes wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+from commands import HANG_GUARD, hvd_lars, records_of
+
+from hvd_lars.launchers.local import run_here, this_python
+
+PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()
+FILES = dict(re.findall(r'```\w+ title="(stripes\.\w+)"\n(.*?)```', PAGE, re.DOTALL))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_example_of_the_page_trains_alike_on_one_rank_and_two(folder):
+    """With workers or without, and when it is resumed half-way at another world size."""
+    code, output = hvd_lars("train", "stripes.yaml", "run.dir=one", "data.workers=0")
+    assert code == 0, output
+    half = ["train.duration=2 epochs", "schedule.policy=constant"]
+    code, output = hvd_lars("train", "stripes.yaml", "run.dir=whole", "schedule.policy=constant")
+    assert code == 0, output
+    for arguments in (
+        ["run.dir=two", "data.workers=2"],
+        ["run.dir=parts", *half],
+        ["run.dir=parts", "--resume", "schedule.policy=constant", "train.duration=4 epochs"],
+    ):
+        program = this_python("-m", "hvd_lars", "train", "stripes.yaml", *arguments)
+        result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stdout
+    losses = {
+        name: [r["loss"] for r in records_of(folder / name, "eval")]
+        for name in ("one", "two", "whole", "parts")
+    }
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-5)
+    assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-5)
+    assert records_of(folder / "one", "eval")[-1]["top1"] == 1.0
+    code, output = hvd_lars("eval", "two")
+    assert code == 0, output
+    assert '"num_samples": 100' in output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.factory=nowhere:build"], "data.factory: nowhere:build: no module nowhere in the"),
+        (["data.factory=stripes:absent"], "data.factory: stripes:absent: stripes has no absent"),
+        (["data.factory=stripes"], "data.factory: found 'stripes'"),
+        (["data.factory=stripes:Stripes.classes"], "found list; a callable is needed"),
+        (["data.factory=stripes:network", "data.options={num_classes: 2}"], "returned Sequential"),
+        (["data.image_shape=[1, 8, 8]", "model.name=digits_alexnet", "model.options={}"],
+         "data.image_shape: found [1, 8, 8]; training sample"),
+        (["data.num_classes=2", "data.options.number=0"], "the first data set it returned is"),
+        (["model.name=stripes:absent"], "model.name: stripes:absent: stripes has no absent"),
+        (["model.name=stripes:build", "model.options={number: 3}"], "unexpected keyword argument"),
+        (["model.name=resnet18", "model.options={depth: 3}"], "model.options: resnet18 does not"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(folder, overrides, message):
+    code, output = hvd_lars("train", "stripes.yaml", "run.dir=run", "data.workers=0", *overrides)
+    assert message in output
+    if "unexpected keyword" not in message:  # that is the user's own function
+        assert code == 2, output
+        assert len(output.splitlines()) == 1, output
+    assert not (folder / "run").exists() or "sample" in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_exception_in_the_users_code_keeps_its_traceback(folder, workers):
+    text = (folder / "stripes.py").read_text()
+    broken = "        label = index % 2\n        assert index != 77, 'number 77'\n"
+    (folder / "stripes.py").write_text(text.replace("        label = index % 2\n", broken))
+    code, output = hvd_lars("train", "stripes.yaml", "run.dir=run", f"data.workers={workers}")
+    assert code == 1, output
+    assert 'stripes.py", line' in output
+    assert "AssertionError: number 77" in output
+
+
+def test_a_label_that_is_no_class_is_named(folder):
+    text = (folder / "stripes.py").read_text()
+    (folder / "stripes.py").write_text(text.replace("return image, label", "return image, 2"))
+    code, output = hvd_lars("train", "stripes.yaml", "run.dir=run")
+    assert code == 2, output
+    assert "has label 2; allowed with 2 classes: 0 to 1" in output

@@ -1,0 +1,172 @@
+"""ImageNet's archives, generated small: the same data as the folder that they unpack to."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from test_image_folder import make_folder, source_of
+
+from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.config.file import load_config
+from hvd_lars.data.archives import DEVKIT, TRAIN, VAL, scan_archives
+from hvd_lars.errors import UserError
+from hvd_lars.sources import BuildContext
+
+
+def tar_of(files):
+    """An uncompressed tar file of names and bytes."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return made.getvalue()
+
+
+def devkit_of(classes, labels, shuffle=True):
+    """``labels`` are positions in the classes; ILSVRC ids are in another order."""
+    order = np.random.default_rng(3).permutation(len(classes))
+    ids = {name: int(order[i]) + 1 for i, name in enumerate(classes)}
+    rows = [(ids[name], name, 0) for name in sorted(classes, key=ids.get)]
+    rows.append((len(classes) + 1, "n99999999", 5))  # an inner node of WordNet
+    table = np.array(rows, dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("num_children", "i4")])
+    mat = io.BytesIO()
+    savemat(mat, {"synsets": table})
+    truth = "".join(f"{ids[classes[label]]}\n" for label in labels).encode()
+    folder, made = "ILSVRC2012_devkit_t12", io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w:gz") as tar:
+        for name, data in (
+            (f"{folder}/readme.txt", b"Please read"),
+            (f"{folder}/data/meta.mat", mat.getvalue()),
+            (f"{folder}/data/ILSVRC2012_validation_ground_truth.txt", truth),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return made.getvalue()
+
+
+def archive(folder, target):
+    """The three archives of an unpacked folder; test images are numbered across the classes."""
+    target.mkdir(exist_ok=True)
+    classes = sorted(path.name for path in (folder / "train").iterdir())
+    inner = []
+    for name in classes:
+        images = sorted((folder / "train" / name).iterdir())
+        images = images[1:] + images[:1]  # in no order
+        inner.append((f"{name}.tar", tar_of([(i.name, i.read_bytes()) for i in images])))
+    (target / TRAIN).write_bytes(tar_of(inner[::-1]))
+    images = []
+    for label, name in enumerate(classes):
+        images += [(path, label) for path in sorted((folder / "val" / name).iterdir())]
+    np.random.default_rng(1).shuffle(images)
+    files, labels = [], []
+    for number, (path, label) in enumerate(images, 1):
+        renamed = path.with_name(f"ILSVRC2012_val_{number:08d}{path.suffix}")
+        path.rename(renamed)
+        files.append((renamed.name, renamed.read_bytes()))
+        labels.append(label)
+    (target / VAL).write_bytes(tar_of(files))
+    (target / DEVKIT).write_bytes(devkit_of(classes, labels))
+    return target
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def archives(folder, tmp_path):
+    return archive(folder, tmp_path / "archives")
+
+
+def from_archives(root, expect="null"):
+    text = f"{{name: imagenet, root: {root}, image_size: 16, eval_resize: 20, expect: {expect}}}"
+    config = load_config("digits", [f"data={text}"])
+    return config.data.build(BuildContext(LocalCommunicator(), 0))
+
+
+def test_they_are_the_folder_that_they_unpack_to(folder, archives):
+    found, wanted = from_archives(archives), source_of(folder)
+    assert found.identity == wanted.identity
+    for epoch in (0, 1):
+        for a, b in zip(
+            found.train_batch(epoch, np.arange(found.num_train)),
+            wanted.train_batch(epoch, np.arange(wanted.num_train)),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+    both = [s.eval_batch(np.arange(s.num_eval)) for s in (found, wanted)]
+    assert torch.equal(both[0][0], both[1][0])
+    assert torch.equal(both[0][1], both[1][1])
+
+
+def test_a_scan_is_kept_until_an_archive_changes(archives, tmp_path, monkeypatch):
+    first = scan_archives(str(archives), tmp_path / "cache")
+    monkeypatch.setattr("hvd_lars.data.archives._members", None)
+    again = scan_archives(str(archives), tmp_path / "cache")
+    assert again.identity == first.identity
+    assert np.array_equal(again.train.offset, first.train.offset)
+    os.utime(archives / VAL, ns=(1, 1))
+    with pytest.raises(TypeError):
+        scan_archives(str(archives), tmp_path / "cache")
+
+
+def test_long_names_and_folders_inside_are_read(folder, archives):
+    name = "x" * 120 + ".JPEG"
+    image = sorted((folder / "train/ant").iterdir())[0].read_bytes()
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        itself = tarfile.TarInfo("./")
+        itself.type = tarfile.DIRTYPE
+        tar.addfile(itself)
+        member = tarfile.TarInfo(name)
+        member.size = len(image)
+        tar.addfile(member, io.BytesIO(image))
+    others = [(f"{c}.tar", tar_of([("a.JPEG", image)])) for c in ("bee", "cat")]
+    (archives / TRAIN).write_bytes(tar_of([("ant.tar", made.getvalue()), *others]))
+    found = from_archives(archives)
+    assert found.num_train == 3
+
+
+def changed(name, change):
+    def apply(root):
+        path = root / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / VAL).unlink(), f"no {VAL} in it"),
+        (changed(TRAIN, lambda d: d[: len(d) // 2]), f"{TRAIN}: truncated"),
+        (changed(TRAIN, lambda d: b""), f"{TRAIN}: truncated at byte 0"),
+        (changed(TRAIN, lambda d: b"x" * len(d)), "not an uncompressed tar file"),
+        (changed(TRAIN, lambda d: d[:700] + b"?" + d[701:]), r"\.tar: not an uncompressed tar"),
+        (changed(TRAIN, lambda d: tar_of([])), f"{TRAIN}: no image in it"),
+        (changed(TRAIN, lambda d: tar_of([("a.JPEG", b"x")])), "a tar file for each class"),
+        (changed(VAL, lambda d: d[:512]), f"{VAL}: truncated"),
+        (changed(VAL, lambda d: tar_of([("a.JPEG", b"x")])), f"{VAL}: 1 images; .* labels of"),
+        (changed(DEVKIT, lambda d: d[:100]), f"{DEVKIT}: damaged, or not a gzipped"),
+        (changed(DEVKIT, lambda d: b"PK"), f"{DEVKIT}: damaged, or not a gzipped"),
+        (changed(DEVKIT, lambda d: devkit_of(["x", "y", "z"], [0] * 6)), "no class of"),
+    ],
+)  # fmt: skip
+def test_archives_that_are_not_what_they_should_be_are_named(archives, change, message):
+    change(archives)
+    with pytest.raises(UserError, match=message) as caught:
+        from_archives(archives)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_another_size_than_expected_is_refused(archives):
+    with pytest.raises(UserError, match="data.expect: .* are expected"):
+        from_archives(archives, "{train: 1281167, eval: 50000, classes: 1000}")
