@@ -1,6 +1,9 @@
 """The command as a user starts it, and what a run wrote."""
 
+import fcntl
 import json
+import os
+import shutil
 import subprocess
 import time
 
@@ -24,6 +27,23 @@ def hvd_lars(*arguments, cwd=None):
         check=False,
     )
     return result.returncode, result.stdout
+
+
+def made_once(tmp_path_factory, name, make):
+    """A folder that ``make`` fills, once for all processes that run tests."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / f"shared-{name}"
+    with (root / f"shared-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            draft = root / f"shared-{name}.draft"
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            make(draft)
+            draft.rename(folder)
+    return folder
 
 
 def records_of(folder, kind):

@@ -18,7 +18,7 @@ from hvd_lars.state.checkpoint import Checkpointer
 from hvd_lars.state.progress import Progress
 from hvd_lars.state.replicas import ReplicasDifferError, verify_agreement
 
-pytestmark = pytest.mark.ranks(1, 2, 3)
+pytestmark = pytest.mark.ranks(1, 2, 3, gloo=(2,))
 
 
 class Records(list):

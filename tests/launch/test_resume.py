@@ -63,9 +63,9 @@ CASES = {
     "sgd, nesterov, fp16": ["optimizer={name: sgd, nesterov: true}", "schedule.base_lr=0.1",
                             "train.precision=fp16", "train.global_batch=64"],
     "images, windows, normalisation, average": [
-        IMAGES, "model={name: resnet18_cifar, ema_decay: 0.9}", *WINDOWS
+        IMAGES.replace("32", "16"), "model={name: resnet18_cifar, ema_decay: 0.9}", *WINDOWS
     ],
-    "dropout": [IMAGES.replace("32", "64"), "model.name=squeezenet1_1", *WINDOWS],
+    "dropout": [IMAGES, "model.name=squeezenet1_1", *WINDOWS],
 }  # fmt: skip
 
 

@@ -6,63 +6,72 @@ import shutil
 
 import pytest
 import torch
-from commands import HANG_GUARD, hvd_lars, records_of
+from commands import HANG_GUARD, hvd_lars, made_once, records_of
 from test_image_folder import make_folder
 
 from hvd_lars.launchers.local import run_here, this_python
 from hvd_lars.runtime.stopwatch import PARTS
 
+# Launcher and ranks; the last three end after a quarter of the run.
+CASES = {
+    "alone": (None, 1),
+    "mpirun-2": ("mpirun", 2),
+    "mpirun-4": ("mpirun", 4),
+    "horovodrun-2": ("horovodrun", 2),
+    "gloo-2": ("horovodrun --gloo", 2),
+}
+WHOLE = ["alone", "mpirun-2"]
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def finished(tmp_path_factory):
-    """Run folders of digits under each launcher, trained once."""
-    folder = tmp_path_factory.mktemp("runs")
-    cases = {
-        "alone": (None, 1),
-        "mpirun-2": ("mpirun", 2),
-        "mpirun-4": ("mpirun", 4),
-        "horovodrun-2": ("horovodrun", 2),
-        "gloo-2": ("horovodrun --gloo", 2),
-    }
-    for name, (launcher, ranks) in cases.items():
-        arguments = ["train", "digits", f"run.dir={folder / name}", "comm.backend=auto"]
-        if launcher is None:
-            code, output = hvd_lars(*arguments)
-        else:
-            program = this_python("-m", "hvd_lars", *arguments, f"run.expect_world_size={ranks}")
-            result = run_here(launcher, ranks, program, HANG_GUARD)
-            code, output = result.returncode, result.stdout
-        assert code == 0, output
-        assert re.search(r"top-1 0\.9\d+ on 900 images, [\d,]+ images/s, run folder", output)
-    return folder
+    """A function from a case to its run folder."""
+
+    def run_of(case):
+        launcher, ranks = CASES[case]
+
+        def train(folder):
+            arguments = ["train", "digits", f"run.dir={folder}", "comm.backend=auto"]
+            if case not in WHOLE:
+                arguments.append("train.duration=6 epochs")
+            if launcher is None:
+                code, output = hvd_lars(*arguments)
+            else:
+                program = this_python("-m", "hvd_lars", *arguments)
+                program.append(f"run.expect_world_size={ranks}")
+                result = run_here(launcher, ranks, program, HANG_GUARD)
+                code, output = result.returncode, result.stdout
+            assert code == 0, output
+            assert re.search(r"top-1 0\.\d+ on 900 images, [\d,]+ images/s, run folder", output)
+
+        return made_once(tmp_path_factory, case, train)
+
+    return run_of
 
 
-CASES = ["alone", "mpirun-2", "mpirun-4", "horovodrun-2", "gloo-2"]
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WHOLE)
 def test_digits_reach_98_percent(finished, case):
-    last = records_of(finished / case, "eval")[-1]
+    last = records_of(finished(case), "eval")[-1]
     assert last["top1"] >= 0.98
     assert last["num_samples"] == 900
 
 
-@pytest.mark.parametrize("case", CASES[1:])
+@pytest.mark.parametrize("case", WHOLE[1:])
 def test_accuracy_does_not_depend_on_the_number_of_ranks(finished, case):
-    alone = records_of(finished / "alone", "eval")[-1]["top1"]
-    assert records_of(finished / case, "eval")[-1]["top1"] == pytest.approx(alone, abs=0.01)
+    alone = records_of(finished("alone"), "eval")[-1]["top1"]
+    assert records_of(finished(case), "eval")[-1]["top1"] == pytest.approx(alone, abs=0.01)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_epoch_is_the_same_on_every_number_of_ranks(finished, case):
     """Before rounding grows, the loss of the global batch agrees to many digits."""
-    alone = records_of(finished / "alone", "train")[0]
-    found = records_of(finished / case, "train")[0]
+    alone = records_of(finished("alone"), "train")[0]
+    found = records_of(finished(case), "train")[0]
     assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
 def test_the_run_folder_holds_what_it_should(finished):
-    folder = finished / "mpirun-2"
+    folder = finished("mpirun-2")
     train = records_of(folder, "train")
     assert train[0].keys() == {
         "kind",
@@ -111,7 +120,7 @@ def test_the_run_folder_holds_what_it_should(finished):
 
 @pytest.mark.parametrize(("launcher", "ranks"), [(None, 1), ("mpirun", 3), ("horovodrun", 2)])
 def test_eval_gives_what_training_logged(finished, launcher, ranks):
-    folder = finished / "mpirun-4"
+    folder = finished("mpirun-4")
     if launcher is None:
         code, output = hvd_lars("eval", folder)
     else:
@@ -132,7 +141,7 @@ def test_the_resolved_config_repeats_the_run(finished, tmp_path):
     losses = []
     for name in ("one", "two"):
         code, output = hvd_lars(
-            "train", finished / "alone" / "config.yaml", f"run.dir={tmp_path / name}", *options
+            "train", finished("alone") / "config.yaml", f"run.dir={tmp_path / name}", *options
         )
         assert code == 0, output
         losses.append([r["loss"] for r in records_of(tmp_path / name, "train")])
@@ -142,7 +151,7 @@ def test_the_resolved_config_repeats_the_run(finished, tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "none left"])
 def test_a_damaged_checkpoint_is_named(finished, tmp_path, damage):
     folder = tmp_path / "run"
-    shutil.copytree(finished / "alone", folder)
+    shutil.copytree(finished("alone"), folder)
     file = folder / "checkpoints/step-00000200/state.safetensors"
     if damage == "flip":
         data = bytearray(file.read_bytes())
