@@ -98,7 +98,10 @@ extra: 1
     [
         ("train.globl_batch=3", "train.globl_batch: unknown key; did you mean global_batch?"),
         ("data.copis=3", "data.copis: unknown key; did you mean copies? allowed: name, copies"),
-        ("data.name=imagenet", "data.name: found 'imagenet'; allowed: digits, glyphs, synthetic"),
+        (
+            "data.name=imagenette",
+            "data.name: found 'imagenette'; allowed: digits, glyphs, synthetic",
+        ),
         ("data={}", "data.name: missing; it is required"),
         ("data=3", "data: found 3; must be a section of keys and values"),
         ("train=3", "train: found 3; must be a section of keys and values"),
