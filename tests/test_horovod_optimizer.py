@@ -76,7 +76,7 @@ def test_adasum_with_shared_ratios_is_refused(comm):
             model(torch.ones(1, 3, 6, 6)).sum().backward()
             optimizer.step()
             continue
-        with pytest.raises(RuntimeError, match="hvd.Adasum .* steps on one at a time"):
+        with pytest.raises(RuntimeError, match="hvd.Adasum steps on one tensor at a time"):
             model(torch.ones(1, 3, 6, 6)).sum().backward()
 
 

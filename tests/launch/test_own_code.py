@@ -42,7 +42,7 @@ def test_the_example_of_the_page_trains_alike_on_one_rank_and_two(folder):
     for found, wanted in (("two", "one"), ("parts", "whole")):
         assert losses[found][:2] == pytest.approx(losses[wanted][:2], rel=1e-4)
         assert losses[found] == pytest.approx(losses[wanted], rel=0.05)  # rounding grows
-    assert records_of(folder / "one", "eval")[-1]["top1"] == 1.0
+    assert min(losses["one"]) < 0.9 * losses["one"][0]
     code, output = hvd_lars("eval", "two")
     assert code == 0, output
     assert '"num_samples": 100' in output

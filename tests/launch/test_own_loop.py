@@ -48,8 +48,7 @@ comm.close()
 """
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi"])
-@pytest.mark.parametrize("placed", ["Replicated", "Sharded"])
+@pytest.mark.parametrize(("placed", "backend"), [("Replicated", "horovod"), ("Sharded", "mpi")])
 def test_a_rank_that_takes_more_steps_is_named(placed, backend):
     program = [sys.executable, "-c", MORE_STEPS, backend, placed]
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
