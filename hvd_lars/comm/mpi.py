@@ -58,13 +58,17 @@ class _Group:
         self._mpi, self._comm = mpi, comm
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
+        self._open: list[_Request] = []
 
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
         """Begin to sum in place; MPI matches the reductions by order, not by name."""
         check_reducible(tensor, name)
         host = tensor.detach().cpu()
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, host.numpy(), op=self._mpi.SUM)
-        return _Request(request, tensor.detach(), host)
+        # MPI writes into the tensor even if the caller drops the request.
+        self._open = [earlier for earlier in self._open if not earlier.done()]
+        self._open.append(_Request(request, tensor.detach(), host))
+        return self._open[-1]
 
 
 @final
