@@ -138,11 +138,11 @@ def _measure(
     """Return optimizer groups and memory of a network, and whether it has BatchNorm."""
     key = "\n".join([*(s.model_dump_json() for s in (settings, optimizer, data)), str(num_classes)])
     if key not in _measured:
-        _measured[key] = _measure_anew(settings, optimizer, data, num_classes)
+        _measured[key] = _measure_network(settings, optimizer, data, num_classes)
     return _measured[key]
 
 
-def _measure_anew(
+def _measure_network(
     settings: Model, optimizer: OptimizerSettings, data: SourceSettings, num_classes: int
 ) -> _Network:
     model = build_network(settings, data, num_classes, torch.device("cpu"))

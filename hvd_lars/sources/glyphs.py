@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from hvd_lars.settings.fields import Positive, key
-from hvd_lars.sources.settings import BuildContext, Shape, SourceSettings, Statistics
+from hvd_lars.sources.settings import Shape
+from hvd_lars.sources.warped import WarpedSettings
 
 if TYPE_CHECKING:
     from hvd_lars.data.warps import WarpedImages
 
 
-class GlyphsData(SourceSettings):
+class GlyphsData(WarpedSettings):
     """Drawn signs of 40 classes, 16×16, generated: 2,000 images to train on, 2,000 to test on."""
 
     name: Literal["glyphs"] = key(binds="run", description="which data set")
@@ -21,21 +22,13 @@ class GlyphsData(SourceSettings):
         description="randomly warped copies of each image per epoch",
     )
 
-    def build(self, context: BuildContext) -> WarpedImages:
-        """Make the source."""
-        return self._load(context.seed)
-
     @property
     def shapes(self) -> list[Shape]:
         """Grey, 16×16."""
         return [(1, 16, 16)]
 
-    def statistics(self, seed: int) -> Statistics:
-        """Return mean and deviation of the training images."""
-        made = self._load(seed)
-        return (made.mean,), (made.deviation,)
-
-    def _load(self, seed: int) -> WarpedImages:
+    def load(self, seed: int) -> WarpedImages:
+        """See :meth:`WarpedSettings.load`."""
         from hvd_lars.data.glyphs import draw_glyphs
 
         return draw_glyphs(self.copies, seed)

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from hvd_lars.runtime.files import expand_user, listing_cache
+from hvd_lars.runtime.files import listing_cache
 from hvd_lars.settings.fields import key
-from hvd_lars.sources.images import ImageSettings
+from hvd_lars.sources.images import PhotographSettings
 
 if TYPE_CHECKING:
     from hvd_lars.comm.base import Communicator
     from hvd_lars.sources.images import Stores
 
 
-class ImageNetData(ImageSettings):
+class ImageNetData(PhotographSettings):
     """The archives ILSVRC2012_img_train.tar, _img_val.tar and _devkit_t12.tar.gz, read in place."""
 
-    FAMILY: ClassVar[str] = "photographs"
-
     name: Literal["imagenet"] = key(binds="run", description="which data set")
-    root: str = key(binds="nothing", description="folder of the three archives")
-
-    @property
-    def location(self) -> Path:
-        """Return ``root``."""
-        return expand_user(self.root, "data.root")
 
     def stores(self, comm: Communicator) -> Stores:
         """See :meth:`ImageSettings.stores`; rank 0 scans the archives."""

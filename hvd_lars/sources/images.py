@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from hvd_lars.errors import UserError
+from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.settings.fields import Positive, Rate, Section, key
 from hvd_lars.sources.settings import BuildContext, Expected, Shape, SourceSettings, Statistics
@@ -141,13 +142,9 @@ class ImageSettings(SourceSettings):
         where = getattr(self, "root", self.name)
         if left_out and context.comm.rank == 0:
             warn(f"data.root: {where}: skipped, not images of a class: {left_out}")
-        classes = len(identity.classes)
-        found = {"train": len(train.labels), "eval": len(val.labels), "classes": classes}
-        if self.expect is not None and found != self.expect.model_dump():
-            raise UserError(
-                f"data.expect: {where} has {_counts(found)}; "
-                f"{_counts(self.expect.model_dump())} are expected; data.expect=null accepts any"
-            )
+        if self.expect is not None:
+            sizes = len(train.labels), len(val.labels), len(identity.classes)
+            self.expect.check(*sizes, where)
         progressive = [(entry.epoch, entry.image_size) for entry in self.progressive]
         return Images(
             train,
@@ -218,5 +215,14 @@ class ImageSettings(SourceSettings):
         return [self.image_size, *(entry.image_size for entry in self.progressive)]
 
 
-def _counts(sizes: dict[str, int]) -> str:
-    return f"{sizes['train']:,} + {sizes['eval']:,} images of {sizes['classes']:,} classes"
+class PhotographSettings(ImageSettings):
+    """Photographs below a root, in one of several forms of the same data."""
+
+    FAMILY: ClassVar[str] = "photographs"
+
+    root: str = key(binds="nothing", description="folder of the data set")
+
+    @property
+    def location(self) -> Path:
+        """``root``."""
+        return expand_user(self.root, "data.root")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
@@ -65,8 +66,6 @@ class PythonData(SourceSettings):
 
     def shared_bytes(self, micro_batch: int, eval_batch: int) -> int:
         """Return the bytes of the batches that workers make ahead, as float32."""
-        from math import prod
-
         from hvd_lars.data.loader import shared_bytes
 
         return shared_bytes(4 * prod(self.image_shape) * max(micro_batch, eval_batch), self.workers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from hvd_lars.errors import UserError
 from hvd_lars.settings.fields import Positive, Section, key
 
 if TYPE_CHECKING:
@@ -112,3 +113,16 @@ class Expected(Section):
     train: Positive = key(binds="nothing", description="training images")
     eval: Positive = key(binds="nothing", description="test images")
     classes: Annotated[int, Field(ge=2)] = key(binds="nothing", description="number of classes")
+
+    def check(self, train: int, evaluation: int, classes: int, where: str) -> None:
+        """Raise UserError, which names the data set ``where``, if it has another size."""
+        found, wanted = (train, evaluation, classes), (self.train, self.eval, self.classes)
+        if found != wanted:
+            raise UserError(
+                f"data.expect: {where} has {_counts(*found)}; {_counts(*wanted)} are expected; "
+                f"data.expect=null accepts any"
+            )
+
+
+def _counts(train: int, evaluation: int, classes: int) -> str:
+    return f"{train:,} + {evaluation:,} images of {classes:,} classes"

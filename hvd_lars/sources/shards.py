@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from hvd_lars.runtime.files import expand_user, listing_cache
+from hvd_lars.runtime.files import listing_cache
 from hvd_lars.settings.fields import key
-from hvd_lars.sources.images import ImageSettings
+from hvd_lars.sources.images import PhotographSettings
 
 if TYPE_CHECKING:
     from hvd_lars.comm.base import Communicator
     from hvd_lars.sources.images import Stores
 
 
-class ShardsData(ImageSettings):
+class ShardsData(PhotographSettings):
     """Tar shards that ``hvd-lars pack`` wrote, or others in WebDataset's layout."""
 
-    FAMILY: ClassVar[str] = "photographs"
-
     name: Literal["shards"] = key(binds="run", description="which data set")
-    root: str = key(binds="nothing", description="folder of the data set")
     train_shards: str = key(
         binds="run",
         default="*train*.tar",
@@ -34,11 +31,6 @@ class ShardsData(ImageSettings):
         default=None,
         description="folder on the node's own disk that shards are copied to once",
     )
-
-    @property
-    def location(self) -> Path:
-        """``root``."""
-        return expand_user(self.root, "data.root")
 
     def stores(self, comm: Communicator) -> Stores:
         """See :meth:`ImageSettings.stores`; rank 0 reads the index, each node fills its cache."""
