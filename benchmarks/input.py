@@ -34,7 +34,7 @@ from report import print_head
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from hvd_lars.data import Augment, FolderImages, Images, ShardImages, list_folder, load_shards
+from hvd_lars.data import Augment, FolderImages, Images, LocatedImages, list_folder, load_shards
 from hvd_lars.data.images import Sizes
 from hvd_lars.data.loader import stream
 from hvd_lars.data.shards.writer import pack
@@ -54,8 +54,8 @@ def cases_of(root: Path, shards: Path) -> dict[str, Callable[[], Iterator[object
         listing.identity(),
         *options,
     )
-    stores = ShardImages(shards, packed.train), ShardImages(shards, packed.val)
-    sharded = Images(*stores, packed.identity(), *options)
+    stores = LocatedImages(shards, packed.train), LocatedImages(shards, packed.val)
+    sharded = Images(*stores, packed.identity, *options)
     order = np.random.default_rng(1).permutation(folder.num_train)
     requests = [Request(0, piece) for piece in np.split(order, len(order) // BATCH)]
     transform = transforms.Compose(

@@ -4,76 +4,19 @@ import io
 import os
 import tarfile
 
+import forms
 import numpy as np
 import pytest
 import torch
-from scipy.io import savemat
+from forms import devkit_of, tar_of
 from test_image_folder import make_folder, source_of
 
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.file import load_config
-from hvd_lars.data.archives import DEVKIT, TRAIN, VAL, scan_archives
+from hvd_lars.data.forms.archives import DEVKIT, FORM, TRAIN, VAL
+from hvd_lars.data.forms.scan import locate
 from hvd_lars.errors import UserError
 from hvd_lars.sources import BuildContext
-
-
-def tar_of(files):
-    """An uncompressed tar file of names and bytes."""
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return made.getvalue()
-
-
-def devkit_of(classes, labels, shuffle=True):
-    """``labels`` are positions in the classes; ILSVRC ids are in another order."""
-    order = np.random.default_rng(3).permutation(len(classes))
-    ids = {name: int(order[i]) + 1 for i, name in enumerate(classes)}
-    rows = [(ids[name], name, 0) for name in sorted(classes, key=ids.get)]
-    rows.append((len(classes) + 1, "n99999999", 5))  # an inner node of WordNet
-    table = np.array(rows, dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("num_children", "i4")])
-    mat = io.BytesIO()
-    savemat(mat, {"synsets": table})
-    truth = "".join(f"{ids[classes[label]]}\n" for label in labels).encode()
-    folder, made = "ILSVRC2012_devkit_t12", io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w:gz") as tar:
-        for name, data in (
-            (f"{folder}/readme.txt", b"Please read"),
-            (f"{folder}/data/meta.mat", mat.getvalue()),
-            (f"{folder}/data/ILSVRC2012_validation_ground_truth.txt", truth),
-        ):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return made.getvalue()
-
-
-def archive(folder, target):
-    """The three archives of an unpacked folder; test images are numbered across the classes."""
-    target.mkdir(exist_ok=True)
-    classes = sorted(path.name for path in (folder / "train").iterdir())
-    inner = []
-    for name in classes:
-        images = sorted((folder / "train" / name).iterdir())
-        images = images[1:] + images[:1]  # in no order
-        inner.append((f"{name}.tar", tar_of([(i.name, i.read_bytes()) for i in images])))
-    (target / TRAIN).write_bytes(tar_of(inner[::-1]))
-    images = []
-    for label, name in enumerate(classes):
-        images += [(path, label) for path in sorted((folder / "val" / name).iterdir())]
-    np.random.default_rng(1).shuffle(images)
-    files, labels = [], []
-    for number, (path, label) in enumerate(images, 1):
-        renamed = path.with_name(f"ILSVRC2012_val_{number:08d}{path.suffix}")
-        path.rename(renamed)
-        files.append((renamed.name, renamed.read_bytes()))
-        labels.append(label)
-    (target / VAL).write_bytes(tar_of(files))
-    (target / DEVKIT).write_bytes(devkit_of(classes, labels))
-    return target
 
 
 @pytest.fixture
@@ -83,7 +26,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def archives(folder, tmp_path):
-    return archive(folder, tmp_path / "archives")
+    forms.number_val(folder)
+    return forms.archives(folder, tmp_path / "archives")
 
 
 def from_archives(root, expect="null"):
@@ -108,14 +52,14 @@ def test_they_are_the_folder_that_they_unpack_to(folder, archives):
 
 
 def test_a_scan_is_kept_until_an_archive_changes(archives, tmp_path, monkeypatch):
-    first = scan_archives(str(archives), tmp_path / "cache")
-    monkeypatch.setattr("hvd_lars.data.archives._members", None)
-    again = scan_archives(str(archives), tmp_path / "cache")
+    first = locate(FORM, str(archives), tmp_path / "cache")
+    monkeypatch.setattr("hvd_lars.data.forms.archives.members", None)
+    again = locate(FORM, str(archives), tmp_path / "cache")
     assert again.identity == first.identity
     assert np.array_equal(again.train.offset, first.train.offset)
     os.utime(archives / VAL, ns=(1, 1))
     with pytest.raises(TypeError):
-        scan_archives(str(archives), tmp_path / "cache")
+        locate(FORM, str(archives), tmp_path / "cache")
 
 
 def test_long_names_and_folders_inside_are_read(folder, archives):

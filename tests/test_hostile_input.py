@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import forms
 import numpy as np
 import pytest
 import torch
@@ -25,10 +26,11 @@ from test_image_folder import make_folder
 
 from hvd_lars.config.file import bundled_configs, find_config, load_config
 from hvd_lars.config.schema import Config
-from hvd_lars.data import FolderImages, ShardImages, list_folder, load_shards
+from hvd_lars.data import FolderImages, LocatedImages, list_folder, load_shards
 from hvd_lars.data.decoding import Picture, to_bytes
 from hvd_lars.data.identity import made_identity
-from hvd_lars.data.shards.index import scan_tar
+from hvd_lars.data.shards.samples import scan_tar
+from hvd_lars.data.shards.samples_to_pack import collect
 from hvd_lars.data.shards.writer import pack
 from hvd_lars.errors import UserError
 from hvd_lars.state import checkpoint_files, run_folder
@@ -270,7 +272,7 @@ def read_all(root):
     try:
         shards = load_shards(str(root), "*train*.tar", "*val*.tar", None)
         for split in (shards.train, shards.val):
-            store = ShardImages(root, split)
+            store = LocatedImages(root, split)
             for i in range(len(split.labels)):
                 store.open(i)
     except UserError as error:
@@ -457,3 +459,48 @@ def test_images_that_are_damaged_are_read_or_named(data):
     else:
         assert pixels.dtype == torch.uint8
         assert pixels.shape[0] == 3
+
+
+HELD_FORMS = {
+    "archives": forms.archives,
+    "tfrecord": forms.tfrecords,
+    "arrow": forms.arrow,
+    "parquet": forms.parquet,
+    "recordio": forms.recordio,
+    "zip": forms.zipped,
+    "kaggle": forms.kaggle,
+    "tiny": forms.tiny,
+    "places": forms.places,
+}
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    """A small data set in every form that is read, and its folder."""
+    root = tmp_path_factory.mktemp("held")
+    folder = make_folder(root / "images", ("ant", "bee"), train=2, val=1, size=(8, 8))
+    forms.number_val(folder)
+    return {name: write(folder, root / name) for name, write in HELD_FORMS.items()}
+
+
+@pytest.mark.parametrize("form", HELD_FORMS)
+@often
+@given(data=st.data())
+def test_damaged_forms(held, form, data):
+    """Whatever the damage: a line that names a file, or images that lie inside their files."""
+    paths = sorted(path for path in held[form].rglob("*") if path.is_file())
+    others = [path for path in paths if path.suffix not in (".JPEG", ".png")]
+    path = data.draw(st.sampled_from(others)).relative_to(held[form])
+    before = (held[form] / path).read_bytes()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(shutil.copytree(held[form], Path(name) / "form"))
+        (root / path).write_bytes(data.draw(damage(len(before)))(before))
+        try:
+            found = collect(str(root))
+            for samples in (found.train, found.val):
+                for i in range(len(samples)):
+                    Picture(samples.read(i), samples.where(i))
+        except UserError as error:
+            clear(error)
+            assert len(str(error).splitlines()) == 1
+            assert name in str(error)

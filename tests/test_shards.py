@@ -26,16 +26,17 @@ from test_image_folder import make_folder, source_of
 from hvd_lars.data import (
     Augment,
     Images,
-    ShardImages,
+    LocatedImages,
     cached_root,
     copy_shards,
+    list_folder,
     load_shards,
 )
 from hvd_lars.data.images import Sizes
 from hvd_lars.data.shards import origins
 from hvd_lars.data.shards.cache import verify
-from hvd_lars.data.shards.index import scan_tar
 from hvd_lars.data.shards.origins import compare
+from hvd_lars.data.shards.samples import scan_tar
 from hvd_lars.data.shards.writer import pack
 from hvd_lars.errors import UserError
 from hvd_lars.launchers.local import this_python
@@ -49,8 +50,8 @@ def load(root, **options):
 
 
 def images_of(shards, root):
-    stores = (ShardImages(root, split) for split in (shards.train, shards.val))
-    return Images(*stores, shards.identity(), Augment(), Sizes(16, 20), 0, STATISTICS)
+    stores = (LocatedImages(root, split) for split in (shards.train, shards.val))
+    return Images(*stores, shards.identity, Augment(), Sizes(16, 20), 0, STATISTICS)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +85,9 @@ def test_a_packed_folder_holds_the_same_files(folder, packed):
     shards = load(packed)
     assert shards.classes == ("ant", "bee", "cat")
     found = sorted(
-        (int(label), (packed / shards.train.names[s]).read_bytes()[o : o + n])
+        (int(label), (packed / shards.train.files[s]).read_bytes()[o : o + n])
         for s, o, n, label in zip(
-            shards.train.shard,
+            shards.train.file,
             shards.train.offset,
             shards.train.size,
             shards.train.labels,
@@ -99,7 +100,8 @@ def test_a_packed_folder_holds_the_same_files(folder, packed):
         for path in (folder / "train" / name).iterdir()
     )
     assert found == wanted
-    assert shards.train.labels.tolist() != sorted(shards.train.labels.tolist())  # shuffled
+    assert shards.train.file.tolist() != sorted(shards.train.file.tolist())  # shuffled
+    assert shards.identity == list_folder(str(folder), None).identity()
 
 
 def test_evaluation_sees_the_images_of_the_folder(folder, packed):
@@ -200,7 +202,7 @@ def test_a_source_that_got_other_bytes_is_named(own):
     again = pack(str(folder), packed, 1, 10, QUIET)
     assert again.written == 0
     with pytest.raises(UserError, match=re.escape(message)):
-        compare(again.root, packed, again.sources, QUIET)
+        compare(packed, again.sources, QUIET)
     code, output = hvd_lars("pack", folder, packed, "--shard-samples=10", "--verify")
     assert code == 2, output
     assert output.splitlines()[-1].startswith(f"hvd-lars: {message}")
@@ -279,7 +281,7 @@ def test_another_folder_is_not_mixed_in(folder, packed, tmp_path):
     other = make_folder(tmp_path / "other", classes=("x", "y"))
     with pytest.raises(UserError, match="holds shards of other images"):
         pack(str(other), packed, 1, 10, QUIET)
-    with pytest.raises(UserError, match="or of another --shard-samples"):
+    with pytest.raises(UserError, match="or of other options of pack"):
         pack(str(folder), packed, 1, 11, QUIET)
     assert contents(packed) == before
 
@@ -301,7 +303,8 @@ def test_webdataset_reads_our_shards(folder, packed):
         this_python("-c", READER, *shards), capture_output=True, text=True, check=True
     ).stdout
     labels, sums = json.loads(output)
-    assert labels == load(packed).train.labels.tolist()
+    train = load(packed).train
+    assert labels == train.labels[np.lexsort((train.offset, train.file))].tolist()
     files = (folder / "train").glob("*/*")
     assert sorted(sums) == sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
 
@@ -350,7 +353,7 @@ def tar_of(path, files):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.jpg": b"x"}, "sample a has no .cls label"),
+        ({"a.jpg": b"x"}, "sample a has no label"),
         ({"a.cls": b"1"}, "sample a has no readable image"),
         ({"a.jpg": b"x", "a.cls": b"one"}, "a.cls: found b'one'; a label must be a number"),
         ({"a.jpg": b"x", "a.cls": b"9" * 30}, "a.cls: found b'999"),
@@ -391,17 +394,17 @@ def test_what_is_no_sample_in_a_foreign_shard_is_passed_over_and_counted(foreign
                 "README.md",
                 "LICENSE",
             ]
-            names += [f"{wanted.train.names.index(path.name)}.txt"] if "train" in path.name else []
+            names += [f"{wanted.train.files.index(path.name)}.txt"] if "train" in path.name else []
             for name in names:
                 tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     found = load(foreign)
     for split in ("train", "val"):
-        for array in ("shard", "offset", "size", "labels"):
+        for array in ("file", "offset", "size", "labels"):
             first, second = (getattr(getattr(set_, split), array) for set_ in (wanted, found))
             assert first.tolist() == second.tolist()
     shards = len(list(foreign.glob("*.tar")))
     counts = f"{4 * shards} hidden, {shards} .md, {shards} without an extension, "
-    assert found.left_out == counts + f"{len(found.train.names)} .txt"
+    assert found.left_out == counts + f"{len(found.train.files)} .txt"
 
 
 def test_second_names_in_a_foreign_shard_are_samples(tmp_path):
@@ -559,15 +562,15 @@ def test_a_hostile_index_reads_nothing_else(packed, arrays):
 
 
 def test_open_files_are_not_sent_to_workers_and_few_suffice(packed, monkeypatch):
-    from hvd_lars.data.shards import reader as shards
+    from hvd_lars.data import located as shards
 
-    store = ShardImages(packed, load(packed).train)
+    store = LocatedImages(packed, load(packed).train)
     store.open(0)
     copy = pickle.loads(pickle.dumps(store))
     assert torch.equal(copy.open(5).pixels(), store.open(5).pixels())
     monkeypatch.setattr(shards, "_OPEN_FILES", 2)
     before = len(os.listdir("/proc/self/fd"))
-    few = ShardImages(packed, load(packed).train)
+    few = LocatedImages(packed, load(packed).train)
     whole = [few.open(i).pixels() for i in range(27)]
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert all(torch.equal(few, store.open(i).pixels()) for i, few in enumerate(whole))
@@ -611,7 +614,7 @@ def test_a_cache_without_room_or_rights_says_so(packed, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/no/such", "{tmp}/s"], "SRC: /no/such/train: No such file"),
+        (["/no/such", "{tmp}/s"], "SRC: /no/such: no such folder"),
         (["{images}", "{tmp}/file/s"], "file/s/.packing: cannot be written: Not a directory"),
         (["{images}", "{tmp}/s", "--workers=0"], "--workers: found 0; must be 1 or more"),
     ],

@@ -284,10 +284,15 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lars_is_the_default(cls, tree: Any) -> Any:
-        optimizer = tree.get("optimizer") if isinstance(tree, dict) else None
+    def _default_kinds(cls, tree: Any) -> Any:
+        """Choose LARS, and for data with a root whatever form is found there."""
+        optimizer, data = (
+            tree.get(key) if isinstance(tree, dict) else None for key in ("optimizer", "data")
+        )
         if isinstance(optimizer, dict) and "name" not in optimizer:
-            return tree | {"optimizer": {"name": "lars"} | optimizer}
+            tree = tree | {"optimizer": {"name": "lars"} | optimizer}
+        if isinstance(data, dict) and "name" not in data and "root" in data:
+            tree = tree | {"data": {"name": "auto"} | data}
         return tree
 
     def with_section(self, section: str, settings: Section) -> Config:

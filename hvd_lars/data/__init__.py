@@ -8,10 +8,10 @@ from hvd_lars.data.image_folder import FolderImages
 from hvd_lars.data.images import Images
 from hvd_lars.data.listing import list_folder
 from hvd_lars.data.loader import WorkerLostError, stream
+from hvd_lars.data.located import LocatedImages
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.data.shards.cache import cached_root, copy_shards
 from hvd_lars.data.shards.index import load_shards
-from hvd_lars.data.shards.reader import ShardImages
 from hvd_lars.data.source import Request, Source
 from hvd_lars.data.synthetic import Synthetic
 
@@ -20,8 +20,8 @@ __all__ = [
     "FolderImages",
     "GlobalBatches",
     "Images",
+    "LocatedImages",
     "Request",
-    "ShardImages",
     "Source",
     "Synthetic",
     "WorkerLostError",

@@ -7,6 +7,7 @@ from typing import Any, final
 import numpy as np
 
 from hvd_lars.data.decoding import Picture
+from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
 
 
@@ -17,6 +18,10 @@ class ArrayImages:
     def __init__(self, pixels: Any, labels: Any) -> None:
         self._pixels = np.asarray(pixels, dtype=np.uint8)
         self.labels = np.asarray(labels, dtype=np.int64)
+
+    def take(self, chosen: Indices) -> ArrayImages:
+        """Return a store of some of the images."""
+        return ArrayImages(self._pixels[chosen], self.labels[chosen])
 
     def open(self, index: int) -> Picture:
         """Return an image; never fails."""

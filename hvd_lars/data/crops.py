@@ -69,7 +69,7 @@ def _resized_part(scale: tuple[float, float], side: int, picture: Picture, draws
 
 
 def _window(side: int, eval_resize: int, picture: Picture, draws: Draws) -> Tensor:
-    image = _shorter_side(picture, eval_resize)
+    image = shorter_side(picture, eval_resize)
     top, left = (int(u * (n - side + 1)) for u, n in zip(draws[1:3], image.shape[1:], strict=True))
     return image[:, top : top + side, left : left + side]
 
@@ -83,12 +83,13 @@ def _padded_window(side: int, picture: Picture, draws: Draws) -> Tensor:
 
 
 def _centre(side: int, eval_resize: int, picture: Picture) -> Tensor:
-    image = _shorter_side(picture, eval_resize)
+    image = shorter_side(picture, eval_resize)
     top, left = (round((n - side) / 2) for n in image.shape[1:])
     return image[:, top : top + side, left : left + side]
 
 
-def _shorter_side(picture: Picture, size: int) -> Tensor:
+def shorter_side(picture: Picture, size: int) -> Tensor:
+    """Return the whole picture with its shorter side resized to ``size``, uint8."""
     shorter = min(picture.height, picture.width)
     height, width = (int(size * n / shorter) for n in (picture.height, picture.width))
     return _resized(picture.pixels(), height, width)

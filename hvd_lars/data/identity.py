@@ -30,6 +30,8 @@ class DataIdentity:
     classes: tuple[str, ...]
     train: SplitIdentity
     val: SplitIdentity
+    prepared: str = ""
+    """How the images were changed before they were stored; empty if they were not."""
 
     def record(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -46,7 +48,8 @@ class DataIdentity:
             classes = found["classes"]
             if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
                 raise ValueError("classes are not names")
-            return cls(tuple(classes), _split(found["train"]), _split(found["val"]))
+            splits = _split(found["train"]), _split(found["val"])
+            return cls(tuple(classes), *splits, str(found.get("prepared", "")))
         except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"not a data identity: {type(error).__name__} {error}") from None
 
@@ -69,6 +72,9 @@ def made_identity(description: str, train: int, val: int, classes: int) -> DataI
 def differences(then: DataIdentity, now: DataIdentity, only_eval: bool = False) -> list[str]:
     """Return the differences, a phrase each; ``only_eval`` ignores the training images."""
     found = _class_differences(then.classes, now.classes)
+    if then.prepared != now.prepared:
+        said, says = (one.prepared or "as they are" for one in (then, now))
+        found.append(f"images {said} then, {says} now")
     for name in ("val",) if only_eval else ("train", "val"):
         before: SplitIdentity = getattr(then, name)
         after: SplitIdentity = getattr(now, name)

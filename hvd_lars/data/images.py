@@ -51,6 +51,10 @@ class ImageStore(Protocol):
 
     labels: Indices
 
+    def take(self, chosen: Indices) -> ImageStore:
+        """Return a store of some of the images, in the order of ``chosen``."""
+        ...
+
     def open(self, index: int) -> Picture:
         """Read an image; raises UserError, which names its file, if that fails."""
         ...

@@ -11,43 +11,57 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
+from hvd_lars.data.class_folders import class_folders, images_in
 from hvd_lars.data.identity import DataIdentity, SplitIdentity
-from hvd_lars.data.naming import (
-    count_left_out,
-    describe_left_out,
-    ending_of,
-    image_endings,
-    is_litter,
+from hvd_lars.data.lists import (
+    Listed,
+    ListFile,
+    as_number,
+    flat_labels,
+    labels_of,
+    places,
+    read_list,
 )
+from hvd_lars.data.naming import count_left_out, describe_left_out, ending_of, image_endings
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 
 Paths = np.ndarray[tuple[int], np.dtype[np.bytes_]]
 _SPLITS = ("train", "val")
-_FORMAT = "folder list 2"
+_VAL_NAMES = ("val", "validation")
+_KAGGLE_TREES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
+_FORMAT = "folder list 3"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of ``train`` or ``val``: paths below the root as bytes, and labels, both (n,)."""
+    """Images of ``train`` or ``val``: paths below the root as bytes, and labels, both (n,).
+
+    ``names`` are ``train/CLASS/name``, wherever the files are; ``sha256`` is of names and labels,
+    not of the files' bytes.
+    """
 
     paths: Paths
+    names: Paths
     labels: Indices
+    sha256: str
+
+    def take(self, chosen: Indices) -> Split:
+        """Return some of the images, in the order of ``chosen``."""
+        parts = self.paths[chosen], self.names[chosen], self.labels[chosen]
+        return Split(*parts, self.sha256)
 
     def identity(self) -> SplitIdentity:
-        """Hash names and labels in their order; the files' bytes are not read."""
-        digest = hashlib.sha256(b"\0".join(self.paths.tolist()))
-        digest.update(self.labels.tobytes())
-        return SplitIdentity(len(self.labels), digest.hexdigest())
+        """Return the split's part of the identity."""
+        return SplitIdentity(len(self.labels), self.sha256)
 
 
 @dataclass(frozen=True)
@@ -68,62 +82,218 @@ class Listing:
         return DataIdentity(self.classes, self.train.identity(), self.val.identity())
 
 
-def list_folder(root: str, cache: Path | None) -> Listing:
+class Lists(NamedTuple):
+    """Files of lists, below the root: ``data.train_list`` and ``data.val_list``."""
+
+    train: str | None = None
+    val: str | None = None
+
+
+_NO_LISTS = Lists()
+
+
+def list_folder(
+    root: str, cache: Path | None, lists: Lists = _NO_LISTS, needs_val: bool = True
+) -> Listing:
     """List both splits, or read the list from ``cache`` if no folder has changed since.
 
     Classes are the folders of a split, sorted by name.  Their images are all files with an
     extension that Pillow reads, in sub-folders too, as in torchvision's ImageFolder.  Hidden files
-    and folders, and those that systems leave behind (``__MACOSX``), are skipped.
+    and folders, and those that systems leave behind (``__MACOSX``), are skipped.  Test images may
+    lie in one folder, with their labels in Kaggle's or tiny-imagenet's file; Places365's lists
+    are found as well.
+
+    Args:
+        root: the folder, or Kaggle's with ``ILSVRC/Data/CLS-LOC`` below it.
+        cache: where the list is kept.
+        lists: lists to read in place of a split's folders.
+        needs_val: whether test images are needed; the split is empty otherwise.
 
     Raises:
-        UserError: a split or its class folders are missing, a class has no images, or the
-            classes of the splits differ.
+        UserError: a split or its class folders are missing, a class has no images, or ``val`` has
+            a class that ``train`` has not.
     """
     folder = expand_user(root, "data.root")
     # Another version of Pillow may read more extensions.
-    key = json.dumps([_FORMAT, str(folder.resolve()), sorted(image_endings())])
-    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" if cache else None
-    names = ["folders", "times", "classes", "left_out"]
-    names += [f"{key}_{field}" for key in _SPLITS for field in ("paths", "labels")]
+    facts = [_FORMAT, str(folder.resolve()), sorted(image_endings()), lists, needs_val]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    file = cache / f"{digest}.npz" if cache else None
+    names = ["root", "folders", "times", "classes", "left_out"]
+    names += [
+        f"{key}_{field}" for key in _SPLITS for field in ("paths", "names", "labels", "sha256")
+    ]
     arrays = read_arrays(file, names) if file is not None else None
-    if arrays is None or not _is_as_it_was(folder, arrays):
-        arrays = _list(folder)
+    if arrays is None or not _is_as_it_was(arrays):
+        arrays = _list(folder, lists, needs_val)
         if file is not None:
             write_arrays(file, arrays)
-    train, val = (Split(arrays[f"{key}_paths"], arrays[f"{key}_labels"]) for key in _SPLITS)
+    train, val = (_split(arrays, key) for key in _SPLITS)
     classes = tuple(os.fsdecode(name) for name in arrays["classes"].tolist())
-    return Listing(str(folder), classes, train, val, str(arrays["left_out"]))
+    base = os.fsdecode(arrays["root"].item())
+    return Listing(base, classes, train, val, str(arrays["left_out"]))
 
 
-def _list(folder: Path) -> dict[str, Any]:
+def _split(arrays: dict[str, Any], key: str) -> Split:
+    paths, names, labels = (arrays[f"{key}_{field}"] for field in ("paths", "names", "labels"))
+    return Split(paths, names if len(names) else paths, labels, str(arrays[f"{key}_sha256"]))
+
+
+class _Part(NamedTuple):
+    """Images of a split: paths below the root, names (``train/CLASS/name``), labels."""
+
+    paths: list[bytes]
+    names: list[bytes]
+    labels: list[int]
+
+
+@dataclass
+class _Scan:
+    """A scan of ``folder``: times of the folders and lists read, and the skipped files."""
+
+    folder: Path
+    times: dict[bytes, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def _list(root: Path, lists: Lists, needs_val: bool) -> dict[str, Any]:
     """Scan into arrays; the ``times`` of ``folders`` show whether they are out of date."""
-    times: dict[bytes, int] = {}
-    left_out: Counter[str] = Counter()
-    classes = {split: _class_folders(folder, split, times, left_out) for split in _SPLITS}
-    odd = sorted(set(classes["train"]) ^ set(classes["val"]))
-    if odd:
-        where, other = ("train", "val") if odd[0] in classes["train"] else ("val", "train")
-        raise UserError(
-            f"data.root: {folder}: class {odd[0]} is in {where} but not in {other} "
-            f"({len(odd)} in one split only)"
+    given = any(lists)
+    trees = [root / tree for tree in _KAGGLE_TREES if (root / tree / "train").is_dir()]
+    folder = root if given or not trees else trees[0]
+    scan = _Scan(folder)
+    train_list, val_list = (ListFile(root / name, "") if name else None for name in lists)
+    found = Listed(train_list, val_list)
+    if not given and not (folder / "train").is_dir():
+        found = places(folder) or found
+    if found.train is None:
+        classes = class_folders(folder, "train", scan.times, scan.left_out)
+        train = _in_class_folders(scan, "train", "train", classes, classes)
+    else:
+        classes, train = _train_list(scan, found.train, found.classes)
+    if not needs_val:
+        val = _Part([], [], [])
+    elif found.val is not None:
+        val = _val_list(scan, found.val, classes)
+    else:
+        val = _val_folder(scan, classes)
+    arrays: dict[str, Any] = {"classes": np.array([os.fsencode(name) for name in classes])}
+    for split, part in (("train", train), ("val", val)):
+        labels: Indices = np.array(part.labels, dtype=np.int64)
+        digest = hashlib.sha256(b"\0".join(part.names))
+        digest.update(labels.tobytes())
+        arrays[f"{split}_paths"] = np.array(part.paths, dtype=np.bytes_)
+        arrays[f"{split}_names"] = np.array(
+            [] if part.names == part.paths else part.names, dtype=np.bytes_
         )
-    arrays: dict[str, Any] = {"classes": np.array([os.fsencode(n) for n in classes["train"]])}
-    for split in _SPLITS:
-        paths: list[bytes] = []
-        counts: list[int] = []
-        for name in classes[split]:
-            found = _images(folder, f"{split}/{name}", times, left_out)
-            paths += found
-            counts.append(len(found))
-        arrays[f"{split}_paths"] = np.array(paths)
-        arrays[f"{split}_labels"] = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    arrays |= {"folders": np.array(list(times)), "times": np.array(list(times.values()))}
-    return arrays | {"left_out": np.array(describe_left_out(left_out))}
+        arrays[f"{split}_labels"] = labels
+        arrays[f"{split}_sha256"] = np.array(digest.hexdigest())
+    arrays |= {"folders": np.array(list(scan.times)), "times": np.array(list(scan.times.values()))}
+    arrays["root"] = np.array(os.fsencode(folder))
+    return arrays | {"left_out": np.array(describe_left_out(scan.left_out))}
 
 
-def _is_as_it_was(folder: Path, arrays: dict[str, Any]) -> bool:
+def _in_class_folders(
+    scan: _Scan, split: str, top: str, present: list[str], classes: list[str]
+) -> _Part:
+    """Return the images in ``top/CLASS``; they are called ``split/CLASS/…``."""
+    labels = {name: label for label, name in enumerate(classes)}
+    part = _Part([], [], [])
+    for name in present:
+        found = images_in(scan.folder, f"{top}/{name}", scan.times, scan.left_out)
+        part.paths.extend(found)
+        part.labels.extend([labels[name]] * len(found))
+    prefix = len(os.fsencode(top))
+    part.names.extend(os.fsencode(split) + path[prefix:] for path in part.paths)
+    return part
+
+
+def _train_list(
+    scan: _Scan, file: ListFile, names: dict[int, str] | None
+) -> tuple[list[str], _Part]:
+    """Return the classes and images of a list: names of classes, or numbers from 0 on."""
+    rows = read_list(file.path)
+    found = {label for _, label in rows}
+    if all(label.isdecimal() for label in found):
+        count = max(as_number(label, file.path) for label in found) + 1
+        if count > 2 * len(rows):
+            raise UserError(f"{file.path}: label {count - 1} in a list of {len(rows)} images")
+        classes = [(names or {}).get(label, str(label)) for label in range(count)]
+        labels = [int(label) for _, label in rows]
+    else:
+        classes = sorted(found)
+        labels = labels_of(file.path, rows, {name: i for i, name in enumerate(classes)}, 0)
+    return classes, _listed(scan, "train", file, [path for path, _ in rows], labels, classes)
+
+
+def _val_list(scan: _Scan, file: ListFile, classes: list[str]) -> _Part:
+    rows = read_list(file.path)
+    known = {name: label for label, name in enumerate(classes)}
+    labels = labels_of(file.path, rows, known, len(classes))
+    return _listed(scan, "val", file, [path for path, _ in rows], labels, classes)
+
+
+def _listed(
+    scan: _Scan,
+    split: str,
+    file: ListFile,
+    paths: list[str],
+    labels: list[int],
+    classes: list[str],
+) -> _Part:
+    """Return listed images in the order of label and name, as in class folders."""
+    _remember(scan, file.path)
+    rows = sorted(
+        (label, os.fsencode(f"{split}/{classes[label]}/{path.rpartition('/')[2]}"), path)
+        for label, path in zip(labels, paths, strict=True)
+    )
+    found = [
+        os.fsencode(f"{file.base}/{path.lstrip('/')}" if file.base else path) for _, _, path in rows
+    ]
+    return _Part(found, [name for _, name, _ in rows], [label for label, _, _ in rows])
+
+
+def _val_folder(scan: _Scan, classes: list[str]) -> _Part:
+    """Return the test images in class folders, or in one folder with a file of labels."""
+    folder = scan.folder
+    top = next((name for name in _VAL_NAMES if (folder / name).is_dir()), "val")
+    flat = flat_labels(folder, top)
+    if flat is None or any((folder / top / name).is_dir() for name in classes[:2]):
+        present = class_folders(folder, top, scan.times, scan.left_out)
+        odd = sorted(set(present) - set(classes))
+        if odd:
+            raise UserError(
+                f"data.root: {folder}: {top} has classes that train has not: {odd[0]}"
+                f"{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}"
+            )
+        return _in_class_folders(scan, "val", top, present, classes)
+    file, base, labels = flat
+    _remember(scan, file)
+    _remember(scan, folder / base)
+    known = {name: label for label, name in enumerate(classes)}
+    names, endings = [], image_endings()
+    for name in sorted(os.listdir(folder / base)):
+        if ending_of(name) in endings and not name.startswith("."):
+            names.append(name)
+        elif name != file.name:
+            count_left_out(scan.left_out, name)
+    stems = [name.rpartition(".")[0] for name in names]
+    unlabelled = next((n for n, s in zip(names, stems, strict=True) if s not in labels), None)
+    if unlabelled is not None or not names:
+        found = f"{unlabelled} has no label in {file}" if unlabelled else "no images in it"
+        raise UserError(f"data.root: {folder / base}: {found}")
+    rows = [(name, labels[stem]) for name, stem in zip(names, stems, strict=True)]
+    numbers = labels_of(file, rows, known, 0)
+    return _listed(scan, "val", ListFile(file, base), names, numbers, classes)
+
+
+def _remember(scan: _Scan, path: Path) -> None:
+    """Keep the time of a file or folder, to see whether the list is out of date."""
+    scan.times[os.fsencode(os.path.abspath(path))] = path.stat().st_mtime_ns
+
+
+def _is_as_it_was(arrays: dict[str, Any]) -> bool:
     """Return whether no file was added or removed since the folders were listed."""
-    root = os.fsencode(folder)
+    root = arrays["root"].item()
     try:
         return all(
             os.stat(os.path.join(root, name)).st_mtime_ns == time
@@ -131,71 +301,6 @@ def _is_as_it_was(folder: Path, arrays: dict[str, Any]) -> bool:
         )
     except OSError:
         return False
-
-
-def _class_folders(
-    folder: Path, split: str, times: dict[bytes, int], left_out: Counter[str]
-) -> list[str]:
-    """Return the sorted names of a split's class folders."""
-    try:
-        times[os.fsencode(split)] = (folder / split).stat().st_mtime_ns
-        with os.scandir(folder / split) as entries:
-            found = {entry.name: entry.is_dir() for entry in entries}
-    except OSError as error:
-        raise UserError(
-            f"data.root: {folder / split}: {error.strerror}; expected a folder with one "
-            f"folder of images per class"
-        ) from None
-    for name in (name for name, is_folder in found.items() if not is_folder):
-        count_left_out(left_out, name, "beside the class folders")
-    names = sorted(name for name, is_folder in found.items() if is_folder and not is_litter(name))
-    if not names:
-        raise UserError(f"data.root: {folder / split}: no class folders in it")
-    return names
-
-
-def _images(folder: Path, top: str, times: dict[bytes, int], left_out: Counter[str]) -> list[bytes]:
-    """Return the paths of a class's images below ``folder``, sorted by folder and name."""
-    endings = image_endings()
-    paths: list[bytes] = []
-    others: Counter[str] = Counter()
-    for path, names in sorted(_walk(folder, top, times)):
-        for name in sorted(names):
-            if not is_litter(name) and ending_of(name) in endings:
-                paths.append(os.fsencode(f"{path}/{name}"))
-            else:
-                count_left_out(others, name)
-    if not paths:
-        found = f", only {describe_left_out(others)}" if others else ""
-        raise UserError(f"data.root: {folder / top}: no images in it{found}")
-    left_out.update(others)
-    return paths
-
-
-def _walk(folder: Path, top: str, times: dict[bytes, int]) -> Iterator[tuple[str, list[str]]]:
-    """Yield folders from ``folder / top`` down with their files' names; follows each link once."""
-    seen: set[tuple[int, int]] = set()
-    waiting = [top]
-    while waiting:
-        path = waiting.pop()
-        names = []
-        try:
-            here = os.stat(folder / path)
-            if (here.st_dev, here.st_ino) in seen:  # a link to a folder above
-                continue
-            seen.add((here.st_dev, here.st_ino))
-            times[os.fsencode(path)] = here.st_mtime_ns
-            with os.scandir(folder / path) as entries:
-                for entry in entries:
-                    if entry.is_dir():
-                        if not is_litter(entry.name):
-                            waiting.append(f"{path}/{entry.name}")
-                    # Reading a pipe would block; a broken link is reported when it is read.
-                    elif entry.is_file() or not os.path.exists(entry.path):
-                        names.append(entry.name)
-        except OSError as error:
-            raise UserError(f"data.root: {folder / path}: {error.strerror}") from None
-        yield path, names
 
 
 def read_arrays(file: Path, names: list[str]) -> dict[str, Any] | None:

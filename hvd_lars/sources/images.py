@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.settings.fields import Positive, Rate, Section, key
@@ -110,6 +111,12 @@ class ImageSettings(SourceSettings):
         description="share of the training, and of the test images, that may be unreadable",
     )
 
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = key(
+        binds="run",
+        default=None,
+        description="share of the training images to hold out and evaluate in place of val",
+    )
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> ImageSettings:
         if self.eval_resize < self.image_size:
@@ -131,17 +138,32 @@ class ImageSettings(SourceSettings):
 
     @abstractmethod
     def stores(self, comm: Communicator) -> Stores:
-        """Return training and test images, their identity and the skipped files; collective."""
+        """Return training and test images, their identity and the skipped files; collective.
+
+        With ``val_fraction`` set, test images are not used and may be missing.
+        """
 
     def build(self, context: BuildContext) -> Source:
         """See :meth:`SourceSettings.build`; warns of skipped files and checks ``expect``."""
         from hvd_lars.data import Augment, Images
+        from hvd_lars.data.hold_out import classes_without_images, hold_out
         from hvd_lars.data.images import Sizes
 
         train, val, identity, left_out = self.stores(context.comm)
         where = getattr(self, "root", self.name)
-        if left_out and context.comm.rank == 0:
-            warn(f"data.root: {where}: skipped, not images of a class: {left_out}")
+        if self.val_fraction is not None:
+            train, val, identity = hold_out(train, identity, self.val_fraction)
+        elif not len(val.labels):
+            raise UserError(
+                f"data.root: {where}: no test images; data.val_fraction=0.02 holds some of the "
+                f"training images out"
+            )
+        if context.comm.rank == 0:
+            if left_out:
+                warn(f"data.root: {where}: skipped, not images of a class: {left_out}")
+            absent = classes_without_images(val.labels, identity.classes)
+            if absent:
+                warn(f"data.root: {where}: no test images of {absent}")
         if self.expect is not None:
             sizes = len(train.labels), len(val.labels), len(identity.classes)
             self.expect.check(*sizes, where)

@@ -10,19 +10,20 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from hvd_lars.data.shards.index import DATASET, ShardSet, read_manifest
+from hvd_lars.data.located import LocatedSet
+from hvd_lars.data.shards.index import DATASET, read_manifest
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user, sha256_of
 
 
-def cached_root(shards: ShardSet, cache_dir: str) -> Path:
+def cached_root(shards: LocatedSet, cache_dir: str) -> Path:
     """Return the folder of this data set's copy, which differs by data set and version."""
     facts = [str(Path(shards.root).resolve()), shards.version]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return expand_user(cache_dir, "data.cache_dir") / f"shards-{key}"
 
 
-def copy_shards(shards: ShardSet, cache_dir: str, threads: int = 4) -> None:
+def copy_shards(shards: LocatedSet, cache_dir: str, threads: int = 4) -> None:
     """Copy the shards that the node lacks; a copy is either complete or absent.
 
     Raises:
@@ -51,7 +52,7 @@ def copy_shards(shards: ShardSet, cache_dir: str, threads: int = 4) -> None:
         ) from None
 
 
-def _copy(shards: ShardSet, name: str, target: Path) -> None:
+def _copy(shards: LocatedSet, name: str, target: Path) -> None:
     source = Path(shards.root, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}")

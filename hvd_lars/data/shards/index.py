@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tarfile
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +20,27 @@ from safetensors.numpy import load_file
 
 from hvd_lars.data.identity import DataIdentity, SplitIdentity
 from hvd_lars.data.listing import read_arrays, write_arrays
-from hvd_lars.data.naming import (
-    count_left_out,
-    describe_left_out,
-    image_endings,
-    is_litter,
-)
-from hvd_lars.data.source import Indices
+from hvd_lars.data.located import ARRAYS, Located, LocatedSet
+from hvd_lars.data.naming import describe_left_out, image_endings
+from hvd_lars.data.shards.samples import scan_tar
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user, sha256_of
 
 DATASET, INDEX = "dataset.json", "index.safetensors"
 FORMAT = "hvd_lars shards 1"
-_INDEX_FORMAT = "index 2"
-_ARRAYS = ("shard", "offset", "size", "labels")
+_INDEX_FORMAT = "index 3"
+_STORED = ("shard", "offset", "size", "labels")  # names of located.ARRAYS in the index file
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 
 
-@dataclass(frozen=True)
-class ShardSplit:
-    """Images of one split: ``shard`` (a position in ``names``), ``offset``, ``size``, ``labels``.
-
-    All four are (n,) int64; offset and size are in bytes.
-    """
-
-    names: tuple[str, ...]
-    shard: Indices
-    offset: Indices
-    size: Indices
-    labels: Indices
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """A sharded data set: ``bytes`` of every shard, ``sha256`` if known.
-
-    ``version`` changes with the files or their location; ``left_out`` counts skipped members by
-    kind, in one line.
-    """
-
-    root: str
-    version: str
-    classes: tuple[str, ...]
-    train: ShardSplit
-    val: ShardSplit
-    bytes: dict[str, int]
-    sha256: dict[str, str]
-    left_out: str = ""
-
-    def identity(self) -> DataIdentity:
-        """Return the identity that a run records of its data, wherever the shards are."""
-        return DataIdentity(self.classes, self._of(self.train), self._of(self.val))
-
-    def _of(self, split: ShardSplit) -> SplitIdentity:
-        facts = [[name, self.bytes[name], self.sha256.get(name)] for name in split.names]
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for array in _ARRAYS:
-            digest.update(np.ascontiguousarray(getattr(split, array)).tobytes())
-        return SplitIdentity(len(split.labels), digest.hexdigest())
-
-
 def load_shards(
-    root: str, train: str, val: str, cache: Path | None, num_classes: int | None = None
-) -> ShardSet:
+    root: str,
+    train: str,
+    val: str,
+    cache: Path | None,
+    num_classes: int | None = None,
+    needs_val: bool = True,
+) -> LocatedSet:
     """Load the data set in ``root`` after checking that every shard is complete.
 
     Args:
@@ -94,6 +49,7 @@ def load_shards(
         val: the same for the evaluation shards.
         cache: where the index of such a folder is cached.
         num_classes: of such a folder; if None, the number of labels in training.
+        needs_val: whether evaluation shards are needed; without, that split is empty.
 
     Raises:
         UserError: a shard is missing, truncated or not a tar file, a sample is not one image and
@@ -103,7 +59,8 @@ def load_shards(
     if (folder / DATASET).is_file():
         found = _load_packed(folder)
     else:
-        found = _load_foreign(folder, {"train": train, "val": val}, cache, num_classes)
+        patterns = {"train": train, "val": val if needs_val else None}
+        found = _load_foreign(folder, patterns, cache, num_classes)
     for name, size in found.bytes.items():
         try:
             actual = (folder / name).stat().st_size
@@ -114,7 +71,7 @@ def load_shards(
                 f"data.root: {folder / name}: truncated or replaced: {actual} bytes, the index "
                 f"says {size}"
             )
-    for key, split in (("train", found.train), ("val", found.val)):
+    for key, split in (("train", found.train), ("val", found.val))[: 1 + needs_val]:
         _check_split(folder, key, split, found)
     return found
 
@@ -137,6 +94,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 if not _SHARD_NAME.fullmatch(entry["name"]):
                     raise UserError(f"{path}: {entry['name']!r} is not the name of a shard")
                 int(entry["bytes"]), str(entry["sha256"]), str(manifest["index"])
+            if "images" in manifest and not isinstance(manifest["images"][split], str):
+                raise ValueError("images is not a hash for each split")
         if not all(isinstance(name, str) for name in manifest["classes"]):
             raise ValueError("classes are not names")
     except OSError as error:
@@ -146,7 +105,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _load_packed(folder: Path) -> ShardSet:
+def _load_packed(folder: Path) -> LocatedSet:
     manifest = read_manifest(folder)
     try:
         if sha256_of(folder / INDEX) != manifest["index"]:
@@ -155,49 +114,73 @@ def _load_packed(folder: Path) -> ShardSet:
             )
         arrays = load_file(folder / INDEX)
         train, val = (
-            ShardSplit(
+            Located(
                 tuple(entry["name"] for entry in manifest[key]),
-                *(arrays[f"{key}/{array}"].astype(np.int64) for array in _ARRAYS),
+                *(arrays[f"{key}/{array}"].astype(np.int64) for array in _STORED),
             )
             for key in ("train", "val")
         )
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{folder / INDEX}: damaged: {error}; pack again") from None
     entries = manifest["train"] + manifest["val"]
-    return ShardSet(
-        str(folder),
-        manifest["index"],
-        tuple(manifest["classes"]),
-        train,
-        val,
-        {entry["name"]: entry["bytes"] for entry in entries},
-        {entry["name"]: entry["sha256"] for entry in entries},
-    )
+    sizes = {entry["name"]: entry["bytes"] for entry in entries}
+    sums = {entry["name"]: entry["sha256"] for entry in entries}
+    classes = tuple(manifest["classes"])
+    if "images" in manifest:  # the identity of the folder that was packed
+        train_identity, val_identity = (
+            SplitIdentity(len(split.labels), manifest["images"][key])
+            for key, split in (("train", train), ("val", val))
+        )
+        prepared = str(manifest.get("prepared", ""))
+        identity = DataIdentity(classes, train_identity, val_identity, prepared)
+    else:
+        identity = _identity(classes, train, val, sizes, sums)
+    version = manifest["index"]
+    return LocatedSet(str(folder), version, classes, train, val, sizes, sums, identity)
 
 
-def _check_split(folder: Path, key: str, split: ShardSplit, found: ShardSet) -> None:
+def _identity(
+    classes: tuple[str, ...],
+    train: Located,
+    val: Located,
+    sizes: dict[str, int],
+    sums: dict[str, str],
+) -> DataIdentity:
+    """Return an identity by names, sizes and checksums of the shards, in whatever folder."""
+
+    def of(split: Located) -> SplitIdentity:
+        facts = [[name, sizes[name], sums.get(name)] for name in split.files]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for array in ARRAYS:
+            digest.update(np.ascontiguousarray(getattr(split, array)).tobytes())
+        return SplitIdentity(len(split.labels), digest.hexdigest())
+
+    return DataIdentity(classes, of(train), of(val))
+
+
+def _check_split(folder: Path, key: str, split: Located, found: LocatedSet) -> None:
     """Check that every image is inside its shard and every label is a class."""
     count = split.labels.size
     if count == 0:
         raise UserError(f"data.root: {folder}: no images in {key}")
     if (
-        any(getattr(split, array).shape != (count,) for array in _ARRAYS)
-        or not ((split.shard >= 0) & (split.shard < len(split.names))).all()
+        any(getattr(split, array).shape != (count,) for array in ARRAYS)
+        or not ((split.file >= 0) & (split.file < len(split.files))).all()
     ):
         raise UserError(f"{folder / INDEX}: damaged: its arrays do not fit together")
-    sizes = np.array([found.bytes[name] for name in split.names])
-    room = sizes[split.shard] - split.offset  # compared with size, as a sum could overflow
+    sizes = np.array([found.bytes[name] for name in split.files])
+    room = sizes[split.file] - split.offset  # compared with size, as a sum could overflow
     bad = (split.offset < 512) | (split.size < 0) | (split.size > room)
     if bad.any():
         raise UserError(
-            f"data.root: {folder / split.names[split.shard[bad.argmax()]]}: an image lies beyond "
+            f"data.root: {folder / split.files[split.file[bad.argmax()]]}: an image lies beyond "
             f"its end"
         )
     classes = len(found.classes)
     out = (split.labels < 0) | (split.labels >= classes)
     if out.any():
         i = int(out.argmax())
-        path = folder / split.names[split.shard[i]]
+        path = folder / split.files[split.file[i]]
         raise UserError(
             f"data.root: {path}: the image at byte {split.offset[i]} has label {split.labels[i]}; "
             f"allowed with {classes} classes: 0 to {classes - 1}"
@@ -205,10 +188,13 @@ def _check_split(folder: Path, key: str, split: ShardSplit, found: ShardSet) -> 
 
 
 def _load_foreign(
-    folder: Path, patterns: dict[str, str], cache: Path | None, num_classes: int | None
-) -> ShardSet:
+    folder: Path, patterns: dict[str, str | None], cache: Path | None, num_classes: int | None
+) -> LocatedSet:
     paths: dict[str, list[Path]] = {}
     for key, pattern in patterns.items():
+        if pattern is None:
+            paths[key] = []
+            continue
         try:
             if ".." in Path(pattern).parts:
                 raise ValueError("leads out of data.root")
@@ -225,7 +211,7 @@ def _load_foreign(
     endings = sorted(image_endings())  # another version of Pillow may read more
     text = json.dumps([_INDEX_FORMAT, str(folder.resolve()), names, sizes, times, endings])
     file = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz" if cache else None
-    wanted = [f"{key}_{array}" for key in paths for array in _ARRAYS] + ["left_out"]
+    wanted = [f"{key}_{array}" for key in paths for array in ARRAYS] + ["left_out"]
     arrays = read_arrays(file, wanted) if file is not None else None
     if arrays is None:
         arrays, left_out = {}, Counter[str]()
@@ -236,125 +222,13 @@ def _load_foreign(
                 for row in scan_tar(path, left_out)
             ]
             table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-            arrays |= {f"{key}_{array}": table[:, i] for i, array in enumerate(_ARRAYS)}
+            arrays |= {f"{key}_{array}": table[:, i] for i, array in enumerate(ARRAYS)}
         arrays["left_out"] = np.array(describe_left_out(left_out))
         if file is not None:
             write_arrays(file, arrays)
-    train, val = (ShardSplit(names[k], *(arrays[f"{k}_{a}"] for a in _ARRAYS)) for k in paths)
+    train, val = (Located(names[k], *(arrays[f"{k}_{a}"] for a in ARRAYS)) for k in paths)
     count = num_classes or len(np.unique(train.labels))
     classes = tuple(map(str, range(count)))
     left = str(arrays["left_out"])
-    return ShardSet(str(folder), text, classes, train, val, sizes, {}, left)
-
-
-def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int, int, int]]:
-    """Return offset and size in bytes, and label, of every sample of a WebDataset shard.
-
-    A sample is the files whose names agree up to the first dot of the last part: an image, and
-    ``.cls``, which holds the label as text.  Hidden files and groups with neither are skipped and
-    counted in ``left_out``.
-
-    Raises:
-        UserError: not an uncompressed tar file, truncated, or a sample is not one image and one
-            label.
-    """
-    samples: dict[str, _Sample] = {}
-    end = path.stat().st_size
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            files: dict[str, tarfile.TarInfo] = {}
-            for member in tar:
-                if member.islnk():  # a second name of an earlier file
-                    target = files.get(member.linkname)
-                    if target is None:
-                        raise UserError(
-                            f"{path}: {_shown(member.name)} is a link to "
-                            f"{_shown(member.linkname)}, which does not precede it in the shard"
-                        )
-                    member.offset_data, member.size = target.offset_data, target.size
-                elif member.isfile():
-                    files[member.name] = member
-                else:
-                    if not member.isdir() and left_out is not None:
-                        left_out["links and devices"] += 1
-                    continue
-                if member.offset_data + member.size > end:
-                    raise UserError(f"{path}: truncated: it ends inside {_shown(member.name)}")
-                _take(path, file.fileno(), member, samples, left_out)
-            # tarfile takes a damaged header for the end: the real end is a block of zeros.
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-                raise UserError(f"{path}: truncated or damaged at byte {tar.offset}")
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: truncated, or not an uncompressed tar file: {error}") from None
-    rows = []
-    for key, sample in samples.items():
-        if sample.image is not None and sample.label is not None:
-            rows.append((sample.image.offset_data, sample.image.size, sample.label))
-        elif sample.image is not None or sample.label is not None:
-            lacks = ".cls label" if sample.image is not None else "readable image"
-            others = f" (found {', '.join(map(_shown, sample.others))})" if sample.others else ""
-            raise UserError(f"{path}: sample {_shown(key)} has no {lacks}{others}")
-        elif left_out is not None:
-            for name in sample.others:
-                count_left_out(left_out, name)
-    return rows
-
-
-@dataclass
-class _Sample:
-    """The files of a shard under one key; ``others`` are names of unused files."""
-
-    image: tarfile.TarInfo | None = None
-    label: int | None = None
-    others: list[str] = field(default_factory=list)
-
-
-def _take(
-    path: Path,
-    file: int,
-    member: tarfile.TarInfo,
-    samples: dict[str, _Sample],
-    left_out: Counter[str] | None,
-) -> None:
-    """Add a member to its sample."""
-    parts = [part for part in member.name.split("/") if part not in ("", ".")]
-    hidden = next((part for part in parts if is_litter(part)), None)
-    base = hidden or (parts[-1] if parts else "")
-    stem, dot, extension = base.partition(".")
-    if hidden is not None or not dot:  # no dot: a README, which WebDataset skips, too
-        if left_out is not None:
-            count_left_out(left_out, base)
-        return
-    key = "/".join([*parts[:-1], stem])
-    sample = samples.setdefault(key, _Sample())
-    if extension.lower() == "cls":
-        if sample.label is not None:
-            raise UserError(f"{path}: sample {_shown(key)} has two labels (.cls); it must have one")
-        sample.label = _label(path, file, member)
-    elif f".{extension.lower()}" in image_endings():
-        if sample.image is not None:
-            raise UserError(
-                f"{path}: sample {_shown(key)} has two images, {_shown(sample.image.name)} and "
-                f"{_shown(member.name)}; it must have one image and one label"
-            )
-        sample.image = member
-    else:
-        sample.others.append(base)
-
-
-def _shown(name: str) -> str:
-    """Return the name on one line, whatever its characters."""
-    return name if name.isprintable() else repr(name)
-
-
-def _label(path: Path, file: int, member: tarfile.TarInfo) -> int:
-    text = os.pread(file, min(member.size, 99), member.offset_data)
-    try:
-        label = int(text)
-        if abs(label) >= 2**31:
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            f"{path}: {_shown(member.name)}: found {text[:40]!r}; a label must be a number"
-        ) from None
-    return label
+    identity = _identity(classes, train, val, sizes, {})
+    return LocatedSet(str(folder), text, classes, train, val, sizes, {}, identity, left)

@@ -1,8 +1,8 @@
-"""Pack an image folder into tar shards in WebDataset's layout.
+"""Pack a data set in any form into tar shards in WebDataset's layout.
 
 A shard is written under another name, synced and renamed, then its facts are written to
-``.packing/``, so that an interrupted pack keeps its finished shards.  The same folder gives the
-same bytes.
+``.packing/``, so that an interrupted pack keeps its finished shards.  The same data give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import save_file
 
-from hvd_lars.data.listing import Listing, Split, list_folder
-from hvd_lars.data.shards.index import DATASET, FORMAT, INDEX, read_manifest, scan_tar
-from hvd_lars.data.shards.origins import Samples, compare, stamps
+from hvd_lars.data.naming import ending_of
+from hvd_lars.data.shards.index import DATASET, FORMAT, INDEX, read_manifest
+from hvd_lars.data.shards.origins import compare, stamps
+from hvd_lars.data.shards.samples import scan_tar
+from hvd_lars.data.shards.samples_to_pack import Collection, Samples, collect, stored_order
+from hvd_lars.data.shards.shrink import Shrink
 from hvd_lars.data.source import Indices
 from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
@@ -40,11 +44,12 @@ _ENTRY = ("name", "bytes", "sha256", "source")  # of a shard in dataset.json
 
 @dataclass(frozen=True)
 class _Job:
-    """One shard to write: (path in the source folder, label) of each of its samples."""
+    """One shard to write; ``chosen`` are the positions of its samples in their split."""
 
     name: str
     first: int
-    samples: list[tuple[str, int]]
+    chosen: Indices
+    samples: Samples
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Packed:
     """The result of a pack; ``written`` counts this call's samples, ``mended`` names shards.
 
     A mended shard was written before, but was missing or of another size.  ``left_out`` counts the
-    skipped files by kind; ``root`` and ``sources`` are for :func:`compare`.
+    skipped files by kind; ``sources`` are for :func:`compare`.
     """
 
     samples: int
@@ -61,7 +66,6 @@ class Packed:
     bytes: int
     mended: tuple[str, ...]
     left_out: str
-    root: str
     sources: dict[str, Samples]
 
 
@@ -71,46 +75,52 @@ def pack(
     workers: int,
     shard_samples: int,
     progress: Callable[[int, int], None],
+    shrink: Shrink | None = None,
 ) -> Packed:
-    """Write the shards of ``source``, an ImageNet-like folder, that ``target`` lacks.
+    """Write the shards of ``source``, a data set in any form, that ``target`` lacks.
 
-    Training images are shuffled once, so that streaming readers see them mixed.  If the size or
-    time of a source file has changed, its shard is compared with its sources.
+    Training images are shuffled once, so that streaming readers see them mixed; Parquet's keep
+    their order.  The index has the order of the source.  If the size or time of a source file has
+    changed, its shard is compared with its sources.
 
     Args:
-        source: root/train/CLASS/image and root/val/CLASS/image.
+        source: folder of the data set.
         target: folder to create.
         workers: number of processes.
         shard_samples: images per shard.
         progress: called with the numbers of finished samples and of all samples.
+        shrink: makes large images smaller.
 
     Raises:
-        UserError: the folder has another layout, or ``target`` holds another folder's shards, no
-            longer matches its sources or cannot be written.
+        UserError: no data set is there, or ``target`` holds another one's shards, no longer
+            matches its sources or cannot be written.
     """
-    listing = list_folder(source, None)
-    jobs = {key: list(_jobs(listing, key, shard_samples)) for key in ("train", "val")}
-    identity = _identity(listing, jobs)
-    total = len(listing.train.labels) + len(listing.val.labels)
+    found = collect(source, shrink)
+    jobs = {
+        "train": list(_jobs("train", found.train, shard_samples, found.shuffle)),
+        "val": list(_jobs("val", found.val, shard_samples, None)),
+    }
+    identity = _identity(found, jobs, shrink)
+    total = len(found.train) + len(found.val)
     everything = [job for key in jobs for job in jobs[key]]
-    sources: dict[str, Samples] = {job.name: job.samples for job in everything}
-    now = stamps(listing.root, sources)
+    sources = {job.name: job.samples for job in everything}
+    now = stamps(sources)
     try:
         known = _known(target, identity, everything, now)
         done = {name: facts for name, facts in known.items() if _is_there(target, facts)}
         touched = {name: sources[name] for name in done if done[name].get("source") != now[name]}
-        compare(listing.root, target, touched, lambda *_: None)
+        compare(target, touched, lambda *_: None)
         _begin(target, identity)
         left = [job for job in everything if job.name not in done]
         count = total - sum(len(job.samples) for job in left)
         progress(count, total)
         sums = {name: facts["sha256"] for name, facts in known.items()}
-        for facts, samples in _write_all(listing.root, target, left, sums, workers, now):
+        for facts, samples in _write_all(target, left, sums, workers, now):
             done[facts["name"]] = facts
             count += samples
             progress(count, total)
         if not _index_is_sound(target):
-            _finish(target, identity, listing.classes, jobs, done)
+            _finish(target, identity, found, jobs, done, shrink)
         if touched:
             _restamp(target, now)
         shutil.rmtree(target / _PACKING)
@@ -120,27 +130,28 @@ def pack(
     size = sum(facts["bytes"] for facts in done.values())
     mended = tuple(job.name for job in left if job.name in known)
     written = sum(len(job.samples) for job in left)
-    left_out = listing.left_out
-    return Packed(total, written, len(done), size, mended, left_out, listing.root, sources)
+    return Packed(total, written, len(done), size, mended, found.left_out, sources)
 
 
-def _jobs(listing: Listing, key: str, shard_samples: int) -> Iterator[_Job]:
-    split: Split = getattr(listing, key)
-    order: Indices = np.arange(len(split.labels))
-    if key == "train":
+def _jobs(key: str, samples: Samples, shard_samples: int, shuffle: bool | None) -> Iterator[_Job]:
+    """Yield the shards of a split: shuffled, in the order of their files (False), or as it is."""
+    order: Indices = np.arange(len(samples))
+    if shuffle:
         order = np.random.default_rng(0).permutation(len(order))
+    elif shuffle is False:
+        order = stored_order(samples)
     for number, first in enumerate(range(0, len(order), shard_samples)):
         chosen = order[first : first + shard_samples]
-        samples = [(os.fsdecode(split.paths[i]), int(split.labels[i])) for i in chosen]
-        yield _Job(f"{key}-{number:06d}.tar", first, samples)
+        yield _Job(f"{key}-{number:06d}.tar", first, chosen, samples.take(chosen))
 
 
-def _identity(listing: Listing, jobs: dict[str, list[_Job]]) -> str:
-    """Return a hash of the classes, the files' names and their split into shards."""
-    digest = hashlib.sha256(json.dumps([FORMAT, listing.classes]).encode())
+def _identity(found: Collection, jobs: dict[str, list[_Job]], shrink: Shrink | None) -> str:
+    """Return a hash of the classes, the files' names, their split into shards, and the shrink."""
+    how = [] if shrink is None else [str(shrink)]
+    digest = hashlib.sha256(json.dumps([FORMAT, found.classes, *how]).encode())
     for key in jobs:
         for job in jobs[key]:
-            digest.update(json.dumps([job.name, job.samples]).encode())
+            digest.update(json.dumps([job.name, job.samples.facts()]).encode())
     return digest.hexdigest()
 
 
@@ -156,13 +167,13 @@ def _known(
         manifest = read_manifest(target)
         if manifest.get("identity") != identity:
             raise UserError(
-                f"{target}: holds shards of other images, or of another --shard-samples; name "
+                f"{target}: holds shards of other images, or of other options of pack; name "
                 f"another folder"
             )
         return {entry["name"]: entry for entry in manifest["train"] + manifest["val"]}
     if stamp.exists() and stamp.read_text() != identity:
         raise UserError(
-            f"{target}: holds an unfinished pack of other images, or of another --shard-samples; "
+            f"{target}: holds an unfinished pack of other images, or of other options of pack; "
             f"remove it"
         )
     if not stamp.exists():
@@ -216,7 +227,6 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _write_all(
-    root: str,
     target: Path,
     jobs: list[_Job],
     sums: dict[str, str],
@@ -226,13 +236,12 @@ def _write_all(
     """Write shards in parallel; yields the facts and sample count of each finished shard."""
     if min(workers, len(jobs)) <= 1:
         for job in jobs:
-            facts = _write(root, target, job, sums.get(job.name), now[job.name])
+            facts = _write(target, job, sums.get(job.name), now[job.name])
             yield facts, len(job.samples)
         return
     with _pool(min(workers, len(jobs))) as pool:
         running = {
-            pool.submit(_write, root, target, job, sums.get(job.name), now[job.name]): job
-            for job in jobs
+            pool.submit(_write, target, job, sums.get(job.name), now[job.name]): job for job in jobs
         }
         try:
             for future in as_completed(running):
@@ -246,15 +255,15 @@ def _write_all(
             raise
 
 
-def _write(root: str, target: Path, job: _Job, wanted: str | None, stamp: str) -> dict[str, Any]:
+def _write(target: Path, job: _Job, wanted: str | None, stamp: str) -> dict[str, Any]:
     """Write one shard, renamed only if it is complete and the same as before."""
     draft = target / _PACKING / f"{job.name}.{os.getpid()}.tmp"
     try:
-        facts = _fill(root, draft, job) | {"source": stamp}
+        facts = _fill(draft, job) | {"source": stamp}
         if wanted is not None and facts["sha256"] != wanted:
             raise UserError(
-                f"{target / job.name}: files of {root} changed since it was packed; name another "
-                f"folder for the shards"
+                f"{target / job.name}: files of {job.samples.root} changed since it was packed; "
+                f"name another folder for the shards"
             )
         draft.rename(target / job.name)
     except BaseException:
@@ -264,20 +273,18 @@ def _write(root: str, target: Path, job: _Job, wanted: str | None, stamp: str) -
     return facts
 
 
-def _fill(root: str, draft: Path, job: _Job) -> dict[str, Any]:
+def _fill(draft: Path, job: _Job) -> dict[str, Any]:
     offsets, sizes = [], []
+    labels = job.samples.labels
     with draft.open("wb") as file:
         out = HashingWriter(file)
         with tarfile.open(fileobj=cast(Any, out), mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, (path, label) in enumerate(job.samples, start=job.first):
-                stem, _, extension = path.rpartition("/")[2].rpartition(".")
-                key = f"{number:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:60]}"
-                try:
-                    data = Path(root, path).read_bytes()
-                except OSError as error:
-                    problem = f"{Path(root, path)}: cannot be read: {error.strerror}"
-                    raise UserError(problem) from None
-                offsets.append(_add(tar, f"{key}.{extension.lower()}", data))
+            for index, (name, label) in enumerate(job.samples.facts()):
+                stem = os.path.splitext(name.rpartition("/")[2])[0]
+                key = f"{job.first + index:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:60]}"
+                data = job.samples.read(index)
+                ending = _ending(name, data, job.samples.shrink is not None)
+                offsets.append(_add(tar, f"{key}.{ending}", data))
                 sizes.append(len(data))
                 _add(tar, f"{key}.cls", str(label).encode())
         file.flush()
@@ -288,8 +295,20 @@ def _fill(root: str, draft: Path, job: _Job) -> dict[str, Any]:
         "sha256": out.digest.hexdigest(),
         "offset": offsets,
         "size": sizes,
-        "labels": [label for _, label in job.samples],
+        "labels": labels,
     }
+
+
+def _ending(name: str, data: bytes, shrunk: bool) -> str:
+    """Return the extension of a packed image; that of its format if it has no name of its own."""
+    ending = ending_of(name)[1:]
+    if ending and not shrunk:
+        return ending
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            return str(file.format).lower()
+    except (OSError, Image.DecompressionBombError):  # training will not read it, either
+        return ending or "jpeg"
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -304,9 +323,10 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 def _finish(
     target: Path,
     identity: str,
-    classes: tuple[str, ...],
+    found: Collection,
     jobs: dict[str, list[_Job]],
     done: dict[str, dict[str, Any]],
+    shrink: Shrink | None,
 ) -> None:
     """Write the index, then dataset.json, which marks the set as complete.
 
@@ -322,9 +342,12 @@ def _finish(
             else scan_tar(target / f["name"])
             for f in facts
         ]
-        table = np.array([row for rows in tables for row in rows], dtype=np.int64).reshape(-1, 3)
-        arrays[f"{key}/shard"] = np.repeat(np.arange(len(facts)), [len(rows) for rows in tables])
-        for i, array in enumerate(("offset", "size", "labels")):
+        shards = np.repeat(np.arange(len(facts)), [len(rows) for rows in tables])
+        written = np.array([row for rows in tables for row in rows], dtype=np.int64).reshape(-1, 3)
+        order = np.concatenate([job.chosen for job in jobs[key]])
+        table = np.empty((len(order), 4), dtype=np.int64)
+        table[order] = np.column_stack([shards, written])
+        for i, array in enumerate(("shard", "offset", "size", "labels")):
             arrays[f"{key}/{array}"] = np.ascontiguousarray(table[:, i])
     draft = target / _PACKING / INDEX
     save_file(arrays, draft)
@@ -332,7 +355,10 @@ def _finish(
     sync(draft)
     index = sha256_of(draft)
     draft.rename(target / INDEX)
-    manifest = {"format": FORMAT, "identity": identity, "classes": classes, "index": index}
+    manifest: dict[str, Any] = {"format": FORMAT, "identity": identity, "classes": found.classes}
+    manifest |= {"index": index, "images": found.images}
+    if shrink is not None:
+        manifest["prepared"] = str(shrink)
     _write_synced(target / DATASET, json.dumps(manifest | entries, indent=1) + "\n")
     sync(target)
 

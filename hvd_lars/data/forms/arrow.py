@@ -1,0 +1,307 @@
+"""Hugging Face's data sets on disk: Arrow files of ``save_to_disk``, and Parquet.
+
+An Arrow file is a stream of record batches, not compressed, in which the bytes of an image lie in
+one piece.  Parquet compresses and cuts them: it can be packed, but not read in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from hvd_lars.data.forms.scan import Each, Files, Found, Scan, as_label, numbered_classes
+from hvd_lars.data.located import Located
+from hvd_lars.data.source import Indices
+from hvd_lars.errors import UserError
+
+_TRAIN = ("train", "training")
+_VAL = ("validation", "valid", "val", "test")
+DICT, _STATE = "dataset_dict.json", "state.json"
+
+
+class _Columns(NamedTuple):
+    """The columns of images and labels, and the names of the classes, perhaps none."""
+
+    image: str
+    label: str
+    classes: tuple[str, ...]
+
+
+class Arrow:
+    """A folder that ``DatasetDict.save_to_disk`` wrote; see the module."""
+
+    name = "arrow"
+
+    def find(self, root: Path) -> Files:
+        """Return the Arrow files that each split's ``state.json`` names."""
+        if (root / _STATE).is_file():
+            raise UserError(f"data.root: {root}: one split; name the folder with {DICT}")
+        splits = _json(root / DICT).get("splits", [])
+        train, val = (next((s for s in names if s in splits), None) for names in (_TRAIN, _VAL))
+        if train is None:
+            raise UserError(f"data.root: {root}: {DICT} has splits {splits}; train is needed")
+        parts = [_split_files(root / name) if name else ([], []) for name in (train, val)]
+        return Files(root, parts[0][0], parts[1][0], parts[0][1] + parts[1][1])
+
+    def scan(self, files: Files, each: Each) -> Scan:
+        """See :class:`Form`."""
+        return _scan(files, each, _arrow_rows)
+
+
+class Parquet:
+    """``train-NNNNN-of-NNNNN.parquet`` and ``validation-…``, in ``root`` or in ``root/data``."""
+
+    name = "parquet"
+
+    def find(self, root: Path) -> Files:
+        """Return the Parquet files by split."""
+        folder = root / "data" if any(root.glob("data/*.parquet")) else root
+        paths = sorted(path for path in folder.glob("*.parquet") if path.is_file())
+        found = {names: [p for p in paths if p.name.startswith(names)] for names in (_TRAIN, _VAL)}
+        if any(path.name.startswith("val") for path in found[_VAL]):
+            found[_VAL] = [path for path in found[_VAL] if not path.name.startswith("test")]
+        if not found[_TRAIN]:
+            raise UserError(f"data.root: {root}: no train*.parquet in it or in its folder data")
+        return Files(root, found[_TRAIN], found[_VAL], [])
+
+    def scan(self, files: Files, each: Each) -> Scan:
+        """See :class:`Form`; an image's offset is its row."""
+        return _scan(files, each, _parquet_rows)
+
+
+ARROW, PARQUET = Arrow(), Parquet()
+FORM = ARROW
+
+
+@final
+class ParquetImages:
+    """The images of Parquet files in the order of ``split``; quick only in stored order."""
+
+    def __init__(self, root: Path, split: Located) -> None:
+        self._root, self.split = root, split
+        self.labels = split.labels
+        self._group: tuple[int, int, Any] | None = None  # file, first row, images of a row group
+        self._starts: dict[int, Indices] = {}
+
+    def take(self, chosen: Indices) -> ParquetImages:
+        """Return a store of some of the images."""
+        return ParquetImages(self._root, self.split.take(chosen))
+
+    def read(self, index: int) -> bytes:
+        """Return an image file's bytes; raises UserError, which names the file, if that fails."""
+        file, row = int(self.split.file[index]), int(self.split.offset[index])
+        path = self._root / self.split.files[file]
+        kept = self._group
+        if kept is None or kept[0] != file or not 0 <= row - kept[1] < len(kept[2]):
+            kept = self._group = self._read_group(file, path, row)
+        data = kept[2][row - kept[1]].as_py()
+        if data is None:
+            raise UserError(f"{path}: row {row} has no image")
+        return bytes(data)
+
+    def where(self, index: int) -> str:
+        """Return how messages call an image: by its file and row."""
+        split = self.split
+        return f"{self._root / split.files[split.file[index]]}: row {split.offset[index]}"
+
+    def files(self) -> list[str]:
+        """Return the names of the files that hold the images."""
+        return [self.split.files[i] for i in sorted(set(self.split.file.tolist()))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop the row group in memory."""
+        return self.__dict__ | {"_group": None}
+
+    def _read_group(self, file: int, path: Path, row: int) -> tuple[int, int, Any]:
+        arrow = _pyarrow()
+        try:
+            with arrow.parquet.ParquetFile(path) as parquet:
+                if file not in self._starts:
+                    meta = parquet.metadata
+                    sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+                    self._starts[file] = np.cumsum([0, *sizes])
+                starts = self._starts[file]
+                group = int(np.searchsorted(starts, row, side="right")) - 1
+                columns = _columns(path, parquet.schema_arrow)
+                table = parquet.read_row_group(group, columns=[columns.image])
+        except (arrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {_line(error)}") from None
+        column = table.column(0).combine_chunks()
+        return file, int(starts[group]), _bytes_of(column)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "data: Arrow and Parquet need pyarrow: pip install 'hvd_lars[arrow]'"
+        ) from None
+    return pyarrow
+
+
+def _scan(files: Files, each: Each, rows_of: Any) -> Scan:
+    _pyarrow()
+    found = {}
+    classes: tuple[str, ...] = ()
+    for part, paths in (("train", files.train), ("val", files.val)):
+        tables = each(partial(rows_of), list(enumerate(paths)))
+        found[part] = [row for rows, _ in tables for row in rows]
+        classes = classes or next((names for _, names in tables if names), ())
+    return Scan(classes or numbered_classes(found["train"]), found["train"], found["val"])
+
+
+def _arrow_rows(item: tuple[int, Path]) -> tuple[list[Found], tuple[str, ...]]:
+    number, path = item
+    arrow = _pyarrow()
+    rows: list[Found] = []
+    try:
+        with arrow.memory_map(os.fspath(path)) as file:
+            whole = file.read_buffer()
+            with arrow.ipc.open_stream(arrow.BufferReader(whole)) as stream:
+                columns = _columns(path, stream.schema)
+                for batch in stream:
+                    batch.validate(full=True)  # offsets of a damaged file would lead anywhere
+                    rows += _batch_rows(number, path, len(rows), batch, columns, whole)
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: no stream of record batches, or damaged: {_line(error)}"
+        ) from None
+    return rows, columns.classes
+
+
+def _batch_rows(
+    number: int, path: Path, first: int, batch: Any, columns: _Columns, whole: Any
+) -> list[Found]:
+    """Return the images of a record batch, whose first row is the file's row ``first``."""
+    column = batch.column(columns.image)
+    images = _bytes_of(column)
+    if images.null_count:
+        row = first + images.is_null().to_pylist().index(True)
+        raise UserError(f"{path}: row {row} has the path of an image and not its bytes")
+    width = np.int64 if str(images.type).startswith("large") else np.int32
+    _, offsets, data = images.buffers()
+    ends = np.frombuffer(offsets, width, len(images) + 1, images.offset * np.dtype(width).itemsize)
+    begin = data.address - whole.address
+    if not 0 <= begin <= begin + int(ends[-1]) <= whole.size:
+        raise UserError(f"{path}: its record batches are compressed; write them without")
+    starts, sizes = begin + ends[:-1].astype(np.int64), np.diff(ends)
+    labels = _labels(path, first, batch.column(columns.label))
+    names = _names_of(column)
+    return [
+        Found(label, name, number, int(start), int(size))
+        for label, name, start, size in zip(labels, names, starts, sizes, strict=True)
+    ]
+
+
+def _parquet_rows(item: tuple[int, Path]) -> tuple[list[Found], tuple[str, ...]]:
+    number, path = item
+    arrow = _pyarrow()
+    try:
+        with arrow.parquet.ParquetFile(path) as parquet:
+            columns = _columns(path, parquet.schema_arrow)
+            named = arrow.types.is_struct(parquet.schema_arrow.field(columns.image).type)
+            wanted = [columns.label, *([f"{columns.image}.path"] if named else [])]
+            table = parquet.read(columns=wanted)
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file, or damaged: {_line(error)}") from None
+    labels = _labels(path, 0, table.column(columns.label))
+    names = _names_of(table.column(columns.image).combine_chunks()) if named else [""] * len(labels)
+    rows = [
+        Found(label, name, number, row, 0)
+        for row, (label, name) in enumerate(zip(labels, names, strict=True))
+    ]
+    return rows, columns.classes
+
+
+def _columns(path: Path, schema: Any) -> _Columns:
+    """Choose the columns by Hugging Face's description of the features, or by their types."""
+    arrow = _pyarrow()
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        kinds = {name: feature["_type"] for name, feature in features.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        features, kinds = {}, {}
+    types = arrow.types
+    for field in schema:
+        binary = types.is_binary(field.type) or types.is_large_binary(field.type)
+        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0 or binary:
+            kinds.setdefault(field.name, "Image")
+        elif types.is_integer(field.type) and field.name in ("label", "labels"):
+            kinds.setdefault(field.name, "ClassLabel")
+    names = set(schema.names)
+    image, label = (
+        next((name for name, kind in kinds.items() if kind == wanted and name in names), None)
+        for wanted in ("Image", "ClassLabel")
+    )
+    if image is None or label is None or not types.is_integer(schema.field(label).type):
+        raise UserError(
+            f"{path}: found columns {', '.join(schema.names)}; needed: one of images with their "
+            f"bytes, and one of labels, such as image and label"
+        )
+    classes = features.get(label, {}).get("names") or ()
+    return _Columns(image, label, tuple(map(str, classes)))
+
+
+def _bytes_of(column: Any) -> Any:
+    """Return the images' bytes from a column of them, or of (bytes, path)."""
+    return column.field("bytes") if str(column.type).startswith("struct") else column
+
+
+def _names_of(column: Any) -> list[str]:
+    """Return the file names in a column of (bytes, path); empty where there is none."""
+    if not str(column.type).startswith("struct") or column.type.get_field_index("path") < 0:
+        return [""] * len(column)
+    return [(path or "").rpartition("/")[2] for path in column.field("path").to_pylist()]
+
+
+def _labels(path: Path, first: int, column: Any) -> list[int]:
+    found = column.to_pylist()
+    if None in found:
+        raise UserError(f"{path}: row {first + found.index(None)} has no label")
+    return [as_label(value, path, first + i, "row") for i, value in enumerate(found)]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"data.root: {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data.root: {path}: damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"data.root: {path}: damaged: not a JSON object")
+    return found
+
+
+def _split_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return a split's Arrow files, and the file that names them."""
+    state = folder / _STATE
+    found = _json(state)
+    if found.get("_indices_files") or found.get("_indices_data_files"):
+        raise UserError(
+            f"data.root: {state}: a selection of rows; flatten_indices() and save again"
+        )
+    try:
+        names: Sequence[str] = [entry["filename"] for entry in found["_data_files"]]
+        paths = [folder / name for name in names if os.path.basename(name) == name]
+    except (KeyError, TypeError, ValueError):
+        names, paths = [], []
+    if not paths or len(paths) != len(names):
+        raise UserError(f"data.root: {state}: damaged: it does not name Arrow files")
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"data.root: {missing}: missing; {state} names it")
+    return paths, [state]

@@ -1,0 +1,58 @@
+"""The files in an uncompressed tar file, which may itself lie in another."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from hvd_lars.errors import UserError
+
+_TYPES = {tarfile.REGTYPE, tarfile.AREGTYPE}
+
+
+class Member(NamedTuple):
+    """A file: its name without folders, and its offset and size in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(file: int, path: Path, begin: int, end: int) -> Iterator[Member]:
+    """Yield the files of the tar file at [begin, end) of an open one.
+
+    Python's ``tarfile`` takes four times as long: half a minute for 1.28 million images.
+
+    Raises:
+        UserError: it is truncated or damaged, or holds a link.
+    """
+    at, name = begin, ""
+    while True:
+        head = os.pread(file, tarfile.BLOCKSIZE, at)
+        if at + tarfile.BLOCKSIZE > end or len(head) < tarfile.BLOCKSIZE:
+            raise UserError(f"{path}: truncated at byte {at}")
+        if not any(head):
+            return
+        try:
+            size = int(head[124:136].strip(b"\0 ") or b"0", 8)
+            checksum = int(head[148:156].strip(b"\0 "), 8)
+        except ValueError:
+            checksum = -1
+        if checksum != sum(head[:148]) + 256 + sum(head[156:]):
+            raise UserError(f"{path}: not an uncompressed tar file, or damaged at byte {at}")
+        data = at + tarfile.BLOCKSIZE
+        if data + size > end:
+            raise UserError(f"{path}: truncated: it ends inside the file at byte {at}")
+        kind = head[156:157]
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            name = os.pread(file, size, data).rstrip(b"\0").decode(errors="replace")
+        elif kind in _TYPES:
+            name = name or head[:100].partition(b"\0")[0].decode(errors="replace")
+            yield Member(name.rpartition("/")[2], data, size)
+            name = ""
+        elif kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            raise UserError(f"{path}: a link at byte {at}; only files are expected")
+        at = data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

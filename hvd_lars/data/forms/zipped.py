@@ -1,0 +1,106 @@
+"""Zip files whose images are stored, not compressed: ``train/CLASS/…/image``, ``val/…``.
+
+All may be in one file, with any folders above ``train`` and ``val``, or in ``train.zip`` and
+``val.zip`` with or without those folders.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+from hvd_lars.data.forms.scan import Each, Files, Found, Scan
+from hvd_lars.data.naming import ending_of, image_endings, is_litter
+from hvd_lars.errors import UserError
+
+_LOCAL = struct.Struct("<4s22xHH")  # of a member: signature, lengths of its name and extra field
+_SPLITS = {"train": "train", "val": "val", "validation": "val"}
+
+
+class Zipped:
+    """See the module."""
+
+    name = "zip"
+
+    def find(self, root: Path) -> Files:
+        """Return ``train.zip`` and ``val.zip``, or one zip file, which may be ``root`` itself."""
+        if root.is_file():
+            return Files(root.parent, [root], [root], [])
+        found = sorted(path for path in root.glob("*.zip") if path.is_file())
+        named = {_SPLITS[p.stem]: p for p in found if p.stem in _SPLITS}
+        if "train" in named:
+            return Files(root, [named["train"]], [named["val"]] if "val" in named else [], [])
+        if len(found) != 1:
+            raise UserError(
+                f"data.root: {root}: {len(found)} zip files in it; needed: one, or train.zip and "
+                f"val.zip"
+            )
+        return Files(root, found, found, [])
+
+    def scan(self, files: Files, each: Each) -> Scan:
+        """See :class:`Form`."""
+        paths = list(dict.fromkeys([*files.train, *files.val]))
+        rows = {path: found for path, found in zip(paths, each(_scan, paths), strict=True)}
+        parts = {
+            part: [row for path in chosen for row in rows[path] if row[0] == part]
+            for part, chosen in (("train", files.train), ("val", files.val))
+        }
+        classes = sorted({name for _, name, *_ in parts["train"]})
+        labels = {name: label for label, name in enumerate(classes)}
+        odd = next((row for row in parts["val"] if row[1] not in labels), None)
+        if odd is not None:
+            raise UserError(f"data.root: {files.val[0]}: class {odd[1]} is in val but not in train")
+        found = {
+            part: [Found(labels[c], name, 0, at, size) for _, c, name, at, size in parts[part]]
+            for part in parts
+        }
+        return Scan(classes, found["train"], found["val"])
+
+
+FORM = Zipped()
+
+
+def _scan(path: Path) -> list[tuple[str, str, str, int, int]]:
+    """Return split, class, name, offset and size of every image."""
+    endings = image_endings()
+    own = _SPLITS.get(path.stem)
+    rows = []
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                parts = info.filename.split("/")
+                if (
+                    info.is_dir()
+                    or ending_of(parts[-1]) not in endings
+                    or any(map(is_litter, parts))
+                ):
+                    continue
+                at = next((i for i, part in enumerate(parts) if part in _SPLITS), -1)
+                split = _SPLITS[parts[at]] if at >= 0 else own
+                below = parts[at + 1 :]
+                if split is None or len(below) < 2:
+                    continue
+                if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+                    raise UserError(
+                        f"{path}: {info.filename}: compressed or encrypted; images must be stored "
+                        f"(zip -0), or unpack it"
+                    )
+                begin = _data_of(path, file.fileno(), info)
+                rows.append((split, below[0], "/".join(below[1:]), begin, info.file_size))
+    except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a zip file, or damaged: {error}") from None
+    return rows
+
+
+def _data_of(path: Path, file: int, info: zipfile.ZipInfo) -> int:
+    """Return where a member's bytes begin: after its own header, of a size of its own."""
+    head = os.pread(file, _LOCAL.size, info.header_offset)
+    if len(head) < _LOCAL.size or not head.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path}: damaged: no member at byte {info.header_offset}")
+    _, name, extra = _LOCAL.unpack(head)
+    begin: int = info.header_offset + 30 + name + extra
+    if begin + info.file_size > path.stat().st_size:
+        raise UserError(f"{path}: truncated: it ends inside {info.filename}")
+    return begin

@@ -1,0 +1,74 @@
+"""A data set in whatever form is found."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
+
+from hvd_lars.errors import UserError
+from hvd_lars.runtime.files import expand_user
+from hvd_lars.runtime.terminal import warn
+from hvd_lars.settings.fields import key
+from hvd_lars.sources.images import PhotographSettings
+
+if TYPE_CHECKING:
+    from hvd_lars.comm.base import Communicator
+    from hvd_lars.sources.images import Stores
+
+
+class AutoData(PhotographSettings):
+    """Photographs in whatever form is found in root: class folders, archives, shards, …."""
+
+    name: Literal["auto"] = key(binds="run", description="which data set")
+    cache_dir: str | None = key(
+        binds="nothing", default=None, description="as for the form that is found"
+    )
+    train_list: str | None = key(binds="run", default=None, description="as for imagefolder")
+    val_list: str | None = key(binds="run", default=None, description="as for imagefolder")
+
+    def stores(self, comm: Communicator) -> Stores:
+        """See :meth:`ImageSettings.stores`; rank 0 looks, and says what it found."""
+        from hvd_lars.comm.agree import on_root
+
+        kind = on_root(comm, self._kind)
+        return self._as(kind).stores(comm)
+
+    def _kind(self) -> str:
+        from hvd_lars.data.forms.recognise import PARQUET, recognise
+
+        if self.train_list or self.val_list:
+            return "imagefolder"
+        root = expand_user(self.root, "data.root")
+        kind, title = recognise(root)
+        if kind == PARQUET:
+            raise UserError(
+                f"data.root: {root}: found {title}, in which images do not lie in one piece; "
+                f"pack them first: hvd-lars pack {root} FOLDER"
+            )
+        warn(f"data.root: {root}: found {title} (data.name={kind})")
+        return kind
+
+    def _as(self, kind: str) -> PhotographSettings:
+        """Return the settings of a form, with the keys of these."""
+        file = "image_folder" if kind == "imagefolder" else kind
+        (form,) = import_module(f"hvd_lars.sources.{file}").KINDS
+        values = {
+            name: getattr(self, name)
+            for name in form.model_fields
+            if name in type(self).model_fields
+        }
+        if self.cache_dir is not None and "cache_dir" not in form.model_fields:
+            raise UserError(
+                f"data.cache_dir: {self.root} has {kind}, which is not copied; hvd-lars pack makes "
+                f"shards of it"
+            )
+        found = form.model_construct(**values | {"name": kind})
+        assert isinstance(found, PhotographSettings)
+        return found
+
+    def read_only(self) -> AutoData:
+        """Return the settings without a copy on the node."""
+        return self.model_copy(update={"cache_dir": None})
+
+
+KINDS = (AutoData,)
