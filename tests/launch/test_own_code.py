@@ -22,15 +22,17 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_example_of_the_page_trains_alike_on_one_rank_and_two(folder):
     """With workers or without, and when it is resumed half-way at another world size."""
-    code, output = hvd_lars("train", "stripes.yaml", "run.dir=one", "data.workers=0")
+    every = "train.eval_every=2 epochs"
+    code, output = hvd_lars("train", "stripes.yaml", "run.dir=one", "data.workers=0", every)
     assert code == 0, output
-    half = ["train.duration=4 epochs", "schedule.policy=constant"]
-    code, output = hvd_lars("train", "stripes.yaml", "run.dir=whole", "schedule.policy=constant")
+    rest = ["schedule.policy=constant", "data.workers=0"]
+    half = ["train.duration=4 epochs", *rest]
+    code, output = hvd_lars("train", "stripes.yaml", "run.dir=whole", *rest)
     assert code == 0, output
     for arguments in (
-        ["run.dir=two", "data.workers=2"],
+        ["run.dir=two", "data.workers=2", every],
         ["run.dir=parts", *half],
-        ["run.dir=parts", "--resume", "schedule.policy=constant", "train.duration=8 epochs"],
+        ["run.dir=parts", "--resume", *rest, "train.duration=8 epochs"],
     ):
         program = this_python("-m", "hvd_lars", "train", "stripes.yaml", *arguments)
         result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})

@@ -96,10 +96,7 @@ def pack(
             matches its sources or cannot be written.
     """
     found = collect(source, shrink)
-    jobs = {
-        "train": list(_jobs("train", found.train, shard_samples, found.shuffle)),
-        "val": list(_jobs("val", found.val, shard_samples, None)),
-    }
+    jobs = _jobs_of(found, shard_samples)
     identity = _identity(found, jobs, shrink)
     total = len(found.train) + len(found.val)
     everything = [job for key in jobs for job in jobs[key]]
@@ -131,6 +128,13 @@ def pack(
     mended = tuple(job.name for job in left if job.name in known)
     written = sum(len(job.samples) for job in left)
     return Packed(total, written, len(done), size, mended, found.left_out, sources)
+
+
+def _jobs_of(found: Collection, shard_samples: int) -> dict[str, list[_Job]]:
+    return {
+        "train": list(_jobs("train", found.train, shard_samples, found.shuffle)),
+        "val": list(_jobs("val", found.val, shard_samples, None)),
+    }
 
 
 def _jobs(key: str, samples: Samples, shard_samples: int, shuffle: bool | None) -> Iterator[_Job]:
