@@ -21,6 +21,16 @@ NATIVE = Extension(
     optional=True,
 )
 
+# Decodes parts of JPEGs, with the libjpeg that Pillow brings; without it, whole ones are decoded.
+REGION = Extension(
+    "hvd_lars.data._region",
+    ["hvd_lars/data/region.cpp"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17"],
+    libraries=["dl"],
+    optional=True,
+)
+
 setup(
     name="hvd_lars",
     version=VERSION,
@@ -94,6 +104,6 @@ setup(
             "webdataset>=0.2",
         ],
     },
-    ext_modules=[NATIVE],
+    ext_modules=[NATIVE, REGION],
     entry_points={"console_scripts": ["hvd-lars = hvd_lars.cli:main"]},
 )

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
+from hvd_lars.data import region
 from hvd_lars.data.augment import Augment
 from hvd_lars.data.crops import NUM_DRAWS, centre_crop, random_part, training_crop
 from hvd_lars.data.decoding import Picture
@@ -53,6 +54,53 @@ def test_a_part_that_becomes_small_is_decoded_at_reduced_size():
     whole = wanted[:, top : top + height, left : left + width]
     exact = v2.functional.resize(whole, [32, 32], antialias=True)
     assert (small.float() - exact.float()).abs().mean() < 4.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": kind} for kind in range(3)]
+    + [{"progressive": True}, {"restart_marker_rows": 1}, {"mode": "L"}],
+)
+def test_a_part_has_the_pixels_of_the_whole(options):  # fmt: skip
+    """Wherever it begins in a block, at every reduced size, and only that part is decoded."""
+    assert region.available()
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (12, 17, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((171, 123), Image.Resampling.BICUBIC)
+    options = dict(options)
+    file = io.BytesIO()
+    image.convert(options.pop("mode", "RGB")).save(file, "JPEG", quality=95, **options)
+    picture = Picture(file.getvalue(), "x")
+    for shrink in (1, 2, 4, 8):
+        whole = picture.pixels(shrink, exact=False)
+        rows, columns = whole.shape[1:]
+        for _ in range(60):
+            top, left = int(generator.integers(rows)), int(generator.integers(columns))
+            height = int(generator.integers(1, rows - top + 1))
+            width = int(generator.integers(1, columns - left + 1))
+            wanted = whole[:, top : top + height, left : left + width]
+            assert torch.equal(picture.part(shrink, (top, left, height, width)), wanted)
+            found = region.decode_region(file.getvalue(), shrink, (top, left, height, width))
+            assert torch.equal(found.permute(2, 0, 1), wanted)
+
+
+def test_parts_without_the_library_are_the_same(monkeypatch):
+    data, _ = photograph(403, 301)
+    found = Picture(data, "x").part(2, (11, 13, 50, 70))
+    monkeypatch.setattr(region, "_load", lambda: None)
+    assert not region.available()
+    assert torch.equal(Picture(data, "x").part(2, (11, 13, 50, 70)), found)
+
+
+@pytest.mark.parametrize("top", [0, 200])
+def test_an_image_without_its_end_is_unreadable_whatever_the_part(top):
+    data, _ = photograph(403, 301)
+    picture = Picture(data[: len(data) // 2], "cut.jpg")
+    with pytest.raises(UserError, match=r"cut.jpg: not a readable image"):
+        picture.part(1, (top, 0, 8, 8))
+    assert region.decode_region(data[: len(data) // 2], 1, (290, 0, 8, 8)) is None
+    assert region.decode_region(data, 1, (300, 0, 8, 8)) is None  # beyond the image
+    assert region.decode_region(b"\xff\xd8nothing", 1, (0, 0, 8, 8)) is None
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (20, 300), (300, 20)])

@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from hvd_lars.data.augment import Augment
 from hvd_lars.data.decoding import Picture
+from hvd_lars.data.region import Part
 
 NUM_DRAWS = 41  # per image: mirroring, and ten attempts at area, aspect, top, left
 _ASPECTS = (3 / 4, 4 / 3)
 _PADDING = 4
 
 Draws = Sequence[float]  # NUM_DRAWS numbers in [0, 1)
-Part = tuple[int, int, int, int]  # top, left, height, width
 
 
 def training_crop(
@@ -64,8 +64,7 @@ def _resized_part(scale: tuple[float, float], side: int, picture: Picture, draws
     part = random_part(draws, picture.height, picture.width, scale)
     shrink = picture.shrink_for(part[2], part[3], side)
     top, left, height, width = (n // shrink for n in part)
-    image = picture.pixels(shrink, exact=False)[:, top : top + height, left : left + width]
-    return _resized(image, side, side)
+    return _resized(picture.part(shrink, (top, left, height, width)), side, side)
 
 
 def _window(side: int, eval_resize: int, picture: Picture, draws: Draws) -> Tensor:

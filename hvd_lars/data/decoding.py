@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_lars.data.region import Part, decode_region
 from hvd_lars.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Pixels = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
 
+_END_OF_IMAGE, _TRAILER = b"\xff\xd9", 1024  # bytes that may follow the end
 _SHRINKS = (8, 4, 2)  # JPEG decoders do these with fewer frequencies, without resizing
 
 
@@ -86,6 +88,26 @@ class Picture:
                 array = _any_format(self._jpeg, self._name)
                 return torch.from_numpy(array).permute(2, 0, 1)[:, ::shrink, ::shrink]
         return torch.from_numpy(array).permute(2, 0, 1)
+
+    def part(self, shrink: int, part: Part) -> Tensor:
+        """Return a part of :meth:`pixels`, not exact; only that part is decoded if possible.
+
+        Args:
+            shrink: a result of :meth:`shrink_for`.
+            part: in pixels of the smaller image.
+
+        Raises:
+            UserError: the image is damaged; damage below the part may go unnoticed.
+        """
+        # In a file without its end, the missing rows may be below the part in one epoch and not
+        # in another: it is decoded as a whole, which fails.
+        if self._jpeg and self._jpeg.rfind(_END_OF_IMAGE, max(0, len(self._jpeg) - _TRAILER)) >= 0:
+            found = decode_region(self._jpeg, shrink, part)
+            if found is not None:
+                return found.permute(2, 0, 1)
+        top, left, height, width = part
+        whole = self.pixels(shrink, exact=False)
+        return whole[:, top : top + height, left : left + width]
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:

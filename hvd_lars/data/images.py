@@ -175,13 +175,17 @@ class Images:
     ) -> Tensor | None:
         """Return an image; None if it is unreadable, which is recorded the first time."""
         evaluation = store is self._val
-        if (evaluation, index) in self._known:
+        known = (evaluation, index) in self._known
+        # A training image that is damaged in one place may be read in another epoch: whether it is
+        # must not depend on what this process has read before.
+        if known and evaluation:
             return None
         try:
             return make(store.open(index))
         except UserError as error:
-            self._known.add((evaluation, index))
-            self.unreadable.append(Unreadable(str(error), evaluation))
+            if not known:
+                self._known.add((evaluation, index))
+                self.unreadable.append(Unreadable(str(error), evaluation))
             return None
 
     def _recoloured(self, images: Sequence[Tensor], epoch: int, indices: Indices) -> list[Tensor]:
