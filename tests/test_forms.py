@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_image_folder import make_folder, source_of
 
+from hvd_lars.assemble.check import examine
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.file import load_config
 from hvd_lars.data import load_shards
@@ -282,6 +283,10 @@ def test_shrunk_shards(folder, tmp_path, side, capfd):
     assert (found - wanted).abs().mean() < (12 if side == 25 else 0.001)
     again = pack(str(folder), tmp_path / "small", 1, 5, QUIET, Shrink(side, 90))
     assert again.written == 0
+    data = f"data={{root: {tmp_path / 'small'}, {SIDES}}}"
+    config = load_config("digits", [data, "model.name=resnet18_cifar", "train.global_batch=6"])
+    line = f"images were packed with shorter side {side}, JPEG quality 90, which published results"
+    assert any(warning.startswith(line) for warning in examine(config, 1).warnings)
     with pytest.raises(UserError, match="of other options of pack"):
         pack(str(folder), tmp_path / "small", 1, 5, QUIET, Shrink(side, 80))
 

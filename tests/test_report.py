@@ -1,5 +1,6 @@
 """The page about runs: what it shows, and what it says of a folder that holds no run."""
 
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from hvd_lars.assemble.recorded import read_run
 from hvd_lars.config.file import dump_config, load_config
+from hvd_lars.data.identity import made_identity
 from hvd_lars.errors import UserError
 from hvd_lars.report import write_report
 from hvd_lars.report.charts import Series, heat_map, line_chart
@@ -187,3 +189,20 @@ def test_a_page_of_a_thousand_layers_and_steps_is_small(tmp_path):
             file.write(json.dumps(record) + "\n")
     write_report([folder], tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 3e6
+
+
+def test_images_that_pack_made_smaller_are_told(tmp_path):
+    run = make_run(tmp_path / "run")
+    identity = made_identity("x", 5, 3, 2)
+    (run / "data.json").write_text(json.dumps(identity.record()))
+    assert "images packed with" not in write(tmp_path, run)
+    smaller = dataclasses.replace(identity, prepared="shorter side 320, JPEG quality 90")
+    (run / "data.json").write_text(json.dumps(smaller.record()))
+    page = write(tmp_path, run)
+    assert "images packed with" in page
+    assert "shorter side 320, JPEG quality 90" in page
+
+
+def write(tmp_path, run):
+    write_report([run], tmp_path / "page.html")
+    return (tmp_path / "page.html").read_text()

@@ -61,7 +61,7 @@ def examine(
     Raises:
         UserError: the config cannot be run.
     """
-    num_train, num_classes, notes = _size(config)
+    num_train, num_classes, prepared, notes = _size(config)
     plan = make_plan(config, num_train, ranks)
     groups, size, normalised = _measure(config.model, config.optimizer, config.data, num_classes)
     if plan.smallest_micro_batch == 1 and normalised:
@@ -79,19 +79,21 @@ def examine(
         )
     if plan.global_batch < ranks:
         warnings.append(f"{ranks - plan.global_batch} of {ranks} ranks have no samples in a step")
+    if prepared:
+        warnings.append(f"images were packed with {prepared}, which published results do not have")
     warnings += _departures(config, recipe, plan, normalised)
     return Report(plan, num_classes, groups, memory, tuple(warnings), tuple(notes))
 
 
-def _size(config: Config) -> tuple[int, int, list[str]]:
-    """Return training images, classes and notes about them; copy and download nothing."""
+def _size(config: Config) -> tuple[int, int, str, list[str]]:
+    """Return training images, classes, how they were changed, notes; copy and download nothing."""
     expect, location = config.data.expected, config.data.location
     if expect is not None and location is not None and not location.exists():
         note = f"{location} is not here: planned for the {expect.train:,} images expected"
-        return expect.train, expect.classes, [note]
+        return expect.train, expect.classes, "", [note]
     context = BuildContext(LocalCommunicator(), config.run.seed)
     source = config.data.read_only().build(context)
-    return source.num_train, source.num_classes, []
+    return source.num_train, source.num_classes, source.identity.prepared, []
 
 
 def _memory(config: Config, size: Footprint, plan: Plan) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 from hvd_lars.assemble.plan import make_plan
 from hvd_lars.config.file import load_config
 from hvd_lars.config.schema import Config
+from hvd_lars.data.identity import DataIdentity
 from hvd_lars.errors import UserError
 from hvd_lars.state import run_folder
 
@@ -51,7 +52,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         config=config.model_dump(mode="json", exclude={"recipe", "extends"}),
         global_batch=config.train.global_batch,
-        environment=_environment(folder / run_folder.ENVIRONMENT),
+        environment=_environment(folder / run_folder.ENVIRONMENT) | _prepared(folder),
         train=by_kind["train"],
         evaluations=by_kind["eval"],
         events=by_kind["event"],
@@ -88,6 +89,15 @@ def _environment(path: Path) -> Record:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return found if isinstance(found, dict) else {}
+
+
+def _prepared(folder: Path) -> Record:
+    """Return how the run's images were changed before they were packed, if they were."""
+    try:
+        found = DataIdentity.from_json((folder / run_folder.DATA).read_bytes()).prepared
+    except (OSError, ValueError):  # of a run of an earlier version
+        return {}
+    return {"images packed with": found} if found else {}
 
 
 def _planned(config: Config, last: Record, events: list[Record]) -> list[tuple[float, float]]:
