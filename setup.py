@@ -76,6 +76,7 @@ setup(
         # What benchmarks/ measures against.
         "bench": [
             "lightly>=1.5",
+            "opencv-python-headless>=4.8",
             "pytorch_optimizer>=3.5",
             "timm>=1.0",
             "torch-optimizer>=0.3",

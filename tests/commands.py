@@ -8,17 +8,27 @@ import subprocess
 import time
 
 import psutil
+import warm
 
 from hvd_lars.launchers.local import launcher_environment, local_command, this_python
 
 HANG_GUARD = 1800
 
 
+_servers = []
+
+
 def hvd_lars(*arguments, cwd=None):
     """Run the command alone; returns (exit code, output)."""
+    environment = launcher_environment()
+    if not _servers:
+        _servers.append(warm.Server(environment))
+    if _servers[0].fits(environment):
+        folder = os.getcwd() if cwd is None else os.path.abspath(cwd)
+        return _servers[0].run(list(map(str, arguments)), environment, folder, HANG_GUARD)
     result = subprocess.run(
         this_python("-m", "hvd_lars", *map(str, arguments)),
-        env=launcher_environment(),
+        env=environment,
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -11,6 +11,8 @@ import shutil
 import sys
 import tempfile
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads would spin
+
 import pytest
 import torch
 from sessions import SESSIONS, sizes_of

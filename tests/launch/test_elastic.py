@@ -14,10 +14,10 @@ from hvd_lars.launchers.local import find_program, launcher_environment, this_py
 
 # The rate of a step does not depend on the run's length, which the test does not know.
 OPTIONS = [
-    "train.duration=100000 steps", "schedule.policy=multistep", "schedule.base_lr=0.5",
+    "train.duration=100000 steps", "schedule.policy=multistep", "schedule.base_lr=0.1",
     "schedule.milestones=['20 steps', '40 steps', '60 steps']", "schedule.factor=0.8",
     "schedule.warmup_duration=10 steps", "train.log_every=1 steps",
-    "train.eval_every=100000 steps", "checkpoint.every=100000 steps",
+    "train.eval_every=100000 steps", "checkpoint.every=100000 steps", "train.global_batch=128",
 ]  # fmt: skip
 COMMIT = 20
 

@@ -204,7 +204,8 @@ model: {{name: resnet18}}
 optimizer: {{weight_decay: 1.0e-4}}
 schedule: {{base_lr: 4.0, warmup: gradual, warmup_duration: 1 epochs}}
 train:
-  {{duration: 3 epochs, global_batch: 12, micro_batch: 4, log_every: 1 steps, label_smoothing: 0.1}}
+  {{duration: 3 epochs, global_batch: 12, micro_batch: 4, log_every: 1 steps, label_smoothing: 0.1,
+    eval_every: 3 epochs}}
 """)
     run = tmp_path / "run"
     environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -227,6 +228,7 @@ def test_a_bad_image_ends_both_ranks_with_its_path(tmp_path):
     options += ["data.workers=1", "model.name=resnet18", "train.global_batch=12"]
     options += [f"run.dir={tmp_path / 'run'}", "train.duration=3 epochs"]
     options += ["schedule.warmup_duration=1 epochs", "comm.backend=mpi"]
+    options += ["train.eval_every=3 epochs"]
     program = this_python("-m", "hvd_lars", "train", "digits", *options)
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 2, result.stdout
@@ -262,7 +264,8 @@ data:
   progressive: [{{epoch: 0, image_size: 24}}, {{epoch: 1, image_size: 32}}]
 model: {{name: resnet18, zero_init_last_gamma: true, bn_sync_ranks: 2, ema_decay: 0.9}}
 schedule: {{base_lr: 2.0, warmup: gradual, warmup_duration: 1 epochs}}
-train: {{duration: 2 epochs, global_batch: 12, micro_batch: 4, log_every: 1 steps}}
+train:
+  {{duration: 2 epochs, global_batch: 12, micro_batch: 4, log_every: 1 steps, eval_every: 2 epochs}}
 """)
     run = tmp_path / "run"
     program = this_python("-m", "hvd_lars", "train", str(config), f"run.dir={run}")
