@@ -231,6 +231,12 @@ def test_a_share_of_training_is_held_out_where_there_is_no_val(folder, tmp_path,
     kept = found.train_batch(0, np.arange(9))[1]
     assert sorted([*labels.tolist(), *kept.tolist()]) == [0] * 4 + [1] * 4 + [2] * 4
     assert built(root, val_fraction=0.5).identity != found.identity
+    pack(str(root), tmp_path / "shards", 1, 5, QUIET)
+    with pytest.raises(UserError, match=r"no images in val; data.val_fraction=0.02 holds some"):
+        built(tmp_path / "shards")
+    packed = built(tmp_path / "shards", val_fraction=0.25)
+    assert packed.identity == found.identity
+    assert same(packed.eval_batch(np.arange(3)), (images, labels))
 
 
 def test_what_is_no_data_set_is_described(tmp_path):

@@ -138,6 +138,13 @@ def _split(arrays: dict[str, Any], key: str) -> Split:
     return Split(paths, names if len(names) else paths, labels, str(arrays[f"{key}_sha256"]))
 
 
+def has_val(root: Path) -> bool:
+    """Return whether an image folder has test images, in any of its layouts."""
+    trees = [root, *(root / tree for tree in _KAGGLE_TREES)]
+    folders = [tree / name for tree in trees for name in _VAL_NAMES]
+    return any(folder.is_dir() for folder in folders) or places(root) is not None
+
+
 class _Part(NamedTuple):
     """Images of a split: paths below the root, names (``train/CLASS/name``), labels."""
 

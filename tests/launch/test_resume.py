@@ -107,7 +107,7 @@ def test_other_numbers_of_ranks_take_the_run_over(tmp_path):
     wanted, found = state_after(tmp_path / "alone"), state_after(run)
     names = [name for name in wanted if name.startswith("model/")]
     both = [torch.cat([state[name].flatten() for name in names]) for state in (wanted, found)]
-    assert (both[0] - both[1]).norm() < 1e-6 * both[0].norm()
+    assert (both[0] - both[1]).norm() < 1e-5 * both[0].norm()
     losses = [[r["loss"] for r in records_of(f, "train")] for f in (tmp_path / "alone", run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -162,7 +162,8 @@ def _check_split(folder: Path, key: str, split: Located, found: LocatedSet) -> N
     """Check that every image is inside its shard and every label is a class."""
     count = split.labels.size
     if count == 0:
-        raise UserError(f"data.root: {folder}: no images in {key}")
+        instead = "; data.val_fraction=0.02 holds some of the training images out"
+        raise UserError(f"data.root: {folder}: no images in {key}{instead if key == 'val' else ''}")
     if (
         any(getattr(split, array).shape != (count,) for array in ARRAYS)
         or not ((split.file >= 0) & (split.file < len(split.files))).all()

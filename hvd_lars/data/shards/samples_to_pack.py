@@ -15,7 +15,7 @@ from hvd_lars.data.forms.recognise import PARQUET, recognise
 from hvd_lars.data.forms.scan import Form, locate_with_names
 from hvd_lars.data.identity import SplitIdentity
 from hvd_lars.data.image_folder import FolderImages
-from hvd_lars.data.listing import Paths, list_folder
+from hvd_lars.data.listing import Paths, has_val, list_folder
 from hvd_lars.data.located import LocatedImages
 from hvd_lars.data.shards.shrink import Shrink
 from hvd_lars.data.source import Indices
@@ -115,7 +115,7 @@ def collect(source: str, shrink: Shrink | None = None) -> Collection:
     root = expand_user(source, "SRC")
     kind, title = recognise(root)
     if kind == "imagefolder":
-        listing = list_folder(source, None)
+        listing = list_folder(source, None, needs_val=has_val(root))
         base, classes, left_out = listing.root, listing.classes, listing.left_out
         stores: list[FileStore] = [FolderImages(base, s) for s in (listing.train, listing.val)]
         names = [listing.train.names, listing.val.names]
@@ -129,8 +129,6 @@ def collect(source: str, shrink: Shrink | None = None) -> Collection:
         splits = found.identity.train, found.identity.val
     else:
         raise UserError(f"data.root: {root}: found {title}, which need no packing")
-    if not splits[1].images:
-        raise UserError(f"data.root: {root}: no test images")
     train, val = (Samples(base, s, n, shrink) for s, n in zip(stores, names, strict=True))
     images = {"train": _identity(splits[0], shrink), "val": _identity(splits[1], shrink)}
     return Collection(base, classes, train, val, images, kind != PARQUET, left_out)
