@@ -25,6 +25,7 @@ from hvd_lars.errors import UserError
 
 NAME = re.compile(r"(?:^|[-_])(train|validation|val)[^/]*?-(\d{5})-of-(\d{5})$")
 _LENGTH = struct.Struct("<QI")
+_FIELD_1, _FIELD_2, _FIELD_3, _NUMBER_1 = 10, 18, 26, 8  # tags: bytes, and a number
 _FOOT = 4  # bytes of the checksum of the data
 _IMAGE = (b"image/encoded", b"image")
 _LABEL, _LABEL_FROM_1 = b"label", b"image/class/label"
@@ -146,6 +147,9 @@ def _features(data: mmap.mmap, begin: int, end: int) -> dict[bytes, tuple[int, i
     Example{1: Features{1: repeated {1: name, 2: Feature}}}; Feature{1: BytesList{1: bytes},
     3: Int64List{1: number}}.
     """
+    quick = _usual_features(data, begin, end)
+    if quick is not None:
+        return quick
     found: dict[bytes, tuple[int, int] | int] = {}
     for number, first, last in _fields(data, begin, end):
         if number != 1:
@@ -160,6 +164,53 @@ def _features(data: mmap.mmap, begin: int, end: int) -> dict[bytes, tuple[int, i
             if feature is not None:
                 found[name] = feature
     return found
+
+
+def _usual_features(
+    data: mmap.mmap, begin: int, end: int
+) -> dict[bytes, tuple[int, int] | int] | None:
+    """Return the features of an Example in the order in which protobuf's writers put its fields.
+
+    None if anything is in another place; this is a third of the time of a million images.
+    """
+    found: dict[bytes, tuple[int, int] | int] = {}
+    size, at = _length(data, begin + 1)
+    if data[begin] != _FIELD_1 or at + size != end:
+        return None
+    while at < end:
+        size, first = _length(data, at + 1)
+        stop = first + size
+        if data[at] != _FIELD_1 or data[first] != _FIELD_1 or stop > end:
+            return None
+        size, at = _length(data, first + 1)
+        name = data[at : at + size]
+        at += size
+        size, first = _length(data, at + 1)
+        if at >= stop or data[at] != _FIELD_2 or first + size != stop or not size:
+            return None
+        kind = data[first]
+        size, at = _length(data, first + 1)
+        if at + size != stop or not size:
+            return None
+        if kind != _FIELD_2:  # floats are not used
+            tag = data[at]
+            size, first = _length(data, at + 1)
+            if kind == _FIELD_1 and tag == _FIELD_1 and first + size <= stop:
+                found[name] = first, first + size
+            elif kind == _FIELD_3 and tag in (_FIELD_1, _NUMBER_1):
+                found[name] = _signed(_varint(data, first if tag == _FIELD_1 else at + 1, stop)[0])
+            else:
+                return None
+        at = stop
+    return found
+
+
+def _length(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """Return a length and where it ends; IndexError at the end of the file."""
+    value = data[at]
+    if value < 128:
+        return value, at + 1
+    return _varint(data, at, len(data))
 
 
 def _value(data: mmap.mmap, begin: int, end: int) -> tuple[int, int] | int | None:

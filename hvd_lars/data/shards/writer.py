@@ -348,7 +348,7 @@ def _finish(
         ]
         shards = np.repeat(np.arange(len(facts)), [len(rows) for rows in tables])
         written = np.array([row for rows in tables for row in rows], dtype=np.int64).reshape(-1, 3)
-        order = np.concatenate([job.chosen for job in jobs[key]])
+        order = np.concatenate([np.arange(0), *(job.chosen for job in jobs[key])])
         table = np.empty((len(order), 4), dtype=np.int64)
         table[order] = np.column_stack([shards, written])
         for i, array in enumerate(("shard", "offset", "size", "labels")):
