@@ -13,6 +13,7 @@ from test_image_folder import make_folder, source_of
 
 from hvd_lars.assemble.check import examine
 from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.config.binding import changes
 from hvd_lars.config.file import load_config
 from hvd_lars.data import load_shards
 from hvd_lars.data.forms.recognise import recognise
@@ -237,6 +238,14 @@ def test_a_share_of_training_is_held_out_where_there_is_no_val(folder, tmp_path,
     packed = built(tmp_path / "shards", val_fraction=0.25)
     assert packed.identity == found.identity
     assert same(packed.eval_batch(np.arange(3)), (images, labels))
+
+
+def test_a_run_may_go_on_from_another_form(tmp_path):
+    """Bundled configs said imagefolder before they said auto."""
+    form = [f"data={{name: {name}, root: {tmp_path}}}" for name in ("imagefolder", "auto", "zip")]
+    configs = [load_config("digits", [data]) for data in form]
+    for other in configs[1:]:
+        assert changes(configs[0], other, "run", lambda key, *_: key) == []
 
 
 def test_what_is_no_data_set_is_described(tmp_path):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class ArrowData(LocatedSettings):
     """A DatasetDict that ``save_to_disk`` of Hugging Face's datasets wrote, read in place."""
 
-    name: Literal["arrow"] = key(binds="run", description="which data set")
+    name: Literal["arrow"] = key(binds="nothing", description="which data set")
 
     def form(self) -> Form:
         """Return the form."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class AutoData(PhotographSettings):
     """Photographs in whatever form is found in root: class folders, archives, shards, …."""
 
-    name: Literal["auto"] = key(binds="run", description="which data set")
+    name: Literal["auto"] = key(binds="nothing", description="which data set")
     cache_dir: str | None = key(
         binds="nothing", default=None, description="as for the form that is found"
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class ImageFolderData(PhotographSettings):
     """A folder in ImageNet's layout: root/train/CLASS/…/image and root/val/CLASS/…/image."""
 
-    name: Literal["imagefolder"] = key(binds="run", description="which data set")
+    name: Literal["imagefolder"] = key(binds="nothing", description="which data set")
     train_list: str | None = key(
         binds="run",
         default=None,

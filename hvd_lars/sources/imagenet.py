@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class ImageNetData(LocatedSettings):
     """ImageNet's official archives, or ImageNet-21K's tar file per class, read in place."""
 
-    name: Literal["imagenet"] = key(binds="run", description="which data set")
+    name: Literal["imagenet"] = key(binds="nothing", description="which data set")
 
     def form(self) -> Form:
         """Return the form."""

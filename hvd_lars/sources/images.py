@@ -238,7 +238,10 @@ class ImageSettings(SourceSettings):
 
 
 class PhotographSettings(ImageSettings):
-    """Photographs below a root, in one of several forms of the same data."""
+    """Photographs below a root, in one of several forms of the same data.
+
+    ``name``, the form, binds nothing: a run compares the names and labels of its images.
+    """
 
     FAMILY: ClassVar[str] = "photographs"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class RecordIOData(LocatedSettings):
     """MXNet's train.rec and val.rec, read in place."""
 
-    name: Literal["recordio"] = key(binds="run", description="which data set")
+    name: Literal["recordio"] = key(binds="nothing", description="which data set")
 
     def form(self) -> Form:
         """Return the form."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class ShardsData(LocatedSettings):
     """Tar shards that ``hvd-lars pack`` wrote, or others in WebDataset's layout."""
 
-    name: Literal["shards"] = key(binds="run", description="which data set")
+    name: Literal["shards"] = key(binds="nothing", description="which data set")
     train_shards: str = key(
         binds="run",
         default="*train*.tar",

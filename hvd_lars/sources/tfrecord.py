@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class TFRecordData(LocatedSettings):
     """TFRecord files of ImageNet, TensorFlow's or TensorFlow Datasets', read in place."""
 
-    name: Literal["tfrecord"] = key(binds="run", description="which data set")
+    name: Literal["tfrecord"] = key(binds="nothing", description="which data set")
 
     def form(self) -> Form:
         """Return the form."""

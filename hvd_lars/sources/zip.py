@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class ZipData(LocatedSettings):
     """Zip files of stored images, train/CLASS/image and val/CLASS/image, read in place."""
 
-    name: Literal["zip"] = key(binds="run", description="which data set")
+    name: Literal["zip"] = key(binds="nothing", description="which data set")
 
     def form(self) -> Form:
         """Return the form."""
