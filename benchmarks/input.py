@@ -10,7 +10,7 @@ Decoding, a random resized crop to 224×224 and flipping, from a folder in Image
   (RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize): float32 batches;
 * ours are uint8 batches, which the device normalises; also with that on the same core, as on a
   machine without a GPU, from tar shards, from shards packed with --shorter-side 320 and 256, and
-  with whole images decoded, as before version 0.2;
+  with whole images decoded, as in earlier versions;
 * FFCV's recipe: simplejpeg, then the crop resized by OpenCV with INTER_AREA, in the same loader;
 * DALI's CPU pipeline (image_random_crop, antialiased resize, mirror), one thread;
 * the floor is decoding the same parts of the same JPEGs, and nothing else.

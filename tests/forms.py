@@ -150,7 +150,7 @@ def tfrecords(folder, target, spelling="tensorflow", files=2):
     return target
 
 
-def table_of(folder, split):
+def table_of(folder, split, named=True):
     """A split as Hugging Face's datasets describe it."""
     names = classes_of(folder)
     rows = shuffled(images(folder, split), 5)
@@ -164,19 +164,21 @@ def table_of(folder, split):
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
     columns = [
-        pyarrow.array([{"bytes": p.read_bytes(), "path": p.name} for _, p in rows], kind),
+        pyarrow.array(
+            [{"bytes": p.read_bytes(), "path": p.name if named else None} for _, p in rows], kind
+        ),
         pyarrow.array([names.index(name) for name, _ in rows], pyarrow.int64()),
     ]
     return pyarrow.Table.from_arrays(columns, schema=schema)
 
 
-def arrow(folder, target, batch=4, compression=None):
+def arrow(folder, target, batch=4, compression=None, names=True):
     """``DatasetDict.save_to_disk``."""
     target.mkdir()
     (target / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
     for split, name in (("train", "train"), ("val", "validation")):
         (target / name).mkdir()
-        table = table_of(folder, split)
+        table = table_of(folder, split, names)
         half = -(-table.num_rows // 2)
         files = [f"data-{i:05d}-of-00002.arrow" for i in range(2)]
         options = pyarrow.ipc.IpcWriteOptions(compression=compression)

@@ -90,7 +90,8 @@ def changed(name, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: (root / VAL).unlink(), f"no {VAL} in it"),
+        (lambda root: (root / VAL).unlink(), "no test images; data.val_fraction"),
+        (lambda root: (root / DEVKIT).unlink(), f"no {DEVKIT} in it"),
         (changed(TRAIN, lambda d: d[: len(d) // 2]), f"{TRAIN}: truncated"),
         (changed(TRAIN, lambda d: b""), f"{TRAIN}: truncated at byte 0"),
         (changed(TRAIN, lambda d: b"x" * len(d)), "not an uncompressed tar file"),

@@ -16,7 +16,12 @@ from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.binding import changes
 from hvd_lars.config.file import load_config
 from hvd_lars.data import load_shards
+from hvd_lars.data.forms.archives import DEVKIT, VAL
 from hvd_lars.data.forms.recognise import recognise
+from hvd_lars.data.lists import read_list
+from hvd_lars.data.shards.cache import verify
+from hvd_lars.data.shards.origins import compare
+from hvd_lars.data.shards.samples import scan_tar
 from hvd_lars.data.shards.samples_to_pack import collect
 from hvd_lars.data.shards.shrink import Shrink
 from hvd_lars.data.shards.writer import pack
@@ -186,6 +191,79 @@ def test_damaged_lists_are_named(folder, text, message, tmp_path):
     with pytest.raises(UserError, match=rf"list: {message}") as caught:
         built(root, train_list="list")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image_name,label\ntrain/a.jpg,1\n", "line 1: found .*; needed: a path of an image and"),
+        ("\n\nPath,Label\n", "no image in it"),
+    ],
+)
+def test_a_first_row_of_unknown_names_is_no_image(folder, tmp_path, text, message):
+    root = shutil.copytree(folder, tmp_path / "images")
+    (root / "list").write_text(text)
+    with pytest.raises(UserError, match=rf"list: {message}"):
+        built(root, train_list="list")
+
+
+def test_paths_of_a_list_may_have_spaces_and_commas(tmp_path):
+    (tmp_path / "list").write_text("my dir/a,b.jpg\t5\nmy dir/c.jpg\t0\n")
+    assert read_list(tmp_path / "list") == [("my dir/a,b.jpg", "5"), ("my dir/c.jpg", "0")]
+
+
+def test_an_unpacked_folder_beside_its_archives_is_read(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "images")
+    (root / DEVKIT).write_bytes(b"kept")
+    (root / "ILSVRC/Data/CLS-LOC/train").mkdir(parents=True)
+    assert built(root).identity == source_of(folder).identity
+
+
+def test_the_archive_of_training_alone(folder, tmp_path):
+    root = forms.archives(folder, tmp_path / "archives")
+    (root / VAL).unlink()
+    assert built(root, val_fraction=0.25).num_train == 9
+
+
+def test_names_of_classes_may_have_spaces(folder, tmp_path):
+    root = forms.tfrecords(folder, tmp_path / "form", spelling="tfds")
+    (root / "label.labels.txt").write_text("an ant\na bee\na cat\n")
+    assert built(root).identity.classes == ("an ant", "a bee", "a cat")
+
+
+def test_images_without_names_of_classes_with_dots_are_packed(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "images")
+    for split in ("train", "val"):
+        os.rename(root / split / "ant", root / split / "001.Ant of the wood")
+    for path in (arrow := forms.arrow(root, tmp_path / "arrow", names=False)).rglob("*.arrow"):
+        assert path.stat().st_size
+    pack(str(arrow), tmp_path / "shards", 1, 5, QUIET)
+    assert verify(tmp_path / "shards", 1, QUIET) == 5
+    rows = scan_tar(tmp_path / "shards/train-000000.tar")
+    assert len(rows) == 5
+    assert built(tmp_path / "shards").num_train == 12
+
+
+def test_packing_keeps_few_files_open(folder, tmp_path, monkeypatch):
+    root = forms.tfrecords(folder, tmp_path / "form", files=6)
+    found = collect(str(root))
+    before = len(os.listdir("/proc/self/fd"))
+    packed = pack(str(root), tmp_path / "shards", 1, 2, QUIET)
+    compare(tmp_path / "shards", packed.sources, QUIET)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert found.train.read(0)
+
+
+def test_the_index_of_an_earlier_version_keeps_its_order(folder, tmp_path):
+    target = tmp_path / "shards"
+    pack(str(folder), target, 1, 5, QUIET)
+    manifest = json.loads((target / "dataset.json").read_text())
+    del manifest["images"]
+    (target / "dataset.json").write_text(json.dumps(manifest))
+    (target / "index.safetensors").unlink()
+    pack(str(folder), target, 1, 5, QUIET)
+    found = load_shards(str(target), "", "", None)
+    assert found.train.file.tolist() == sorted(found.train.file.tolist())
 
 
 def test_validation_is_a_name_of_val(folder, tmp_path):

@@ -42,6 +42,7 @@ class Server:
             request = [arguments, environment, str(folder), str(output)]
             self._process.stdin.write(f"{json.dumps(request)}\n")
             if not select.select([self._process.stdout], [], [], timeout)[0]:
+                self._process.kill()
                 raise subprocess.TimeoutExpired(arguments, timeout)
             code = int(self._process.stdout.readline())
             return code, output.read_text()

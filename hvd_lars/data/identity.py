@@ -24,7 +24,7 @@ class DataIdentity:
     """The identity of a data set: class names by label, and its splits.
 
     Equal identities mean the same samples in the same order with the same labels, as far as names
-    show.  The images' bytes are covered only in shards that ``pack`` wrote, by their checksums.
+    show.  The images' bytes are covered only in shards that an earlier version of ``pack`` wrote.
     """
 
     classes: tuple[str, ...]

@@ -40,6 +40,9 @@ class FolderImages:
         """Return the paths of the images below the root."""
         return [os.fsdecode(path) for path in self._split.paths.tolist()]
 
+    def close(self) -> None:
+        """Do nothing: a file is open only while it is read."""
+
     def where(self, index: int) -> str:
         """Return how messages call an image: its path."""
         return str(self._path(index))

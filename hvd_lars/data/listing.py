@@ -140,9 +140,14 @@ def _split(arrays: dict[str, Any], key: str) -> Split:
 
 def has_val(root: Path) -> bool:
     """Return whether an image folder has test images, in any of its layouts."""
+    tree = _tree(root)
+    return any((tree / name).is_dir() for name in _VAL_NAMES) or places(root) is not None
+
+
+def _tree(root: Path) -> Path:
+    """Return the folder that holds ``train``: the root, or one of Kaggle's tree in it."""
     trees = [root, *(root / tree for tree in _KAGGLE_TREES)]
-    folders = [tree / name for tree in trees for name in _VAL_NAMES]
-    return any(folder.is_dir() for folder in folders) or places(root) is not None
+    return next((tree for tree in trees if (tree / "train").is_dir()), root)
 
 
 class _Part(NamedTuple):
@@ -165,8 +170,7 @@ class _Scan:
 def _list(root: Path, lists: Lists, needs_val: bool) -> dict[str, Any]:
     """Scan into arrays; the ``times`` of ``folders`` show whether they are out of date."""
     given = any(lists)
-    trees = [root / tree for tree in _KAGGLE_TREES if (root / tree / "train").is_dir()]
-    folder = root if given or not trees else trees[0]
+    folder = root if given else _tree(root)
     scan = _Scan(folder)
     train_list, val_list = (ListFile(root / name, "") if name else None for name in lists)
     found = Listed(train_list, val_list)

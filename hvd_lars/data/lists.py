@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvd_lars.data.naming import ending_of, image_endings
 from hvd_lars.errors import UserError
 
-# First row of a list, in any case: names of columns and not an image.
+# First row of a list, in upper or lower case: names of columns and not an image.
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "imageid", "image_id")
 _LABEL_COLUMNS = ("label", "class", "target", "category", "wnid", "class_name", "predictionstring")
 _KAGGLE, _TINY = "LOC_val_solution.csv", "val_annotations.txt"
@@ -54,8 +55,8 @@ def read_list(path: Path) -> list[tuple[str, str]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text: {error}") from None
     lines = text.splitlines()
-    first = next((line for line in lines if line.strip()), "")
-    rows = _csv_rows(path, lines) if "," in first else _plain_rows(path, lines)
+    separated = path.suffix.lower() == ".csv" or all("," in line for line in lines if line.strip())
+    rows = _csv_rows(path, lines) if separated else _plain_rows(path, lines)
     if not rows:
         raise UserError(f"{path}: no image in it")
     odd = next((name for name, _ in rows if "\0" in name), None)
@@ -66,12 +67,12 @@ def read_list(path: Path) -> list[tuple[str, str]]:
 
 def _csv_rows(path: Path, lines: list[str]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
-    columns = 0, 1
+    columns: tuple[int, int] | None = None
     try:
         for number, row in enumerate(csv.reader(lines), start=1):
             if not row or not any(row):
                 continue
-            if not rows and number == 1:
+            if columns is None:
                 heads = [cell.strip().lower() for cell in row]
                 found = (
                     next((i for i, head in enumerate(heads) if head in names), None)
@@ -81,6 +82,13 @@ def _csv_rows(path: Path, lines: list[str]) -> list[tuple[str, str]]:
                 if a is not None and b is not None:
                     columns = a, b
                     continue
+                if ending_of(row[0].strip()) not in image_endings():
+                    raise UserError(
+                        f"{path}: line {number}: found {row!r}; needed: a path of an image and a "
+                        f"label, or names of columns: {', '.join(_PATH_COLUMNS)}; "
+                        f"{', '.join(_LABEL_COLUMNS)}"
+                    )
+                columns = 0, 1
             cells = [row[i].strip() if i < len(row) else "" for i in columns]
             if not all(cells):
                 raise UserError(f"{path}: line {number}: found {row!r}; needed: a path and a label")
@@ -95,9 +103,7 @@ def _plain_rows(path: Path, lines: list[str]) -> list[tuple[str, str]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        name, space, label = line.strip().rpartition(" ")
-        if not space:
-            name, space, label = line.strip().rpartition("\t")
+        name, _, label = line.strip().rpartition("\t" if "\t" in line.strip() else " ")
         if not name.strip():
             raise UserError(f"{path}: line {number}: found {line!r}; needed: a path and a label")
         rows.append((name.strip(), label))
@@ -174,9 +180,9 @@ def labels_of(
         if number is None:
             number = int(label) if label.isdecimal() and int(label) < count else None
         if number is None:
+            numbers = f", or 0 to {count - 1}" if count else ""
             raise UserError(
-                f"{path}: {name} has label {label!r}; allowed: a class of training, or 0 to "
-                f"{count - 1}"
+                f"{path}: {name} has label {label!r}; allowed: a class of training{numbers}"
             )
         labels.append(number)
     return labels

@@ -7,6 +7,7 @@ this way: an image is one ``pread`` at its offset.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -18,7 +19,7 @@ from hvd_lars.errors import UserError
 
 ARRAYS = ("file", "offset", "size", "labels")
 _OPEN_FILES = 64  # a process may have 1,024, and torch needs some, too
-_RECORD_MAGIC = (0xCED7230A).to_bytes(4, "little")
+RECORD_MAGIC = (0xCED7230A).to_bytes(4, "little")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,13 @@ class LocatedImages:
             raise UserError(f"{path}: truncated: the image at byte {offset} is incomplete")
         return joined(data, offset) if path.suffix == ".rec" else data
 
+    def close(self) -> None:
+        """Close the files; they are opened again when they are needed."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    __del__ = close
+
     def open(self, index: int) -> Picture:
         """Read an image; raises UserError, which names file and member, if that fails."""
         return Picture(self.read(index), self.where(index))
@@ -100,8 +108,9 @@ class LocatedImages:
         """Return how messages call an image: by its name in a tar file, or by its position."""
         file, path, offset, _ = self._place(index)
         if path.suffix == ".tar":
-            head = os.pread(self._descriptor(file, path), 100, offset - 512)
-            return f"{path}: {head.partition(bytes(1))[0].decode(errors='replace')}"
+            with suppress(OSError):
+                head = os.pread(self._descriptor(file, path), 100, offset - 512)
+                return f"{path}: {head.partition(bytes(1))[0].decode(errors='replace')}"
         return f"{path}: the image at byte {offset}"
 
     def _place(self, index: int) -> tuple[int, Path, int, int]:
@@ -134,10 +143,10 @@ def joined(data: bytes, offset: int) -> bytes:
         data: bytes of an image, as they lie in the file.
         offset: of ``data`` in the file.
     """
-    at = data.find(_RECORD_MAGIC)
+    at = data.find(RECORD_MAGIC)
     while at >= 0:
-        after = at + len(_RECORD_MAGIC)
+        after = at + len(RECORD_MAGIC)
         if (offset + at) % 4 == 0:
             data, offset = data[:after] + data[after + 4 :], offset + 4
-        at = data.find(_RECORD_MAGIC, after)
+        at = data.find(RECORD_MAGIC, after)
     return data

@@ -126,8 +126,9 @@ int hvd_lars_region_decode(const unsigned char *data, unsigned long size, int sh
       file.dct = kDctFast;
       file.fancy_upsampling = 0;
       library.start(&file);
-      if (height > 0 && width > 0 && top + height <= file.output_height &&
-          left + width <= file.output_width) {
+      if (height > 0 && width > 0 && height <= file.output_height &&
+          top <= file.output_height - height && width <= file.output_width &&
+          left <= file.output_width - width) {
         unsigned first = left, columns = width;
         library.crop(&file, &first, &columns);
         line = static_cast<unsigned char *>(std::malloc(3 * static_cast<size_t>(columns) + 64));

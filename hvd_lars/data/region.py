@@ -1,7 +1,7 @@
 """Decode the part of a JPEG that a crop needs, with libjpeg-turbo.
 
 region.cpp is compiled when hvd_lars is installed, if there is a compiler, and calls the library
-that Pillow brings.  Without either, :func:`available` says no and whole images are decoded.
+that Pillow brings.  Without either, whole images are decoded.
 """
 
 from __future__ import annotations
@@ -59,11 +59,6 @@ def _works(library: ctypes.CDLL) -> bool:
     whole = simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
     part = _decode(library, data, 1, (17, 19, 20, 30))
     return part is not None and np.array_equal(part.numpy(), whole[17:37, 19:49])
-
-
-def available() -> bool:
-    """Return whether parts can be decoded here."""
-    return _load() is not None
 
 
 def decode_region(data: bytes, shrink: int, part: Part) -> Tensor | None:

@@ -44,9 +44,16 @@ def progress_bar(title: str, unit: str, shown: bool = True) -> Iterator[Callable
     """Show a bar on a terminal, else a line every tenth; yield a function of (done, total)."""
     if shown and sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (title, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
+        said = TextColumn("{task.description}", markup=False)  # a title may hold a path
+        columns = (said, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title)
             yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -36,6 +36,8 @@ class Archives:
         missing = [path.name for path in paths if not path.is_file()]
         if not missing:
             return Files(root, [paths[0]], [paths[1]], [paths[2]])
+        if paths[0].is_file() and VAL in missing:
+            return Files(root, [paths[0]], [], [])
         if len(missing) == len(paths):
             by_class = class_tars(root)
             if by_class:

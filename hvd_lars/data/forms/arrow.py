@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -21,6 +21,8 @@ from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
 
 _TRAIN = ("train", "training")
+# ImageNet's names have the class once more: n01440764_10026_n01440764.JPEG.
+_WNID_AT_END = re.compile(r"_n\d{8}(?=\.[A-Za-z]+$)")
 _VAL = ("validation", "valid", "val", "test")
 DICT, _STATE = "dataset_dict.json", "state.json"
 
@@ -114,6 +116,10 @@ class ParquetImages:
         """Return the names of the files that hold the images."""
         return [self.split.files[i] for i in sorted(set(self.split.file.tolist()))]
 
+    def close(self) -> None:
+        """Drop the row group in memory."""
+        self._group = None
+
     def __getstate__(self) -> dict[str, Any]:
         """Drop the row group in memory."""
         return self.__dict__ | {"_group": None}
@@ -157,7 +163,7 @@ def _scan(files: Files, each: Each, rows_of: Any) -> Scan:
     found = {}
     classes: tuple[str, ...] = ()
     for part, paths in (("train", files.train), ("val", files.val)):
-        tables = each(partial(rows_of), list(enumerate(paths)))
+        tables = each(rows_of, list(enumerate(paths)))
         found[part] = [row for rows, _ in tables for row in rows]
         classes = classes or next((names for _, names in tables if names), ())
     return Scan(classes or numbered_classes(found["train"]), found["train"], found["val"])
@@ -186,10 +192,13 @@ def _batch_rows(
     number: int, path: Path, first: int, batch: Any, columns: _Columns, whole: Any
 ) -> list[Found]:
     """Return the images of a record batch, whose first row is the file's row ``first``."""
+    if not batch.num_rows:
+        return []
     column = batch.column(columns.image)
     images = _bytes_of(column)
-    if images.null_count:
-        row = first + images.is_null().to_pylist().index(True)
+    if images.null_count or column.null_count:
+        absent = (images if images.null_count else column).is_null().to_pylist()
+        row = first + absent.index(True)
         raise UserError(f"{path}: row {row} has the path of an image and not its bytes")
     width = np.int64 if str(images.type).startswith("large") else np.int32
     _, offsets, data = images.buffers()
@@ -212,7 +221,8 @@ def _parquet_rows(item: tuple[int, Path]) -> tuple[list[Found], tuple[str, ...]]
     try:
         with arrow.parquet.ParquetFile(path) as parquet:
             columns = _columns(path, parquet.schema_arrow)
-            named = arrow.types.is_struct(parquet.schema_arrow.field(columns.image).type)
+            kind = parquet.schema_arrow.field(columns.image).type
+            named = arrow.types.is_struct(kind) and kind.get_field_index("path") >= 0
             wanted = [columns.label, *([f"{columns.image}.path"] if named else [])]
             table = parquet.read(columns=wanted)
     except (arrow.ArrowException, OSError) as error:
@@ -231,7 +241,8 @@ def _columns(path: Path, schema: Any) -> _Columns:
     arrow = _pyarrow()
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        kinds = {name: feature["_type"] for name, feature in features.items()}
+        plain = {name: value for name, value in features.items() if isinstance(value, dict)}
+        kinds = {name: value.get("_type") for name, value in plain.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         features, kinds = {}, {}
     types = arrow.types
@@ -251,7 +262,8 @@ def _columns(path: Path, schema: Any) -> _Columns:
             f"{path}: found columns {', '.join(schema.names)}; needed: one of images with their "
             f"bytes, and one of labels, such as image and label"
         )
-    classes = features.get(label, {}).get("names") or ()
+    described = features.get(label)
+    classes = (described.get("names") if isinstance(described, dict) else None) or ()
     return _Columns(image, label, tuple(map(str, classes)))
 
 
@@ -264,7 +276,8 @@ def _names_of(column: Any) -> list[str]:
     """Return the file names in a column of (bytes, path); empty where there is none."""
     if not str(column.type).startswith("struct") or column.type.get_field_index("path") < 0:
         return [""] * len(column)
-    return [(path or "").rpartition("/")[2] for path in column.field("path").to_pylist()]
+    paths = column.field("path").to_pylist()
+    return [_WNID_AT_END.sub("", (path or "").rpartition("/")[2]) for path in paths]
 
 
 def _labels(path: Path, first: int, column: Any) -> list[int]:

@@ -71,12 +71,12 @@ def _is_folder(root: Path) -> bool:
 
 _SIGNS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("shards", _has("dataset.json")),
-    ("imagenet", _is_archives),
     ("arrow", _has(arrow.DICT)),
+    ("imagefolder", _is_folder),  # perhaps beside the archives that it was unpacked from
+    ("imagenet", _is_archives),
     (PARQUET, _has("train*.parquet", "data/train*.parquet")),
     ("recordio", _has("train*.rec")),
     ("tfrecord", _is_tfrecord),
-    ("imagefolder", _is_folder),
     ("zip", _has("*.zip")),
     ("shards", _has("*train*.tar")),
 )

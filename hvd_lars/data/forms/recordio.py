@@ -15,9 +15,10 @@ import struct
 from pathlib import Path
 
 from hvd_lars.data.forms.scan import Each, Files, Found, Scan, as_label, numbered_classes
+from hvd_lars.data.located import RECORD_MAGIC
 from hvd_lars.errors import UserError
 
-_MAGIC = 0xCED7230A
+_MAGIC = int.from_bytes(RECORD_MAGIC, "little")
 _HEAD = struct.Struct("<II")
 _LABEL = struct.Struct("<IfQQ")
 _LENGTH = 2**29 - 1

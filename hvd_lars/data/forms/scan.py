@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,18 +15,17 @@ import numpy as np
 from hvd_lars.data.identity import DataIdentity, SplitIdentity
 from hvd_lars.data.listing import Paths, read_arrays, write_arrays
 from hvd_lars.data.located import ARRAYS, Located, LocatedSet
+from hvd_lars.data.naming import image_endings
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import progress_bar
 
-_FORMAT = "scan 2"
+_FORMAT = "scan 3"
 _LARGE = 10**9  # bytes in files whose scan shows its progress
 _MOST_CLASSES = 2**20  # a larger label is damage
 _THREADS = 8  # mostly waiting for the file system
 _SPLITS = ("train", "val")
-# Hugging Face's ImageNet adds the class to the names: n01440764_10026_n01440764.JPEG.
-_WNID_AT_END = re.compile(r"_n\d{8}(?=\.[A-Za-z]+$)")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -53,11 +51,15 @@ class Files(NamedTuple):
 
 @dataclass(frozen=True)
 class Scan:
-    """What the files hold: class names by label, and the images of both splits."""
+    """What the files hold: class names by label, and the images of both splits.
+
+    ``left_out`` counts the skipped files by kind, in one line.
+    """
 
     classes: Sequence[str]
     train: list[Found]
     val: list[Found]
+    left_out: str = ""
 
 
 class Form(Protocol):
@@ -101,8 +103,9 @@ def numbered_classes(train: Sequence[Found]) -> list[str]:
 def locate(form: Form, root: str, cache: Path | None) -> LocatedSet:
     """Locate the images of a data set; the result is cached until a file changes.
 
-    Labels are positions in the sorted class names and images are in the order of label and name,
-    as in an image folder, so that a run does not depend on the form of its data.
+    Labels are those of the form, which are positions in the sorted class names for ImageNet, and
+    images are in the order of label and name, as in an image folder, so that a run does not depend
+    on the form of its data.
 
     Raises:
         UserError: a file is missing or damaged, or a label is no class.
@@ -111,7 +114,7 @@ def locate(form: Form, root: str, cache: Path | None) -> LocatedSet:
     key = _key(form, files)
     path = cache / f"{key}.npz" if cache else None
     names = [f"{split}_{array}" for split in _SPLITS for array in (*ARRAYS, "sha256")]
-    arrays = read_arrays(path, [*names, "classes"]) if path is not None else None
+    arrays = read_arrays(path, [*names, "classes", "left_out"]) if path is not None else None
     if arrays is None:
         arrays, _ = _scanned(form, files)
         if path is not None:
@@ -129,7 +132,8 @@ def locate_with_names(form: Form, root: str) -> tuple[LocatedSet, dict[str, Path
 def _key(form: Form, files: Files) -> str:
     everything = [*files.train, *files.val, *files.others]
     facts = [(str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns) for p in everything]
-    text = json.dumps([_FORMAT, form.name, len(files.train), len(files.val), facts])
+    endings = sorted(image_endings())  # another version of Pillow may read more
+    text = json.dumps([_FORMAT, form.name, len(files.train), len(files.val), facts, endings])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -148,7 +152,8 @@ def _located_set(files: Files, key: str, arrays: dict[str, Any]) -> LocatedSet:
     )
     sizes = {str(p.relative_to(files.root)): p.stat().st_size for p in (*files.train, *files.val)}
     identity = DataIdentity(classes, train_identity, val_identity)
-    return LocatedSet(str(files.root), key, classes, train, val, sizes, {}, identity)
+    left_out = str(arrays["left_out"])
+    return LocatedSet(str(files.root), key, classes, train, val, sizes, {}, identity, left_out)
 
 
 def _scanned(form: Form, files: Files) -> tuple[dict[str, Any], dict[str, Paths]]:
@@ -157,6 +162,7 @@ def _scanned(form: Form, files: Files) -> tuple[dict[str, Any], dict[str, Paths]
     with progress_bar(title, "files", shown=total > _LARGE) as progress:
         scan = form.scan(files, _in_threads(progress))
     arrays: dict[str, Any] = {"classes": np.array(list(scan.classes))}
+    arrays["left_out"] = np.array(scan.left_out)
     names = {}
     if not scan.train:
         raise UserError(f"data.root: {files.train[0]}: no image in it")
@@ -193,7 +199,8 @@ def _table(
                 f"{row.label}; allowed with {len(classes)} classes: 0 to {len(classes) - 1}"
             )
     if all(row.name for row in rows):
-        rows = sorted(row._replace(name=_WNID_AT_END.sub("", row.name)) for row in rows)
+        # As in class folders: by folder, then by name.
+        rows = sorted(rows, key=lambda row: (row.label, *row.name.rpartition("/")[::2], row))
     columns = np.array([(r.file, r.offset, r.size, r.label) for r in rows], dtype=np.int64)
     columns = columns.reshape(-1, len(ARRAYS))
     names = np.array(

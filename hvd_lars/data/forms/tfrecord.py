@@ -42,22 +42,20 @@ class TFRecord:
     def find(self, root: Path) -> Files:
         """Return the files; UserError names one that is missing of the ``NNNNN`` in a name."""
         parts: dict[str, list[Path]] = {"train": [], "val": []}
-        expected: dict[str, set[tuple[str, int]]] = {"train": set(), "val": set()}
-        seen: dict[str, set[tuple[str, int]]] = {"train": set(), "val": set()}
+        seen: dict[tuple[str, int], set[int]] = {}  # numbers by what precedes them and their count
         for path in sorted(root.iterdir()) if root.is_dir() else ():
             match = NAME.search(path.name)
             if match is None or not path.is_file():
                 continue
-            part = "train" if match.group(1) == "train" else "val"
+            parts["train" if match.group(1) == "train" else "val"].append(path)
             stem, count = path.name[: match.start(2)], int(match.group(3))
-            parts[part].append(path)
-            seen[part].add((stem, int(match.group(2))))
-            expected[part] |= {(stem, number) for number in range(count)}
+            seen.setdefault((stem, count), set()).add(int(match.group(2)))
         if not parts["train"]:
             raise UserError(f"data.root: {root}: no train-NNNNN-of-NNNNN in it")
-        for part in parts:
-            for stem, number in sorted(expected[part] - seen[part]):
-                raise UserError(f"data.root: {root}: no {stem}{number:05d}-of-… in it")
+        for (stem, count), numbers in seen.items():
+            missing = next((number for number in range(count) if number not in numbers), None)
+            if missing is not None:
+                raise UserError(f"data.root: {root}: no {stem}{missing:05d}-of-{count:05d} in it")
         names = root / _NAMES_OF_CLASSES
         return Files(root, parts["train"], parts["val"], [names] if names.is_file() else [])
 
@@ -74,7 +72,8 @@ class TFRecord:
         )
         numbers = numbered_classes(train)
         if files.others:
-            classes = files.others[0].read_text(encoding="utf-8", errors="replace").split()
+            text = files.others[0].read_text(encoding="utf-8", errors="replace")
+            classes = [line.strip() for line in text.splitlines() if line.strip()]
         else:
             classes = [synsets.get(label, name) for label, name in enumerate(numbers)]
         return Scan(classes, train, val)
@@ -137,7 +136,11 @@ def _example(
             f"{path}: the record at byte {at} has {found}; needed: image/encoded and "
             f"image/class/label, or image and label"
         )
-    number = as_label(label - (_LABEL_FROM_1 in features), path, at)
+    if _LABEL_FROM_1 in features:
+        if label < 1:
+            raise UserError(f"{path}: the record at byte {at} has label {label}; they count from 1")
+        label -= 1
+    number = as_label(label, path, at)
     return _Example(number, text(*_FILE_NAME), text(_SYNSET), image[0], image[1] - image[0])
 
 

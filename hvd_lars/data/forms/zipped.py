@@ -9,10 +9,17 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 from hvd_lars.data.forms.scan import Each, Files, Found, Scan
-from hvd_lars.data.naming import ending_of, image_endings, is_litter
+from hvd_lars.data.naming import (
+    count_left_out,
+    describe_left_out,
+    ending_of,
+    image_endings,
+    is_litter,
+)
 from hvd_lars.errors import UserError
 
 _LOCAL = struct.Struct("<4s22xHH")  # of a member: signature, lengths of its name and extra field
@@ -42,7 +49,11 @@ class Zipped:
     def scan(self, files: Files, each: Each) -> Scan:
         """See :class:`Form`."""
         paths = list(dict.fromkeys([*files.train, *files.val]))
-        rows = {path: found for path, found in zip(paths, each(_scan, paths), strict=True)}
+        scanned = each(_scan, paths)
+        rows = {path: found for path, (found, _) in zip(paths, scanned, strict=True)}
+        left_out: Counter[str] = Counter()
+        for _, others in scanned:
+            left_out.update(others)
         parts = {
             part: [row for path in chosen for row in rows[path] if row[0] == part]
             for part, chosen in (("train", files.train), ("val", files.val))
@@ -56,31 +67,32 @@ class Zipped:
             part: [Found(labels[c], name, 0, at, size) for _, c, name, at, size in parts[part]]
             for part in parts
         }
-        return Scan(classes, found["train"], found["val"])
+        return Scan(classes, found["train"], found["val"], describe_left_out(left_out))
 
 
 FORM = Zipped()
 
 
-def _scan(path: Path) -> list[tuple[str, str, str, int, int]]:
-    """Return split, class, name, offset and size of every image."""
+def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str]]:
+    """Return split, class, name, offset and size of every image, and the skipped files."""
     endings = image_endings()
     own = _SPLITS.get(path.stem)
     rows = []
+    left_out: Counter[str] = Counter()
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 parts = info.filename.split("/")
-                if (
-                    info.is_dir()
-                    or ending_of(parts[-1]) not in endings
-                    or any(map(is_litter, parts))
-                ):
+                if info.is_dir():
                     continue
-                at = next((i for i, part in enumerate(parts) if part in _SPLITS), -1)
-                split = _SPLITS[parts[at]] if at >= 0 else own
-                below = parts[at + 1 :]
-                if split is None or len(below) < 2:
+                # In train.zip, a class may be called train.
+                at = -1 if own else next((i for i, part in enumerate(parts) if part in _SPLITS), -1)
+                if own and len(parts) > 2 and _SPLITS.get(parts[0]) == own:
+                    at = 0
+                split, below = (_SPLITS[parts[at]] if at >= 0 else own), parts[at + 1 :]
+                hidden = next((part for part in parts if is_litter(part)), None)
+                if hidden or split is None or len(below) < 2 or ending_of(parts[-1]) not in endings:
+                    count_left_out(left_out, hidden or parts[-1])
                     continue
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                     raise UserError(
@@ -91,7 +103,7 @@ def _scan(path: Path) -> list[tuple[str, str, str, int, int]]:
                 rows.append((split, below[0], "/".join(below[1:]), begin, info.file_size))
     except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a zip file, or damaged: {error}") from None
-    return rows
+    return rows, left_out
 
 
 def _data_of(path: Path, file: int, info: zipfile.ZipInfo) -> int:

@@ -77,4 +77,5 @@ def _changed(shard: Path, samples: Samples) -> list[str]:
             data = samples.read(index)
             if len(data) != size or data != os.pread(file.fileno(), size, offset):
                 found.append(samples.where(index))
+    samples.store.close()
     return found

@@ -49,6 +49,10 @@ class FileStore(Protocol):
         """Return how messages call an image."""
         ...
 
+    def close(self) -> None:
+        """Close files and free memory; they are opened again when they are needed."""
+        ...
+
     def files(self) -> Sequence[str]:
         """Return the paths below the root of the files that hold the images."""
         ...

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from hvd_lars.data.naming import ending_of
+from hvd_lars.data.naming import ending_of, image_endings
 from hvd_lars.data.shards.index import DATASET, FORMAT, INDEX, read_manifest
 from hvd_lars.data.shards.origins import compare, stamps
 from hvd_lars.data.shards.samples import scan_tar
@@ -133,7 +133,7 @@ def pack(
 def _jobs_of(found: Collection, shard_samples: int) -> dict[str, list[_Job]]:
     return {
         "train": list(_jobs("train", found.train, shard_samples, found.shuffle)),
-        "val": list(_jobs("val", found.val, shard_samples, None)),
+        "val": list(_jobs("val", found.val, shard_samples, None if found.shuffle else False)),
     }
 
 
@@ -293,6 +293,7 @@ def _fill(draft: Path, job: _Job) -> dict[str, Any]:
                 _add(tar, f"{key}.cls", str(label).encode())
         file.flush()
         os.fsync(file.fileno())
+    job.samples.store.close()
     return {
         "name": job.name,
         "bytes": out.position,
@@ -304,15 +305,18 @@ def _fill(draft: Path, job: _Job) -> dict[str, Any]:
 
 
 def _ending(name: str, data: bytes, shrunk: bool) -> str:
-    """Return the extension of a packed image; that of its format if it has no name of its own."""
-    ending = ending_of(name)[1:]
-    if ending and not shrunk:
-        return ending
+    """Return the extension of a packed image: of its name, or of its format if that has none."""
+    ending = ending_of(name.rpartition("/")[2])
+    if ending in image_endings() and not shrunk:
+        return ending[1:]
     try:
         with Image.open(io.BytesIO(data)) as file:
-            return str(file.format).lower()
+            format_ = file.format
     except (OSError, Image.DecompressionBombError):  # training will not read it, either
-        return ending or "jpeg"
+        format_ = "JPEG"
+    usual = {"JPEG": "jpg", "PNG": "png"}
+    others = sorted(e[1:] for e, kind in Image.registered_extensions().items() if kind == format_)
+    return usual.get(str(format_)) or next(iter(others), "jpg")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -337,6 +341,8 @@ def _finish(
     Shards that an earlier run finished are scanned: the manifest does not locate their images.
     """
     arrays, entries = {}, {}
+    # Runs that have begun on the shards of an earlier version know them in the shards' order.
+    earlier = (target / DATASET).exists() and "images" not in read_manifest(target)
     for key in jobs:
         facts = [done[job.name] for job in jobs[key]]
         entries[key] = [{field: f[field] for field in _ENTRY if field in f} for f in facts]
@@ -350,7 +356,7 @@ def _finish(
         written = np.array([row for rows in tables for row in rows], dtype=np.int64).reshape(-1, 3)
         order = np.concatenate([np.arange(0), *(job.chosen for job in jobs[key])])
         table = np.empty((len(order), 4), dtype=np.int64)
-        table[order] = np.column_stack([shards, written])
+        table[np.arange(len(order)) if earlier else order] = np.column_stack([shards, written])
         for i, array in enumerate(("shard", "offset", "size", "labels")):
             arrays[f"{key}/{array}"] = np.ascontiguousarray(table[:, i])
     draft = target / _PACKING / INDEX
@@ -360,7 +366,7 @@ def _finish(
     index = sha256_of(draft)
     draft.rename(target / INDEX)
     manifest: dict[str, Any] = {"format": FORMAT, "identity": identity, "classes": found.classes}
-    manifest |= {"index": index, "images": found.images}
+    manifest |= {"index": index} if earlier else {"index": index, "images": found.images}
     if shrink is not None:
         manifest["prepared"] = str(shrink)
     _write_synced(target / DATASET, json.dumps(manifest | entries, indent=1) + "\n")
