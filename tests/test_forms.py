@@ -432,6 +432,12 @@ def damaged(name, change):
         ),
         (forms.arrow, {}, damaged("train/data-00001*", lambda d: d[: len(d) // 2]), "damaged"),
         (forms.arrow, {}, damaged("train/data-00001*", lambda d: b"?" * len(d)), "damaged"),
+        (
+            forms.arrow,
+            {},
+            damaged("train/data-00001*", lambda d: d.replace(b"label\0", b"\x80abel\0", 2)),
+            "damaged",
+        ),
         (forms.arrow, {"compression": "zstd"}, lambda root: None, "are compressed"),
         (
             forms.arrow,

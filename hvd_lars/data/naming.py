@@ -25,6 +25,11 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
+def shown(name: str) -> str:
+    """Return the name on one line, whatever its characters."""
+    return name if name.isprintable() else repr(name)
+
+
 def ending_of(name: str) -> str:
     """Return the extension with its dot, in lower case; empty if there is none."""
     return f".{name.rpartition('.')[2].lower()}" if "." in name else ""

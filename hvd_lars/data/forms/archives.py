@@ -17,7 +17,7 @@ import numpy as np
 
 from hvd_lars.data.forms.scan import Each, Files, Found, Scan
 from hvd_lars.data.forms.tar import Member, members
-from hvd_lars.data.naming import ending_of, image_endings, is_litter
+from hvd_lars.data.naming import ending_of, image_endings, is_litter, shown
 from hvd_lars.errors import UserError
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -55,7 +55,7 @@ class Archives:
         classes = [member.name.removesuffix(".tar") for _, _, member in inner]
         twice = next((a for a, b in zip(classes, classes[1:], strict=False) if a == b), None)
         if twice is not None:
-            raise UserError(f"data.root: {files.root}: two tar files of class {twice}")
+            raise UserError(f"data.root: {files.root}: two tar files of class {shown(twice)}")
         found = each(_images_of, inner)
         train = [
             Found(label, image.name, number, image.offset, image.size)
@@ -95,7 +95,7 @@ def _class_files(path: Path) -> list[Member]:
         found = list(members(file.fileno(), path, 0, size))
     for member in found:
         if not member.name.endswith(".tar"):
-            raise UserError(f"{path}: {member.name}: a tar file for each class is expected")
+            raise UserError(f"{path}: {shown(member.name)}: a tar file for each class is expected")
     return found
 
 
@@ -127,7 +127,7 @@ def _val_images(val: Path, devkit: Path, classes: Sequence[str]) -> list[Found]:
         wnid = wnids.get(number)
         if wnid not in labels:
             raise UserError(
-                f"{devkit}: the label of {image.name} is {number}"
+                f"{devkit}: the label of {shown(image.name)} is {number}"
                 f"{f' ({wnid})' if wnid else ''}, which is no class of {TRAIN}"
             )
         rows.append(Found(labels[wnid], image.name, 0, image.offset, image.size))

@@ -17,6 +17,7 @@ import numpy as np
 
 from hvd_lars.data.forms.scan import Each, Files, Found, Scan, as_label, numbered_classes
 from hvd_lars.data.located import Located
+from hvd_lars.data.naming import shown
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
 
@@ -136,7 +137,7 @@ class ParquetImages:
                 group = int(np.searchsorted(starts, row, side="right")) - 1
                 columns = _columns(path, parquet.schema_arrow)
                 table = parquet.read_row_group(group, columns=[columns.image])
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read: {_line(error)}") from None
         column = table.column(0).combine_chunks()
         return file, int(starts[group]), _bytes_of(column)
@@ -181,7 +182,7 @@ def _arrow_rows(item: tuple[int, Path]) -> tuple[list[Found], tuple[str, ...]]:
                 for batch in stream:
                     batch.validate(full=True)  # offsets of a damaged file would lead anywhere
                     rows += _batch_rows(number, path, len(rows), batch, columns, whole)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: no stream of record batches, or damaged: {_line(error)}"
         ) from None
@@ -225,7 +226,7 @@ def _parquet_rows(item: tuple[int, Path]) -> tuple[list[Found], tuple[str, ...]]
             named = arrow.types.is_struct(kind) and kind.get_field_index("path") >= 0
             wanted = [columns.label, *([f"{columns.image}.path"] if named else [])]
             table = parquet.read(columns=wanted)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a Parquet file, or damaged: {_line(error)}") from None
     labels = _labels(path, 0, table.column(columns.label))
     names = _names_of(table.column(columns.image).combine_chunks()) if named else [""] * len(labels)
@@ -258,9 +259,10 @@ def _columns(path: Path, schema: Any) -> _Columns:
         for wanted in ("Image", "ClassLabel")
     )
     if image is None or label is None or not types.is_integer(schema.field(label).type):
+        found = ", ".join(map(shown, schema.names))
         raise UserError(
-            f"{path}: found columns {', '.join(schema.names)}; needed: one of images with their "
-            f"bytes, and one of labels, such as image and label"
+            f"{path}: found columns {found}; needed: one of images with their bytes, and one of "
+            f"labels, such as image and label"
         )
     described = features.get(label)
     classes = (described.get("names") if isinstance(described, dict) else None) or ()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hvd_lars.data.forms.scan import Each, Files, Found, Scan, as_label, numbered_classes
+from hvd_lars.data.naming import shown
 from hvd_lars.errors import UserError
 
 NAME = re.compile(r"(?:^|[-_])(train|validation|val)[^/]*?-(\d{5})-of-(\d{5})$")
@@ -131,7 +132,9 @@ def _example(
     image = next((features[key] for key in _IMAGE if key in features), None)
     label = features.get(_LABEL_FROM_1, features.get(_LABEL))
     if not isinstance(image, tuple) or not isinstance(label, int):
-        found = ", ".join(sorted(key.decode(errors="replace") for key in features)) or "nothing"
+        found = (
+            ", ".join(sorted(shown(key.decode(errors="replace")) for key in features)) or "nothing"
+        )
         raise UserError(
             f"{path}: the record at byte {at} has {found}; needed: image/encoded and "
             f"image/class/label, or image and label"

@@ -19,6 +19,7 @@ from hvd_lars.data.naming import (
     ending_of,
     image_endings,
     is_litter,
+    shown,
 )
 from hvd_lars.errors import UserError
 
@@ -62,7 +63,9 @@ class Zipped:
         labels = {name: label for label, name in enumerate(classes)}
         odd = next((row for row in parts["val"] if row[1] not in labels), None)
         if odd is not None:
-            raise UserError(f"data.root: {files.val[0]}: class {odd[1]} is in val but not in train")
+            raise UserError(
+                f"data.root: {files.val[0]}: class {shown(odd[1])} is in val but not in train"
+            )
         found = {
             part: [Found(labels[c], name, 0, at, size) for _, c, name, at, size in parts[part]]
             for part in parts
@@ -96,8 +99,8 @@ def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str
                     continue
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                     raise UserError(
-                        f"{path}: {info.filename}: compressed or encrypted; images must be stored "
-                        f"(zip -0), or unpack it"
+                        f"{path}: {shown(info.filename)}: compressed or encrypted; images must be "
+                        f"stored (zip -0), or unpack it"
                     )
                 begin = _data_of(path, file.fileno(), info)
                 rows.append((split, below[0], "/".join(below[1:]), begin, info.file_size))
@@ -114,5 +117,5 @@ def _data_of(path: Path, file: int, info: zipfile.ZipInfo) -> int:
     _, name, extra = _LOCAL.unpack(head)
     begin: int = info.header_offset + 30 + name + extra
     if begin + info.file_size > path.stat().st_size:
-        raise UserError(f"{path}: truncated: it ends inside {info.filename}")
+        raise UserError(f"{path}: truncated: it ends inside {shown(info.filename)}")
     return begin

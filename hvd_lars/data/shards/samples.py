@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hvd_lars.data.naming import count_left_out, image_endings, is_litter
+from hvd_lars.data.naming import count_left_out, image_endings, is_litter, shown
 from hvd_lars.errors import UserError
 
 _MOST_JSON = 2**20  # bytes of a .json that are read
@@ -37,8 +37,8 @@ def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int
             rows.append((sample.image.offset_data, sample.image.size, sample.label))
         elif sample.image is not None or sample.label is not None:
             lacks = "label (.cls, or .json)" if sample.image is not None else "readable image"
-            others = f" (found {', '.join(map(_shown, sample.others))})" if sample.others else ""
-            raise UserError(f"{path}: sample {_shown(key)} has no {lacks}{others}")
+            others = f" (found {', '.join(map(shown, sample.others))})" if sample.others else ""
+            raise UserError(f"{path}: sample {shown(key)} has no {lacks}{others}")
         elif left_out is not None:
             for name in sample.others:
                 count_left_out(left_out, name)
@@ -67,7 +67,7 @@ def _samples(
             target = files.get(member.linkname)
             if target is None:
                 raise UserError(
-                    f"{path}: {_shown(member.name)} is a link to {_shown(member.linkname)}, which "
+                    f"{path}: {shown(member.name)} is a link to {shown(member.linkname)}, which "
                     f"does not precede it in the shard"
                 )
             member.offset_data, member.size = target.offset_data, target.size
@@ -78,7 +78,7 @@ def _samples(
                 left_out["links and devices"] += 1
             continue
         if member.offset_data + member.size > end:
-            raise UserError(f"{path}: truncated: it ends inside {_shown(member.name)}")
+            raise UserError(f"{path}: truncated: it ends inside {shown(member.name)}")
         _take(path, file, member, samples, left_out)
     # tarfile takes a damaged header for the end: the real end is a block of zeros.
     if os.pread(file, tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
@@ -109,24 +109,19 @@ def _take(
     sample = samples.setdefault(key, _Sample())
     if extension.lower() == "cls":
         if sample.label is not None:
-            raise UserError(f"{path}: sample {_shown(key)} has two labels (.cls); it must have one")
+            raise UserError(f"{path}: sample {shown(key)} has two labels (.cls); it must have one")
         sample.label = _label(path, file, member)
     elif f".{extension.lower()}" in image_endings():
         if sample.image is not None:
             raise UserError(
-                f"{path}: sample {_shown(key)} has two images, {_shown(sample.image.name)} and "
-                f"{_shown(member.name)}; it must have one image and one label"
+                f"{path}: sample {shown(key)} has two images, {shown(sample.image.name)} and "
+                f"{shown(member.name)}; it must have one image and one label"
             )
         sample.image = member
     else:
         if extension.lower() == "json":
             sample.details = member
         sample.others.append(base)
-
-
-def _shown(name: str) -> str:
-    """Return the name on one line, whatever its characters."""
-    return name if name.isprintable() else repr(name)
 
 
 def _label(path: Path, file: int, member: tarfile.TarInfo) -> int:
@@ -137,7 +132,7 @@ def _label(path: Path, file: int, member: tarfile.TarInfo) -> int:
             raise ValueError
     except ValueError:
         raise UserError(
-            f"{path}: {_shown(member.name)}: found {text[:40]!r}; a label must be a number"
+            f"{path}: {shown(member.name)}: found {text[:40]!r}; a label must be a number"
         ) from None
     return label
 
