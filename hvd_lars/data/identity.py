@@ -6,7 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _SHOWN = 3  # class names in a line
 
@@ -59,6 +62,16 @@ def _split(found: Any) -> SplitIdentity:
     if type(images) is not int or not isinstance(digest, str):
         raise ValueError("images is not a number, or sha256 not text")
     return SplitIdentity(images, digest)
+
+
+def hash_of(names: Sequence[bytes], labels: np.ndarray[tuple[int], np.dtype[np.int64]]) -> str:
+    """Return the SHA-256 of a split by the names (``train/CLASS/name``) and labels of its images.
+
+    Every form of a data set has this hash, so that a run may go on from another form.
+    """
+    digest = hashlib.sha256(b"\0".join(names))
+    digest.update(labels.tobytes())
+    return digest.hexdigest()
 
 
 def made_identity(description: str, train: int, val: int, classes: int) -> DataIdentity:

@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from hvd_lars.data.class_folders import class_folders, images_in
-from hvd_lars.data.identity import DataIdentity, SplitIdentity
+from hvd_lars.data.identity import DataIdentity, SplitIdentity, hash_of
 from hvd_lars.data.lists import (
     Listed,
     ListFile,
@@ -116,17 +116,15 @@ def list_folder(
     folder = expand_user(root, "data.root")
     # Another version of Pillow may read more extensions.
     facts = [_FORMAT, str(folder.resolve()), sorted(image_endings()), lists, needs_val]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    file = cache / f"{digest}.npz" if cache else None
+    file = cache_file(cache, json.dumps(facts))
     names = ["root", "folders", "times", "classes", "left_out"]
     names += [
         f"{key}_{field}" for key in _SPLITS for field in ("paths", "names", "labels", "sha256")
     ]
-    arrays = read_arrays(file, names) if file is not None else None
+    arrays = read_arrays(file, names)
     if arrays is None or not _is_as_it_was(arrays):
         arrays = _list(folder, lists, needs_val)
-        if file is not None:
-            write_arrays(file, arrays)
+        write_arrays(file, arrays)
     train, val = (_split(arrays, key) for key in _SPLITS)
     classes = tuple(os.fsdecode(name) for name in arrays["classes"].tolist())
     base = os.fsdecode(arrays["root"].item())
@@ -140,11 +138,11 @@ def _split(arrays: dict[str, Any], key: str) -> Split:
 
 def has_val(root: Path) -> bool:
     """Return whether an image folder has test images, in any of its layouts."""
-    tree = _tree(root)
+    tree = tree_of(root)
     return any((tree / name).is_dir() for name in _VAL_NAMES) or places(root) is not None
 
 
-def _tree(root: Path) -> Path:
+def tree_of(root: Path) -> Path:
     """Return the folder that holds ``train``: the root, or one of Kaggle's tree in it."""
     trees = [root, *(root / tree for tree in _KAGGLE_TREES)]
     return next((tree for tree in trees if (tree / "train").is_dir()), root)
@@ -170,7 +168,7 @@ class _Scan:
 def _list(root: Path, lists: Lists, needs_val: bool) -> dict[str, Any]:
     """Scan into arrays; the ``times`` of ``folders`` show whether they are out of date."""
     given = any(lists)
-    folder = root if given else _tree(root)
+    folder = root if given else tree_of(root)
     scan = _Scan(folder)
     train_list, val_list = (ListFile(root / name, "") if name else None for name in lists)
     found = Listed(train_list, val_list)
@@ -190,14 +188,12 @@ def _list(root: Path, lists: Lists, needs_val: bool) -> dict[str, Any]:
     arrays: dict[str, Any] = {"classes": np.array([os.fsencode(name) for name in classes])}
     for split, part in (("train", train), ("val", val)):
         labels: Indices = np.array(part.labels, dtype=np.int64)
-        digest = hashlib.sha256(b"\0".join(part.names))
-        digest.update(labels.tobytes())
         arrays[f"{split}_paths"] = np.array(part.paths, dtype=np.bytes_)
         arrays[f"{split}_names"] = np.array(
             [] if part.names == part.paths else part.names, dtype=np.bytes_
         )
         arrays[f"{split}_labels"] = labels
-        arrays[f"{split}_sha256"] = np.array(digest.hexdigest())
+        arrays[f"{split}_sha256"] = np.array(hash_of(part.names, labels))
     arrays |= {"folders": np.array(list(scan.times)), "times": np.array(list(scan.times.values()))}
     arrays["root"] = np.array(os.fsencode(folder))
     return arrays | {"left_out": np.array(describe_left_out(scan.left_out))}
@@ -314,8 +310,15 @@ def _is_as_it_was(arrays: dict[str, Any]) -> bool:
         return False
 
 
-def read_arrays(file: Path, names: list[str]) -> dict[str, Any] | None:
+def cache_file(cache: Path | None, facts: str) -> Path | None:
+    """Return the file in ``cache`` for arrays that depend on ``facts``; None without a cache."""
+    return cache / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npz" if cache else None
+
+
+def read_arrays(file: Path | None, names: list[str]) -> dict[str, Any] | None:
     """Return the named arrays of a cache file; None if it is missing or damaged."""
+    if file is None:
+        return None
     try:
         with np.load(file) as kept:
             return {name: kept[name] for name in names}
@@ -323,8 +326,10 @@ def read_arrays(file: Path, names: list[str]) -> dict[str, Any] | None:
         return None
 
 
-def write_arrays(file: Path, arrays: dict[str, Any]) -> None:
+def write_arrays(file: Path | None, arrays: dict[str, Any]) -> None:
     """Write under a temporary name and rename; ignores a cache that cannot be written."""
+    if file is None:
+        return
     draft = file.with_suffix(f".{os.getpid()}.tmp.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

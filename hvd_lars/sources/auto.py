@@ -10,19 +10,17 @@ from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.settings.fields import key
 from hvd_lars.sources.images import PhotographSettings
+from hvd_lars.sources.located import CopiedSettings
 
 if TYPE_CHECKING:
     from hvd_lars.comm.base import Communicator
     from hvd_lars.sources.images import Stores
 
 
-class AutoData(PhotographSettings):
+class AutoData(CopiedSettings):
     """Photographs in whatever form is found in root: class folders, archives, shards, …."""
 
     name: Literal["auto"] = key(binds="nothing", description="which data set")
-    cache_dir: str | None = key(
-        binds="nothing", default=None, description="as for the form that is found"
-    )
     train_list: str | None = key(binds="run", default=None, description="as for imagefolder")
     val_list: str | None = key(binds="run", default=None, description="as for imagefolder")
 
@@ -65,10 +63,6 @@ class AutoData(PhotographSettings):
         found = form.model_construct(**values | {"name": kind})
         assert isinstance(found, PhotographSettings)
         return found
-
-    def read_only(self) -> AutoData:
-        """Return the settings without a copy on the node."""
-        return self.model_copy(update={"cache_dir": None})
 
 
 KINDS = (AutoData,)

@@ -18,14 +18,22 @@ if TYPE_CHECKING:
     from hvd_lars.sources.images import Stores
 
 
-class LocatedSettings(PhotographSettings):
-    """Photographs in larger files: one form per kind."""
+class CopiedSettings(PhotographSettings):
+    """Photographs whose files may be copied to each node."""
 
     cache_dir: str | None = key(
         binds="nothing",
         default=None,
         description="folder on the node's own disk that the files are copied to once",
     )
+
+    def read_only(self) -> Self:
+        """Return the settings without a copy on the node."""
+        return self.model_copy(update={"cache_dir": None})
+
+
+class LocatedSettings(CopiedSettings):
+    """Photographs in larger files: one form per kind."""
 
     def form(self) -> Form:
         """Return the form that locates the images."""
@@ -49,7 +57,3 @@ class LocatedSettings(PhotographSettings):
             root = cached_root(found, cache_dir)
         stores = LocatedImages(root, found.train), LocatedImages(root, found.val)
         return *stores, found.identity, found.left_out
-
-    def read_only(self) -> Self:
-        """Return the settings without a copy on the node."""
-        return self.model_copy(update={"cache_dir": None})

@@ -78,8 +78,7 @@ class Parquet:
         return _scan(files, each, _parquet_rows)
 
 
-ARROW, PARQUET = Arrow(), Parquet()
-FORM = ARROW
+FORM, PARQUET = Arrow(), Parquet()
 
 
 @final

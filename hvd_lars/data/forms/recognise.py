@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hvd_lars.data.forms import archives, arrow, tfrecord
+from hvd_lars.data.listing import tree_of
 from hvd_lars.data.lists import places
 from hvd_lars.data.naming import describe_left_out, ending_of, is_litter
 from hvd_lars.errors import UserError
 
 PARQUET = "parquet"  # can be packed, and is no kind of data
 _SEEN = 6  # names in a message
-_TREES = ("train", "ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train")
 _ELSEWHERE = {  # forms with settings of their own
     "data.name=idx": ("*-ubyte", "*-ubyte.gz", "raw/*-ubyte*", "*/raw/*-ubyte*"),
     "data.name=cifar10": ("cifar-10-batches-py",),
@@ -66,7 +66,7 @@ def _is_tfrecord(root: Path) -> bool:
 
 
 def _is_folder(root: Path) -> bool:
-    return any((root / tree).is_dir() for tree in _TREES) or places(root) is not None
+    return (tree_of(root) / "train").is_dir() or places(root) is not None
 
 
 _SIGNS: tuple[tuple[str, Callable[[Path], bool]], ...] = (

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from hvd_lars.data.identity import DataIdentity, SplitIdentity
-from hvd_lars.data.listing import Paths, read_arrays, write_arrays
+from hvd_lars.data.identity import DataIdentity, SplitIdentity, hash_of
+from hvd_lars.data.listing import Paths, cache_file, read_arrays, write_arrays
 from hvd_lars.data.located import ARRAYS, Located, LocatedSet
 from hvd_lars.data.naming import image_endings
-from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import progress_bar
@@ -112,13 +111,12 @@ def locate(form: Form, root: str, cache: Path | None) -> LocatedSet:
     """
     files = form.find(expand_user(root, "data.root"))
     key = _key(form, files)
-    path = cache / f"{key}.npz" if cache else None
+    path = cache_file(cache, key)
     names = [f"{split}_{array}" for split in _SPLITS for array in (*ARRAYS, "sha256")]
-    arrays = read_arrays(path, [*names, "classes", "left_out"]) if path is not None else None
+    arrays = read_arrays(path, [*names, "classes", "left_out"])
     if arrays is None:
         arrays, _ = _scanned(form, files)
-        if path is not None:
-            write_arrays(path, arrays)
+        write_arrays(path, arrays)
     return _located_set(files, key, arrays)
 
 
@@ -207,8 +205,6 @@ def _table(
         [f"{part}/{classes[row.label]}/{row.name or i}".encode() for i, row in enumerate(rows)],
         dtype=np.bytes_,
     )
-    digest = hashlib.sha256(b"\0".join(names.tolist()))
-    labels: Indices = np.ascontiguousarray(columns[:, 3])
-    digest.update(labels.tobytes())
     found = {f"{part}_{a}": np.ascontiguousarray(columns[:, i]) for i, a in enumerate(ARRAYS)}
-    return found | {f"{part}_sha256": np.array(digest.hexdigest())}, names
+    sha256 = hash_of(names.tolist(), found[f"{part}_labels"])
+    return found | {f"{part}_sha256": np.array(sha256)}, names

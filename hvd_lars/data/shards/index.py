@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hvd_lars.data.identity import DataIdentity, SplitIdentity
-from hvd_lars.data.listing import read_arrays, write_arrays
+from hvd_lars.data.listing import cache_file, read_arrays, write_arrays
 from hvd_lars.data.located import ARRAYS, Located, LocatedSet
 from hvd_lars.data.naming import describe_left_out, image_endings
 from hvd_lars.data.shards.samples import scan_tar
@@ -211,9 +211,9 @@ def _load_foreign(
     times = [p.stat().st_mtime_ns for key in paths for p in paths[key]]
     endings = sorted(image_endings())  # another version of Pillow may read more
     text = json.dumps([_INDEX_FORMAT, str(folder.resolve()), names, sizes, times, endings])
-    file = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz" if cache else None
+    file = cache_file(cache, text)
     wanted = [f"{key}_{array}" for key in paths for array in ARRAYS] + ["left_out"]
-    arrays = read_arrays(file, wanted) if file is not None else None
+    arrays = read_arrays(file, wanted)
     if arrays is None:
         arrays, left_out = {}, Counter[str]()
         for key in paths:
@@ -225,8 +225,7 @@ def _load_foreign(
             table = np.array(rows, dtype=np.int64).reshape(-1, 4)
             arrays |= {f"{key}_{array}": table[:, i] for i, array in enumerate(ARRAYS)}
         arrays["left_out"] = np.array(describe_left_out(left_out))
-        if file is not None:
-            write_arrays(file, arrays)
+        write_arrays(file, arrays)
     train, val = (Located(names[k], *(arrays[f"{k}_{a}"] for a in ARRAYS)) for k in paths)
     count = num_classes or len(np.unique(train.labels))
     classes = tuple(map(str, range(count)))

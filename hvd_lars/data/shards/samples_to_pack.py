@@ -26,7 +26,7 @@ _FORMS: dict[str, Form] = {
     "imagenet": archives.FORM,
     "tfrecord": tfrecord.FORM,
     "recordio": recordio.FORM,
-    "arrow": arrow.ARROW,
+    "arrow": arrow.FORM,
     "zip": zipped.FORM,
     PARQUET: arrow.PARQUET,
 }
