@@ -6,6 +6,7 @@ import torch
 from test_image_folder import make_folder, source_of
 
 from hvd_lars.data import Augment, GlobalBatches, Request
+from hvd_lars.data.images import DeviceWork
 from hvd_lars.data.mixing import mix_pairs
 
 OPTIONS = {
@@ -55,16 +56,16 @@ def test_an_option_changes_images_by_seed_epoch_and_sample_alone(folder, name):
 
 @pytest.mark.parametrize("name", ["trivial", "jitter", "both"])
 def test_the_device_augments_as_the_workers_do(folder, name):
-    """``gpu=True`` moves the work behind the transfer; here the device is the CPU too."""
+    """``device_work`` moves the work behind the transfer; here the device is the CPU too."""
     indices = np.arange(8)
-    there = source_of(folder, augment=OPTIONS[name], gpu=True)
+    there = source_of(folder, augment=OPTIONS[name], device_work=DeviceWork(augment=True))
     here = source_of(folder, augment=OPTIONS[name])
     assert not torch.equal(there.train_batch(0, indices)[0], here.train_batch(0, indices)[0])
     assert torch.equal(finished(there, 0, indices)[0], finished(here, 0, indices)[0])
 
 
 def test_augmentation_leaves_the_random_state_alone(folder):
-    source = source_of(folder, augment=OPTIONS["both"], gpu=True)
+    source = source_of(folder, augment=OPTIONS["both"], device_work=DeviceWork(augment=True))
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)

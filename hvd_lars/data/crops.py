@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -98,6 +99,9 @@ def _resized(image: Tensor, height: int, width: int) -> Tensor:
     if tuple(image.shape[1:]) == (height, width):
         return image
     size = (height, width)
+    if image.is_cuda:  # torch's kernel for GPUs takes no bytes
+        large = functional.interpolate(image[None].float(), size, mode="bilinear", antialias=True)
+        return large[0].round_().to(torch.uint8)
     return functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 

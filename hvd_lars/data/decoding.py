@@ -29,33 +29,34 @@ class Picture:
     """One image; a JPEG is decoded only in :meth:`pixels`, at the size requested there.
 
     Args:
-        data: the bytes of an image file in any format that Pillow reads, or pixels
-            (height, width, 3) uint8.  Grey images of more than 8 bits are scaled to 8; EXIF
-            orientation is not applied, as in torchvision.
+        data: the bytes of an image file in any format that Pillow reads, or pixels uint8: an array
+            (height, width, 3), or a tensor (3, height, width) on any device.  Grey images of more
+            than 8 bits are scaled to 8; EXIF orientation is not applied, as in torchvision.
         name: used in error messages.
 
     Attributes:
         height, width: stored size in pixels.
+        jpeg: the file, if it is a JPEG of a usual kind; otherwise empty.
 
     Raises:
         UserError: not an image, or larger than Pillow allows.
     """
 
-    def __init__(self, data: bytes | Pixels, name: str):
-        self._name, self._jpeg = name, b""
+    def __init__(self, data: bytes | Pixels | Tensor, name: str):
+        self._name, self.jpeg = name, b""
         if isinstance(data, bytes):
             size = _jpeg_size(data)
             if size is not None:
-                self._jpeg = data
+                self.jpeg = data
                 self.height, self.width = size
                 return
             data = _any_format(data, name)
-        self._pixels = data
-        self.height, self.width = data.shape[:2]
+        self._pixels = data if isinstance(data, Tensor) else torch.from_numpy(data).permute(2, 0, 1)
+        self.height, self.width = self._pixels.shape[1:]
 
     def shrink_for(self, height: int, width: int, side: int) -> int:
         """Return the factor by which decoding may shrink a height × width part for side × side."""
-        if self._jpeg:
+        if self.jpeg:
             for shrink in _SHRINKS:
                 if min(height, width) >= shrink * side:
                     return shrink
@@ -70,23 +71,22 @@ class Picture:
         Raises:
             UserError: the image is damaged.
         """
-        if not self._jpeg:
-            array = self._pixels
-        else:
-            import simplejpeg
+        if not self.jpeg:
+            return self._pixels
+        import simplejpeg
 
-            least = -(-self.height // shrink), -(-self.width // shrink)
-            try:
-                array = simplejpeg.decode_jpeg(
-                    self._jpeg,
-                    fastdct=not exact,
-                    fastupsample=not exact,
-                    min_height=least[0],
-                    min_width=least[1],
-                )
-            except ValueError:  # Pillow may read an unusual kind; if not, it reports the damage
-                array = _any_format(self._jpeg, self._name)
-                return torch.from_numpy(array).permute(2, 0, 1)[:, ::shrink, ::shrink]
+        least = -(-self.height // shrink), -(-self.width // shrink)
+        try:
+            array = simplejpeg.decode_jpeg(
+                self.jpeg,
+                fastdct=not exact,
+                fastupsample=not exact,
+                min_height=least[0],
+                min_width=least[1],
+            )
+        except ValueError:  # Pillow may read an unusual kind; if not, it reports the damage
+            array = _any_format(self.jpeg, self._name)
+            return torch.from_numpy(array).permute(2, 0, 1)[:, ::shrink, ::shrink]
         return torch.from_numpy(array).permute(2, 0, 1)
 
     def part(self, shrink: int, part: Part) -> Tensor:
@@ -101,8 +101,8 @@ class Picture:
         """
         # In a file without its end, the missing rows may be below the part in one epoch and not
         # in another: it is decoded as a whole, which fails.
-        if self._jpeg and self._jpeg.rfind(_END_OF_IMAGE, max(0, len(self._jpeg) - _TRAILER)) >= 0:
-            found = decode_region(self._jpeg, shrink, part)
+        if self.jpeg and self.jpeg.rfind(_END_OF_IMAGE, max(0, len(self.jpeg) - _TRAILER)) >= 0:
+            found = decode_region(self.jpeg, shrink, part)
             if found is not None:
                 return found.permute(2, 0, 1)
         top, left, height, width = part

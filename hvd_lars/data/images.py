@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, final
+from typing import NamedTuple, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from hvd_lars.data.augment import Augment, colours
-from hvd_lars.data.crops import NUM_DRAWS, centre_crop, training_crop
+from hvd_lars.data.crops import NUM_DRAWS, Draws, centre_crop, training_crop
 from hvd_lars.data.decoding import Picture
+from hvd_lars.data.encoded import Encoded, decode, encode
 from hvd_lars.data.identity import DataIdentity
 from hvd_lars.data.mixing import mix_pairs
 from hvd_lars.data.randomness import seed_of, uniforms
-from hvd_lars.data.source import Batch, Indices, Request, Unreadable
+from hvd_lars.data.source import Batch, Indices, Made, Request, Unreadable
 from hvd_lars.errors import UserError
+
+T = TypeVar("T")
 
 # Eigenvalues and eigenvectors (columns) of the covariance of ImageNet's colours in [0, 1].
 _LIGHT_VALUES = (0.2175, 0.0188, 0.0045)
@@ -46,6 +49,21 @@ class Sizes(NamedTuple):
     progressive: Sequence[tuple[int, int]] = ()
 
 
+class DeviceWork(NamedTuple):
+    """Work on training images that is done on the device instead of in the workers.
+
+    Attributes:
+        augment: per-image operations on colours.
+        decode: decoding JPEG files, and cropping.
+    """
+
+    augment: bool = False
+    decode: bool = False
+
+
+_NO_DEVICE_WORK = DeviceWork()
+
+
 class ImageStore(Protocol):
     """The images of one split, by index, and their ``labels`` (n,)."""
 
@@ -66,8 +84,8 @@ class Images:
 
     Workers decode, crop and flip; batches are uint8, so that a quarter of the bytes is copied to
     the device.  There they are normalised, shifted in colour, erased and mixed.  Per-image
-    operations (TrivialAugment, colour jitter) run on a GPU if there is one and in the workers
-    otherwise, with the same random numbers.
+    operations (TrivialAugment, colour jitter) run there or in the workers, with the same random
+    numbers; so does decoding of training images.
 
     Args:
         train, val: the stores.
@@ -76,7 +94,7 @@ class Images:
         sizes: sides of images, in pixels.
         seed: of all draws, with epoch and sample.
         colour_statistics: mean and standard deviation of the channels in [0, 1].
-        gpu: whether the device is a GPU.
+        device_work: work left to the device.
     """
 
     def __init__(
@@ -88,13 +106,13 @@ class Images:
         sizes: Sizes,
         seed: int,
         colour_statistics: tuple[tuple[float, ...], tuple[float, ...]],
-        gpu: bool = False,
+        device_work: DeviceWork = _NO_DEVICE_WORK,
     ) -> None:
         self._train, self._val, self._augment, self._seed = train, val, augment, seed
         self.num_train, self.num_eval = len(train.labels), len(val.labels)
         self.identity, self.num_classes = identity, len(identity.classes)
         self.mixes_pairs = augment.mixes_pairs
-        self._statistics, self._gpu = colour_statistics, gpu
+        self._statistics, self._device_work = colour_statistics, device_work
         self._sizes = [(0, sizes.image_size), *sizes.progressive]
         self._crops = {
             size: training_crop(augment, size, sizes.eval_resize) for _, size in self._sizes
@@ -108,18 +126,44 @@ class Images:
         """Return the side of an epoch's training images, in pixels."""
         return [size for first, size in self._sizes if first <= epoch][-1]
 
-    def train_batch(self, epoch: int, indices: Indices) -> Batch:
-        """Return random crops (n, 3, side, side) uint8 and labels (n,)."""
-        crop = self._crops[self.image_size(epoch)]
-        draws = uniforms(self._seed, epoch, indices, NUM_DRAWS).tolist()
+    def train_batch(self, epoch: int, indices: Indices) -> Made:
+        """Return random crops (n, 3, side, side) uint8 and labels (n,); files to decode instead."""
+        if self._device_work.decode:
+            opened = [self._next_readable(i, lambda picture: picture) for i in indices.tolist()]
+            return encode([picture for picture, _ in opened]), _labels(opened)
+        crop, draws = self._crops[self.image_size(epoch)], self._draws(epoch, indices)
         made = [
             self._next_readable(i, lambda picture, row=row: crop(picture, row))  # type: ignore[misc]
             for i, row in zip(indices.tolist(), draws, strict=True)
         ]
         images = [image for image, _ in made]
-        if self._colours is not None and not self._gpu:
+        if self._colours is not None and not self._device_work.augment:
             images = self._recoloured(images, epoch, indices)
-        return default_collate(images), torch.tensor([label for _, label in made])
+        return default_collate(images), _labels(made)
+
+    def decoded(
+        self, files: Encoded, labels: Tensor, request: Request, device: torch.device
+    ) -> Batch:
+        """Return crops (n, 3, side, side) uint8, made on ``device``, and labels (n,).
+
+        A damaged file is replaced by the next readable one.
+        """
+        epoch, indices = request.epoch, request.indices
+        assert epoch is not None
+        crop, draws = self._crops[self.image_size(epoch)], self._draws(epoch, indices)
+        images, labels = [], labels.clone()
+        for i, picture in enumerate(decode(files, device)):
+            if picture is not None:
+                images.append(crop(picture, draws[i]))
+                continue
+            image, label = self._next_readable(int(indices[i]), lambda p: crop(p, draws[i]))  # noqa: B023
+            images.append(image.to(device))
+            labels[i] = label
+        return default_collate(images), labels
+
+    def _draws(self, epoch: int, indices: Indices) -> Sequence[Draws]:
+        draws: Sequence[Draws] = uniforms(self._seed, epoch, indices, NUM_DRAWS).tolist()
+        return draws
 
     def eval_batch(self, indices: Indices) -> Batch:
         """Return centre crops (n, 3, image_size, image_size) uint8 and labels (n,).
@@ -140,7 +184,7 @@ class Images:
         augment = self._augment
         if epoch is None:
             return self._normalised(images), labels
-        if self._colours is not None and self._gpu:
+        if self._colours is not None and self._device_work.augment:
             images = torch.stack(self._recoloured(images.unbind(), epoch, indices))
         shift = None
         if augment.lighting:
@@ -160,7 +204,7 @@ class Images:
             pixels, labels, request, self.num_classes, seed, augment.mixup, augment.cutmix
         )
 
-    def _next_readable(self, index: int, make: Callable[[Picture], Tensor]) -> tuple[Tensor, int]:
+    def _next_readable(self, index: int, make: Callable[[Picture], T]) -> tuple[T, int]:
         """Return a training image and its label, or those of the next readable one."""
         count = len(self._train.labels)
         for i in range(index, index + min(_TRIES, count)):
@@ -170,9 +214,7 @@ class Images:
         last = f"; the last: {self.unreadable[-1].line}" if self.unreadable else ""
         raise UserError(f"{min(_TRIES, count)} images in a row cannot be read{last}")
 
-    def _read(
-        self, store: ImageStore, index: int, make: Callable[[Picture], Tensor]
-    ) -> Tensor | None:
+    def _read(self, store: ImageStore, index: int, make: Callable[[Picture], T]) -> T | None:
         """Return an image; None if it is unreadable, which is recorded the first time."""
         evaluation = store is self._val
         known = (evaluation, index) in self._known
@@ -222,3 +264,7 @@ class Images:
             for i, index in enumerate(indices.tolist()):
                 self._begin(epoch, index, _ERASING)
                 pixels[i] = erase(pixels[i])
+
+
+def _labels(made: Sequence[tuple[object, int]]) -> Tensor:
+    return torch.tensor([label for _, label in made])

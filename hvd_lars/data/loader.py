@@ -13,7 +13,9 @@ from typing import Any, final
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hvd_lars.data.source import Batch, Request, Source, Unreadable
+from hvd_lars.data.encoded import Encoded
+from hvd_lars.data.images import Images
+from hvd_lars.data.source import Batch, Made, Request, Source, Unreadable
 from hvd_lars.data.worker_processes import leave_with_owner
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.rank_stderr import label_stderr, own_stderr
@@ -24,11 +26,11 @@ class WorkerLostError(RuntimeError):
 
 
 _AHEAD = 2  # batches that each worker makes ahead
-_Made = tuple[Batch, list[Unreadable]] | UserError
+_Answer = tuple[Made, list[Unreadable]] | UserError
 
 
 @final
-class _Answers(Dataset[_Made]):
+class _Answers(Dataset[_Answer]):
     """A source as a map from requests to batches, for a DataLoader's workers.
 
     UserError is returned as a value: DataLoader would wrap it in two tracebacks.
@@ -37,7 +39,7 @@ class _Answers(Dataset[_Made]):
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def __getitem__(self, request: Any) -> _Made:
+    def __getitem__(self, request: Any) -> _Answer:
         try:
             batch = answer(self._source, request)
         except UserError as error:
@@ -54,7 +56,7 @@ def _begin(rank: int | None, worker: int) -> None:
         label_stderr(rank, hold=False)
 
 
-def answer(source: Source, request: Request) -> Batch:
+def answer(source: Source, request: Request) -> Made:
     """Return the batch of a request; two empty tensors if it has no samples."""
     if not len(request.indices):
         return torch.empty(0), torch.empty(0, dtype=torch.int64)
@@ -68,8 +70,8 @@ def stream(
 ) -> Iterator[tuple[Request, Batch]]:
     """Yield the ``requests`` in order, with their batches on ``device``.
 
-    Batches for a GPU are copied from page-locked memory in a separate stream, overlapping
-    the GPU's queued work.
+    Batches for a GPU are copied from page-locked memory, or decoded there, in a separate stream,
+    overlapping the GPU's queued work.
 
     Args:
         source: the data set; sent to the workers once.
@@ -83,25 +85,45 @@ def stream(
             worker has no room in shared memory.
         WorkerLostError: a worker was killed.
     """
-    batches = _made(source, requests, workers, device == "cuda")
-    yield from _copied_aside(batches) if device == "cuda" else batches
+    made = _made(source, requests, workers, device == "cuda")
+    if device == "cuda":
+        yield from _moved_aside(source, made)
+        return
+    for request, batch in made:
+        yield request, _moved(source, request, batch, device)
 
 
-def _copied_aside(batches: Iterator[tuple[Request, Batch]]) -> Iterator[tuple[Request, Batch]]:
-    copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    for request, batch in batches:
-        with torch.cuda.stream(copies):
-            images, labels = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in batch)
+def _moved_aside(
+    source: Source, made: Iterator[tuple[Request, Made]]
+) -> Iterator[tuple[Request, Batch]]:
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    for request, batch in made:
+        with torch.cuda.stream(aside):
+            images, labels = _moved(source, request, batch, "cuda")
         work = torch.cuda.current_stream()
-        work.wait_stream(copies)
+        work.wait_stream(aside)
         for tensor in (images, labels):  # so that their memory is not reused too early
             tensor.record_stream(work)
         yield request, (images, labels)
 
 
+def _moved(source: Source, request: Request, batch: Made, device: str) -> Batch:
+    """Move a batch to the device; decode it there if its images are files."""
+    images, labels = batch
+    if isinstance(images, Encoded):
+        assert isinstance(source, Images)
+        images, labels = source.decoded(images, labels, request, torch.device(device))
+    if device == "cuda":
+        images, labels = (
+            tensor if tensor.is_cuda else tensor.pin_memory().to("cuda", non_blocking=True)
+            for tensor in (images, labels)
+        )
+    return images, labels
+
+
 def _made(
     source: Source, requests: Iterable[Request], workers: int, pin_memory: bool
-) -> Iterator[tuple[Request, Batch]]:
+) -> Iterator[tuple[Request, Made]]:
     if workers == 0:
         for request in requests:
             yield request, answer(source, request)
@@ -130,7 +152,7 @@ def _made(
         yield request, batch
 
 
-def _guarded(made: Iterator[_Made], workers: int) -> Iterator[_Made]:
+def _guarded(made: Iterator[_Answer], workers: int) -> Iterator[_Answer]:
     """Pass batches on; reports a worker's death in one line, where DataLoader prints 70."""
     while True:
         try:

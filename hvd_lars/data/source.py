@@ -7,11 +7,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from hvd_lars.data.encoded import Encoded
 from hvd_lars.data.identity import DataIdentity
 
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 Batch = tuple[Tensor, Tensor]
 """Images (n, channels, height, width), and labels (n,) int64 or class shares (n, classes)."""
+Made = tuple[Tensor | Encoded, Tensor]
+"""A batch, or one whose images the device decodes."""
 
 
 class Request(NamedTuple):
@@ -52,7 +55,7 @@ class Source(Protocol):
     unreadable: list[Unreadable]
     """Images found unreadable since the caller last cleared this list."""
 
-    def train_batch(self, epoch: int, indices: Indices) -> Batch:
+    def train_batch(self, epoch: int, indices: Indices) -> Made:
         """Return the training samples ``indices``, each below num_train, as drawn in ``epoch``.
 
         Another sample replaces one that cannot be read.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hvd_lars.comm.base import Communicator
     from hvd_lars.data import Source
     from hvd_lars.data.identity import DataIdentity
-    from hvd_lars.data.images import ImageStore
+    from hvd_lars.data.images import DeviceWork, ImageStore
 
     Stores = tuple[ImageStore, ImageStore, DataIdentity, str]
 
@@ -176,8 +176,13 @@ class ImageSettings(SourceSettings):
             Sizes(self.image_size, self.eval_resize, progressive),
             context.seed,
             self.COLOURS,
-            context.gpu,
+            self._device_work(context.gpu),
         )
+
+    def _device_work(self, gpu: bool) -> DeviceWork:
+        from hvd_lars.data.images import DeviceWork
+
+        return DeviceWork(augment=gpu)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -246,8 +251,26 @@ class PhotographSettings(ImageSettings):
     FAMILY: ClassVar[str] = "photographs"
 
     root: str = key(binds="nothing", description="folder of the data set")
+    decode: Literal["cpu", "gpu"] = key(
+        binds="run",
+        default="cpu",
+        description="where JPEG training images are decoded; gpu: for nodes with few cores per GPU",
+    )
 
     @property
     def location(self) -> Path:
         """``root``."""
         return expand_user(self.root, "data.root")
+
+    def _device_work(self, gpu: bool) -> DeviceWork:
+        import torch
+
+        from hvd_lars.data.encoded import why_not_on
+
+        work = super()._device_work(gpu)
+        if self.decode == "cpu":
+            return work
+        problem = why_not_on(torch.device("cuda")) if gpu else "this rank computes on the CPU"
+        if problem:
+            raise UserError(f"data.decode: gpu: {problem}; data.decode=cpu works everywhere")
+        return work._replace(decode=True)
