@@ -17,6 +17,7 @@ from hvd_lars.optim import Replicated, Sharded
 from hvd_lars.state.checkpoint import Checkpointer
 from hvd_lars.state.progress import Progress
 from hvd_lars.state.replicas import ReplicasDifferError, verify_agreement
+from hvd_lars.state.run_state import RunState
 
 pytestmark = pytest.mark.ranks(1, 2, 3, gloo=(2,))
 
@@ -45,15 +46,22 @@ def with_bad_images(trainer, comm, steps):
 
 @pytest.mark.parametrize("placed", [Replicated, Sharded])
 @pytest.mark.parametrize(
-    ("norm", "precision"), [(False, "fp32"), (True, "fp32"), (True, "fp16"), (True, "bf16")]
+    ("norm", "precision", "late"),
+    [
+        (False, "fp32", False),
+        (True, "fp32", True),
+        (True, "fp16", False),
+        (True, "fp16", True),
+        (True, "bf16", False),
+    ],
 )
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(
-    comm, tmp_path, norm, precision, placed
+    comm, tmp_path, norm, precision, late, placed
 ):
     """Whatever it touched is as before: weights, running statistics, the average, momentum."""
     folder = comm.broadcast_object(tmp_path)
     dtype = torch.float64 if precision == "fp32" else torch.float32
-    options = {"norm": norm, "precision": precision, "placed": placed, "ema": 0.5}
+    options = {"norm": norm, "precision": precision, "placed": placed, "ema": 0.5, "late": late}
     trainer = tiny_trainer(comm, dtype, 16, **options)
     with_bad_images(trainer, comm, {1, 2})
     records = Records()
@@ -86,11 +94,12 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(
         assert trainer.loss_scale.value == 2.0**14
 
 
-def test_a_diverged_run_in_float16_ends_as_one_in_float32_does(comm, tmp_path):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_diverged_run_in_float16_ends_as_one_in_float32_does(comm, tmp_path, late):
     """Its loss is not finite, which no scale of the loss mends."""
     folder = comm.broadcast_object(tmp_path)
     trainer = tiny_trainer(
-        comm, torch.float32, 16, norm=True, precision="fp16", max_skipped_steps=2
+        comm, torch.float32, 16, norm=True, precision="fp16", max_skipped_steps=2, late=late
     )
     with_bad_images(trainer, comm, set(range(2, 8)))
     with pytest.raises(UserError, match=r"3 steps in a row, up to step 5, .* first in 0.weight;"):
@@ -109,9 +118,11 @@ def overflowing(trainer, largest):
     trainer.optimizer.step = overflow
 
 
-def test_a_scale_that_is_too_large_at_first_ends_no_run(comm, tmp_path):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_scale_that_is_too_large_at_first_ends_no_run(comm, tmp_path, late):
     folder = comm.broadcast_object(tmp_path)
-    trainer = tiny_trainer(comm, torch.float32, 16, precision="fp16", max_skipped_steps=0)
+    options = {"precision": "fp16", "max_skipped_steps": 0, "late": late}
+    trainer = tiny_trainer(comm, torch.float32, 16, **options)
     overflowing(trainer, 2.0**10)
     tiny_loop(trainer, folder).run()
     assert trainer.state.progress.skipped_steps == 6
@@ -186,6 +197,47 @@ def test_the_newest_and_the_best_are_kept(comm, tmp_path):
         "step-00000002", "step-00000004", "step-00000005"
     ]  # fmt: skip
     comm.barrier()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_outcomes_read_late_change_no_bit_nor_record(comm, tmp_path, precision):
+    """Checkpoints, log lines and evaluations fall between and on the steps that are skipped."""
+    ends = []
+    for late in (False, True):
+        folder = comm.broadcast_object(tmp_path / str(late))
+        options = {"norm": True, "ema": 0.5, "precision": precision, "late": late}
+        trainer = tiny_trainer(comm, torch.float32, 16, **options)
+        with_bad_images(trainer, comm, {1, 4})
+        records = Records()
+        every = {"total": 8, "evaluate": 4, "log": 3, "checkpoint": 5}
+        tiny_loop(trainer, folder, every, sinks=[records]).run()
+        saved = RunState(trainer.model, trainer.optimizer, trainer.state.average)
+        Checkpointer(folder, comm).restore(saved)
+        told = [
+            {k: v for k, v in r.items() if "second" not in k and k not in ("hosts", "path")}
+            for r in records
+        ]
+        state = {name: tensor.clone() for name, tensor in trainer.state.tensors().items()}
+        ends.append((state, trainer.state.progress, saved.progress, told))
+    (state, *rest), (late_state, *late_rest) = ends
+    assert all(torch.equal(late_state[name], state[name]) for name in state)
+    assert late_rest == rest
+
+
+def test_a_request_to_stop_that_is_read_late_stops_a_step_later_with_its_state_saved(
+    comm, tmp_path
+):
+    folder = comm.broadcast_object(tmp_path)
+    if comm.rank == 0:
+        (folder / "STOP").touch()
+    comm.barrier()
+    stops = StopRequests(folder / "STOP" if comm.rank == comm.size - 1 else None)
+    trainer = tiny_trainer(comm, torch.float32, 16, late=True)
+    summary = tiny_loop(trainer, folder, agreement=Agreement(comm, stops)).run()
+    assert (summary.stopped, trainer.state.progress.step) == ("STOP file", 2)
+    other = tiny_trainer(comm, torch.float32, 16, seed=4)
+    Checkpointer(folder, comm).restore(other.state)
+    assert other.state.progress == trainer.state.progress
 
 
 def test_all_ranks_stop_at_the_step_that_one_was_asked_in(comm, tmp_path):

@@ -107,10 +107,10 @@ def test_the_average_follows_the_weights_and_is_saved(tmp_path):
         torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14)
     last = [record for record in records if record["kind"] == "eval"][-1]
     assert last["ema_loss"] != last["loss"]
-    from hvd_lars.assemble.trainer import make_average
+    from hvd_lars.models.moving_average import MovingAverage
 
     model = tiny_model(torch.float64, seed=9, norm=True)
-    average = make_average(model, decay)
+    average = MovingAverage(model, decay)
     checkpointer = Checkpointer(tmp_path / "checkpoints", LocalCommunicator())
     checkpointer.restore(RunState(model, average=average))
     for found, value in zip(average.module.parameters(), wanted, strict=True):

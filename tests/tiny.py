@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hvd_lars.assemble.trainer import make_average
 from hvd_lars.data.identity import made_identity
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.models.batch_norm import span_ranks
+from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim import LARS, Replicated, parameter_groups
 from hvd_lars.settings.durations import Intervals
 from hvd_lars.state.checkpoint import Checkpointer
@@ -72,14 +72,16 @@ def tiny_trainer(
     precision="fp32",
     channels_last=False,
     max_skipped_steps=10,
+    late=False,
     **options,
 ):
     """A Trainer of the tiny model whose buckets are small enough that there are several.
 
+    ``late``: outcomes are read a step late, as on a GPU.
     With ``norm`` it has BatchNorms over all ranks, with ``ema`` a moving average.
     """
     model = tiny_model(dtype, seed, norm)
-    average = make_average(model, ema) if ema else None
+    average = MovingAverage(model, ema) if ema else None
     if norm:
         span_ranks(model, comm.group(comm.size))
     placement = placed(model.parameters(), comm, bucket_bytes=700, early_norms=True)
@@ -93,7 +95,7 @@ def tiny_trainer(
         Feed(source, batches, comm, torch.device("cpu"), micro_batch, len(RATES)),
         lambda step: RATES[step % len(RATES)],
         comm,
-        StepOptions(3, 0.0, precision, channels_last, max_skipped_steps),
+        StepOptions(3, 0.0, precision, channels_last, max_skipped_steps, late),
     )
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from hvd_lars.assemble.network import build_network
 from hvd_lars.assemble.resuming import check_same_data
-from hvd_lars.assemble.trainer import make_average
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.config.schema import Config
 from hvd_lars.errors import UserError
 from hvd_lars.health.agreement import Agreement
 from hvd_lars.launchers.environment import Launch
+from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.runtime.device import choose_device, set_threads
 from hvd_lars.sources import BuildContext
 from hvd_lars.state import run_folder
@@ -42,7 +42,7 @@ def evaluate_run(
     check_same_data(found.data, source.identity, allowed, found.folder, comm.rank, only_eval=True)
     model = build_network(config.model, config.data, source.num_classes, device)
     decay = config.model.ema_decay
-    average = None if decay is None else make_average(model, decay)
+    average = None if decay is None else MovingAverage(model, decay)
     restore(found, comm, RunState(model, average=average))
     agreement = Agreement(
         comm,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hvd_lars.assemble.choices import settle
 from hvd_lars.assemble.network import build_network, check_batch_norm
@@ -21,6 +20,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.launchers.environment import Launch
 from hvd_lars.models import load_weights
 from hvd_lars.models.batch_norm import span_ranks
+from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim import Placement, Sharded
 from hvd_lars.runtime.device import choose_device, set_threads
 from hvd_lars.runtime.stopwatch import Stopwatch
@@ -79,6 +79,7 @@ def build_trainer(
             precision=train.precision,
             channels_last=train.channels_last,
             max_skipped_steps=train.max_skipped_steps,
+            read_late=device.type == "cuda",
         ),
         torch.compile(model) if train.compile else None,
     )
@@ -87,7 +88,7 @@ def build_trainer(
 
 def _build_models(
     config: Config, comm: Communicator, plan: Plan, num_classes: int, device: torch.device
-) -> tuple[nn.Module, AveragedModel | None]:
+) -> tuple[nn.Module, MovingAverage | None]:
     """Return the network with its initial weights, on the device, and its moving average."""
     torch.manual_seed(config.run.seed)
     model = build_network(config.model, config.data, num_classes, device)
@@ -99,16 +100,10 @@ def _build_models(
             tell(f"model.init_from: {path}: {line}")
     average = None
     if config.model.ema_decay is not None:
-        average = make_average(model, config.model.ema_decay)
+        average = MovingAverage(model, config.model.ema_decay)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, average
-
-
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Return a moving average of parameters and buffers: e ← decay·e + (1 − decay)·w."""
-    follow = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
 
 def _join_batch_norms(model: nn.Module, comm: Communicator, ranks: int) -> None:

@@ -18,6 +18,7 @@ from hvd_lars.data.mixing import mix_pairs
 from hvd_lars.data.randomness import seed_of, uniforms
 from hvd_lars.data.source import Batch, Indices, Made, Request, Unreadable
 from hvd_lars.errors import UserError
+from hvd_lars.runtime.readback import send
 
 T = TypeVar("T")
 
@@ -251,9 +252,11 @@ class Images:
         """
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in self._statistics)
         bias = -mean[None] if shift is None else shift - mean
-        factor = (1.0 / (255.0 * std)).float().to(images.device)
+        factor, offset = (
+            send(values.float(), images.device) for values in (1.0 / (255.0 * std), bias / std)
+        )
         pixels = images * factor[:, None, None]
-        return pixels.add_((bias / std).float().to(images.device)[:, :, None, None])
+        return pixels.add_(offset[:, :, None, None])
 
     def _erase(self, pixels: Tensor, epoch: int, indices: Indices) -> None:
         """Fill random rectangles with the mean colour, 0, in place."""
@@ -263,7 +266,12 @@ class Images:
         with torch.random.fork_rng(devices=[]):
             for i, index in enumerate(indices.tolist()):
                 self._begin(epoch, index, _ERASING)
-                pixels[i] = erase(pixels[i])
+                # As its forward does, which would copy the colour to the device for each image.
+                if torch.rand(1) < erase.p:
+                    part = erase.make_params([pixels[i]])
+                    if part["v"] is not None:  # a rectangle that fits was found
+                        top, left = part["i"], part["j"]
+                        pixels[i, :, top : top + part["h"], left : left + part["w"]] = 0.0
 
 
 def _labels(made: Sequence[tuple[object, int]]) -> Tensor:

@@ -32,7 +32,15 @@ class Decision:
 
     stop: str | None
     checkpoint: bool
-    unreadable: tuple[Unreadable, ...]
+    unreadable: tuple[Unreadable, ...] = ()
+
+    def joined(self, later: Decision) -> Decision:
+        """Return this decision and a later one as one."""
+        return Decision(
+            self.stop or later.stop,
+            self.checkpoint or later.checkpoint,
+            self.unreadable + later.unreadable,
+        )
 
 
 @final

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_lars.optim.blocks import Blocks, States
 from hvd_lars.optim.distributed.placement import Placement
-from hvd_lars.optim.kernels import Block, Kernel, choose_kernel
+from hvd_lars.optim.kernels import Block, Kernel, Scale, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold_all
 from hvd_lars.optim.layers import DeviceLayers
 from hvd_lars.optim.ratios import trust_ratios
@@ -72,7 +72,7 @@ class DeviceStep:
             unfold_all(block.state for block in self._current)
         self._kernel = kernel
 
-    def sums_of_squares(self, placement: Placement | None, unscale: float) -> Tensor:
+    def sums_of_squares(self, placement: Placement | None, unscale: Scale) -> Tensor:
         """Return sums of squares over this rank's parts: (2 × sources,) float64.
 
         The sources' weights come first, then their gradients.  ``unscale`` is the factor of the
@@ -98,7 +98,7 @@ class DeviceStep:
             weights = self._known[self.layers.places]
         return torch.cat([weights, gradients])
 
-    def measure(self, sums: Tensor, unscale: float) -> Measured:
+    def measure(self, sums: Tensor, unscale: Scale) -> Measured:
         """Compute norms and every layer's λ from the sums over all ranks."""
         one = torch.ones(1, dtype=torch.float64, device=self.layers.device)
         if not self.layers.sources:
@@ -110,7 +110,7 @@ class DeviceStep:
         ratios = torch.cat([trust_ratios(groups, weights, gradients), one])
         return Measured(ratios[self.layers.ratio_of], weights, gradients)
 
-    def update(self, ratios: Tensor, unscale: float, live: Tensor | None) -> None:
+    def update(self, ratios: Tensor, unscale: Scale, live: Tensor | None) -> None:
         """Update every layer in place, or none if ``live``, a 0-dim bool, is False."""
         assert self._kernel is not None
         sums = self._kernel.update(self._current, ratios, unscale, live)
@@ -134,7 +134,7 @@ def _norm_part(block: Block, tensor: Tensor) -> Tensor:
     return tensor if end - begin == tensor.numel() else tensor[begin:end]
 
 
-def _gradient(block: Block, unscale: float, combined: bool) -> Tensor:
+def _gradient(block: Block, unscale: Scale, combined: bool) -> Tensor:
     """Return this rank's part of g, or of g + βw with g unscaled, for the denominator."""
     gradient = _norm_part(block, block.gradient)
     if not combined:

@@ -20,7 +20,7 @@ from hvd_lars.optim.device_step import DeviceStep, StepReport
 from hvd_lars.optim.distributed.buckets import placed_already
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.groups import check_group, check_ours
-from hvd_lars.optim.kernels import KernelName
+from hvd_lars.optim.kernels import KernelName, Scale
 from hvd_lars.optim.kernels.fused import unfold
 from hvd_lars.optim.layers import layers_of, signature
 from hvd_lars.runtime import torch_internals
@@ -171,14 +171,14 @@ class LARS(Optimizer):
             self.placement.gradients.zero()
 
     @overload
-    def step(self, closure: None = None, loss_scale: float | None = None) -> None: ...
+    def step(self, closure: None = None, loss_scale: Scale | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float], loss_scale: float | None = None) -> float: ...
+    def step(self, closure: Callable[[], float], loss_scale: Scale | None = None) -> float: ...
 
     @torch.no_grad()
     @torch_internals.uncompiled
     def step(
-        self, closure: Callable[[], float] | None = None, loss_scale: float | None = None
+        self, closure: Callable[[], float] | None = None, loss_scale: Scale | None = None
     ) -> float | None:
         """Take one step.
 
@@ -186,7 +186,8 @@ class LARS(Optimizer):
 
         Args:
             closure: recomputes the loss, which is then returned.
-            loss_scale: factor of the loss; gradients are divided by it.  If given, even as 1, all
+            loss_scale: factor of the loss, or a 0-dim float64 tensor of it on the device; gradients
+                are divided by it.  If given, even as 1, all
                 ranks skip the step if a gradient is not finite (``report.skipped``); if None,
                 gradients are neither divided nor checked.
         """
@@ -194,7 +195,8 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        placement, unscale = self.placement, 1.0 / (loss_scale or 1.0)
+        placement = self.placement
+        unscale: Scale = 1.0 if loss_scale is None else 1.0 / loss_scale
         if placement is not None:  # 1. Complete the gradients' reduction.
             placement.complete_parameters()
             placement.gradients.finish()

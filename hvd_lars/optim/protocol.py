@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hvd_lars.optim.device_step import StepReport
+from hvd_lars.optim.kernels import Scale
 
 
 class Optimizer(Protocol):
@@ -25,7 +26,7 @@ class Optimizer(Protocol):
         """Begin a new window of gradients."""
         ...
 
-    def step(self, closure: None = None, loss_scale: float | None = None) -> None:
+    def step(self, closure: None = None, loss_scale: Scale | None = None) -> None:
         """Take one step with gradients of the loss times ``loss_scale``.
 
         All ranks skip the step if a gradient norm is not finite.

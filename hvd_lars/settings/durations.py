@@ -74,3 +74,8 @@ class Intervals:
     verify: int = 0
     snapshot: int = 20
     checkpoint_seconds: float = math.inf
+
+    def pauses_at(self, step: int) -> bool:
+        """Return whether an action after ``step`` needs the outcomes of all steps so far."""
+        every = self.evaluate, self.log, self.checkpoint, self.verify, self.snapshot
+        return step == self.total or any(steps and step % steps == 0 for steps in every)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
+from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim.protocol import Optimizer
 from hvd_lars.state.progress import Progress
 
@@ -28,7 +28,7 @@ class RunState:
         self,
         model: nn.Module,
         optimizer: Optimizer | None = None,
-        average: AveragedModel | None = None,
+        average: MovingAverage | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
@@ -62,28 +62,31 @@ class RunState:
         """Set the progress to that of the restored tensors."""
         self._progress = progress
 
-    def step_taken(
-        self, samples: int, skipped: bool = False, excused: bool = False, **loss_scale: Any
-    ) -> None:
-        """Count an optimizer step.
+    def step_taken(self, samples: int) -> None:
+        """Count an optimizer step of ``samples``, kept or skipped."""
+        was = self._progress
+        # An old checkpoint did not count samples.
+        before = was.samples or was.step * samples
+        self._change(
+            step=was.step + 1,
+            samples=before + samples,
+            top1=None,
+            window_steps=was.window_steps + 1,
+        )
+
+    def step_settled(self, skipped: bool, excused: bool = False, **loss_scale: Any) -> None:
+        """Note whether a step was skipped; once for every :meth:`step_taken`, in order.
 
         Args:
-            samples: of its global batch.
             skipped: whether it was skipped.
             excused: whether it does not count among the skipped steps in a row.
             loss_scale: ``loss_scale`` and ``good_steps`` for the next step.
         """
         was = self._progress
-        # An old checkpoint did not count samples.
-        before = was.samples or was.step * samples
-        in_row = was.skipped_in_row + (not excused) if skipped else 0
         self._change(
-            step=was.step + 1,
-            samples=before + samples,
-            top1=None,
-            window_steps=was.window_steps + (not skipped),
+            window_steps=was.window_steps - skipped,
             skipped_steps=was.skipped_steps + skipped,
-            skipped_in_row=in_row,
+            skipped_in_row=was.skipped_in_row + (not excused) if skipped else 0,
             **loss_scale,
         )
 

@@ -21,7 +21,7 @@ from hvd_lars.state.replicas import verify_agreement
 from hvd_lars.train.evaluation import Evaluation, Evaluator
 from hvd_lars.train.profiling import Profile
 from hvd_lars.train.recorder import Recorder
-from hvd_lars.train.trainer import Trainer
+from hvd_lars.train.trainer import Outcome, Trainer
 
 
 @dataclass(frozen=True)
@@ -144,25 +144,45 @@ class Loop:
 
     def _train_and_log(self, batches: Iterator[tuple[Request, Batch]]) -> Decision:
         """Train and log a step, and return the ranks' decision after it."""
-        state, scalars = self.state, self.trainer.placement.scalars
+        state = self.state
         if self.profile is not None:
             self.profile.before(state.progress.step + 1)
-        scalars.add(self.agreement.requests())
+        self.trainer.placement.scalars.add(self.agreement.requests())
         loss = self.trainer.train_step(batches)
-        progress, skipped = state.progress, self.trainer.optimizer.report.skipped
-        step = progress.step
-        if skipped:
-            self.recorder.record("event", step, event="skipped", in_row=progress.skipped_in_row)
-            none = step == progress.skipped_steps == self.intervals.total
-            if none or progress.skipped_in_row > self.trainer.options.max_skipped_steps:
-                raise UserError(self._diverged(self._save(background=False)))
-        self.recorder.step_taken(None if skipped else loss)
+        step = state.progress.step
+        self.recorder.add_loss(loss)
+        decision = self._settle(wait=self.intervals.pauses_at(step))
+        self.recorder.step_taken(step)
         if self.intervals.verify and step % self.intervals.verify == 0:
             self.trainer.placement.complete_parameters()
             verify_agreement(dict(state.model.named_parameters()), self.trainer.comm)
         if step % self.intervals.log == 0 or step == self.intervals.total:
             self.recorder.log_window()
-        return self._decide(scalars.take())
+        return decision
+
+    def _settle(self, wait: bool) -> Decision:
+        """Handle the outcomes of steps that have arrived, or of all steps if ``wait``.
+
+        A decision to stop or save waits for the others, too, so that the state is complete.
+        """
+        decision = Decision(None, False)
+        for outcome in self.trainer.outcomes(wait):
+            decision = decision.joined(self._handle(outcome))
+        if decision.stop or decision.checkpoint:
+            for outcome in self.trainer.outcomes(wait=True):
+                decision = decision.joined(self._handle(outcome))
+        return decision
+
+    def _handle(self, outcome: Outcome) -> Decision:
+        """Record a skipped step, and return the ranks' decision after a step."""
+        if outcome.skipped:
+            progress = self.state.progress
+            in_row = progress.skipped_in_row
+            self.recorder.record("event", outcome.step, event="skipped", in_row=in_row)
+            none = outcome.step == progress.skipped_steps == self.intervals.total
+            if none or in_row > self.trainer.options.max_skipped_steps:
+                raise UserError(self._diverged(outcome, self._save(background=False)))
+        return self._decide(outcome.scalars)
 
     def _decide(self, summed: Tensor | None = None) -> Decision:
         """Return the ranks' decision, after recording unreadable images."""
@@ -176,8 +196,8 @@ class Loop:
             self.recorder.record("event", self.state.progress.step, event=event, image=line)
         return decision
 
-    def _diverged(self, checkpoint: Path | None) -> str:
-        bad = self.trainer.optimizer.report.first_nonfinite()
+    def _diverged(self, outcome: Outcome, checkpoint: Path | None) -> str:
+        bad = outcome.report.first_nonfinite()
         names = [name for name, param in self.state.model.named_parameters() if param is bad]
         progress = self.state.progress
         count = f"{progress.skipped_in_row} steps in a row, up to step {progress.step},"
@@ -231,5 +251,7 @@ class Loop:
 
     def _complete_state(self) -> None:
         """Gather the state that a resume needs; collective."""
+        for _ in self.trainer.outcomes(wait=True):  # some are left only if the run is failing
+            pass
         self.trainer.placement.complete_parameters()
         self.state.note_losses(self.recorder.losses())

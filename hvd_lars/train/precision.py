@@ -6,6 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+
+from hvd_lars.runtime.readback import send
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -46,10 +49,19 @@ class LossScale(NamedTuple):
         """Whether a step that is not finite has another cause than the scale."""
         return self.value <= _FLOOR
 
-    def after(self, skipped: bool) -> LossScale:
-        """Return the scale of the next step; ``skipped`` must be the same on all ranks."""
-        if skipped:
-            return LossScale(max(self.value / 2.0, _FLOOR))
-        if self.good_steps + 1 == _GROWTH_STEPS:
-            return LossScale(self.value * 2.0)
-        return LossScale(self.value, self.good_steps + 1)
+    def on(self, device: torch.device) -> Tensor:
+        """Return value and good steps on ``device``, (2,) float64."""
+        return send(torch.tensor(self, dtype=torch.float64), device)
+
+
+def scale_after(scale: Tensor, kept: Tensor) -> Tensor:
+    """Return the scale of the next step, (2,) float64 as :meth:`LossScale.on`.
+
+    ``kept``, a 0-dim bool on the same device, is False if the step was skipped, on all ranks alike.
+    """
+    value, good_steps = scale.unbind()
+    good_steps = good_steps + 1.0
+    grown = good_steps == _GROWTH_STEPS
+    after_good = torch.stack([value * (1.0 + grown), torch.where(grown, 0.0, good_steps)])
+    after_bad = torch.stack([(value / 2.0).clamp_min(_FLOOR), torch.zeros_like(value)])
+    return torch.where(kept, after_good, after_bad)

@@ -71,11 +71,12 @@ class Recorder:
         self._comm.start_all_reduce_sum(losses, "window_losses").wait()
         return losses.tolist()
 
-    def step_taken(self, loss: Tensor | None) -> None:
-        """Add a step's share of the loss; None if the step was skipped."""
-        if loss is not None:
-            self._loss += loss
-        step = self._trainer.state.progress.step
+    def add_loss(self, share: Tensor) -> None:
+        """Add a step's share of the loss."""
+        self._loss += share
+
+    def step_taken(self, step: int) -> None:
+        """Record the norms of a step if that is due."""
         if self.layers_every and step % self.layers_every == 0:
             self._log_layers(step)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +17,12 @@ from hvd_lars.data import Request
 from hvd_lars.data.randomness import seed_of
 from hvd_lars.data.source import Batch
 from hvd_lars.optim import Placement
+from hvd_lars.optim.device_step import StepReport
+from hvd_lars.runtime.readback import Readback
 from hvd_lars.state.run_state import RunState
 from hvd_lars.train.feed import Feed
-from hvd_lars.train.precision import LossScale, Precision, autocast
+from hvd_lars.train.kept_buffers import KeptBuffers
+from hvd_lars.train.precision import LossScale, Precision, autocast, scale_after
 from hvd_lars.train.schedules import Schedule
 
 
@@ -31,6 +36,8 @@ class StepOptions:
         precision: of forward and backward; ``fp16`` scales the loss.
         channels_last: give images to the model in that memory format.
         max_skipped_steps: steps in a row that may be skipped because a gradient is not finite.
+        read_late: read the outcome of a step after the next one is queued, so that the device
+            never waits for the host.
     """
 
     seed: int = 0
@@ -38,6 +45,24 @@ class StepOptions:
     precision: Precision = "fp32"
     channels_last: bool = False
     max_skipped_steps: int = 10
+    read_late: bool = False
+
+
+class Outcome(NamedTuple):
+    """A step that was taken, as read from the device.
+
+    Attributes:
+        step: its number, from 1.
+        skipped: whether it was skipped, on all ranks alike.
+        report: its norms.
+        scalars: the values that others added to ``placement.scalars``, summed over the ranks, (n,)
+            float64; None if there were none.
+    """
+
+    step: int
+    skipped: bool
+    report: StepReport
+    scalars: Tensor | None
 
 
 class Trainer:
@@ -72,8 +97,12 @@ class Trainer:
         self._forward = state.model if forward is None else forward
         channels_last = self.options.channels_last
         self._format = torch.channels_last if channels_last else torch.preserve_format
-        self._buffers = list(state.model.buffers())
-        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        self._buffers = KeptBuffers(state.model)
+        self._scale: Tensor | None = None  # value and good steps, (2,) float64; in float16 only
+        # Steps whose outcomes are on their way: step, norms, whether summed scalars are among the
+        # values, and the values.
+        self._unread: deque[tuple[int, StepReport, bool, Readback]] = deque()
+        self._read: deque[Outcome] = deque(maxlen=2)  # older ones are lost if nobody asks
 
     @property
     def global_batch(self) -> int:
@@ -82,7 +111,7 @@ class Trainer:
 
     @property
     def loss_scale(self) -> LossScale | None:
-        """The loss scale of the next step; None except in float16."""
+        """The loss scale after the steps read so far; None except in float16."""
         progress = self.state.progress
         if self.options.precision != "fp16":
             return None
@@ -93,14 +122,17 @@ class Trainer:
 
         The loss is a sum over samples divided by the global batch, so that the sum of the ranks'
         gradients is the gradient of the mean, however unevenly the samples are spread.
-        ``batches`` must be at the step's first micro-batch.
+        ``batches`` must be at the step's first micro-batch.  If a norm is not finite, all ranks
+        skip the step, which the device decides: the share is then 0, and :meth:`outcomes` tells.
         """
         request, images, labels = self._next(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(request.step)
         self.optimizer.zero_grad()
-        if self._buffers:
-            torch._foreach_copy_(self._buffers_before, self._buffers)
+        self._buffers.note()
+        scale = self.loss_scale
+        if scale is not None and not self._unread:
+            self._scale = scale.on(self.feed.device)
         share = torch.zeros((), dtype=torch.float64, device=self.feed.device)
         torch.manual_seed(seed_of(self.options.seed, request.step, self.comm.rank))  # dropout's
         while True:
@@ -109,16 +141,29 @@ class Trainer:
             if request.last:
                 break
             request, images, labels = self._next(batches)
-        self._step(share)
-        average = self.state.average
-        if average is not None and not self.optimizer.report.skipped:
+        kept = self._step(share)
+        self._buffers.restore_unless(kept)  # the bad batch's effect on running statistics
+        if self.state.average is not None:
             self.placement.complete_parameters()
-            average.update_parameters(self.model)
-        return share
+            self.state.average.follow(self.model, kept)
+        while len(self._unread) > self.options.read_late:
+            self._read_one()
+        return torch.where(kept, share, 0.0)
+
+    def outcomes(self, wait: bool = False) -> Iterator[Outcome]:
+        """Yield the outcomes of steps that were read since the last call, in order.
+
+        Args:
+            wait: for those of all steps taken; ``state.progress`` is complete in the end.
+        """
+        while self._read or (wait and self._unread):
+            if not self._read:
+                self._read_one()
+            yield self._read.popleft()
 
     def _accumulate(self, images: Tensor, labels: Tensor, last: bool) -> Tensor:
         """Run forward and backward of a micro-batch; returns its share of the loss."""
-        options, scale = self.options, self.loss_scale
+        options, scale = self.options, self._scale
         with self.watch.part("forward"), autocast(options.precision, self.feed.device):
             smoothing = options.label_smoothing
             logits = self._forward(images)
@@ -128,36 +173,47 @@ class Trainer:
             loss = total / self.global_batch
         sync = nullcontext() if last else self.placement.gradients.no_sync()
         with self.watch.part("backward"), sync:
-            (loss * (1.0 if scale is None else scale.value)).backward()  # type: ignore[no-untyped-call]
+            (loss if scale is None else loss * scale[0]).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _step(self, share: Tensor) -> None:
-        """Step the optimizer; if a norm is not finite, all ranks skip the step.
-
-        ``share`` is this rank's part of the loss.  In float16 a step that overflowed because the
-        loss was scaled too far does not count among the skipped steps in a row.
-        """
-        scale = self.loss_scale
+    def _step(self, share: Tensor) -> Tensor:
+        """Step the optimizer; returns whether the step was kept, a 0-dim bool on the device."""
+        scalars, scale = self.placement.scalars, self._scale
+        if scale is not None:
+            scalars.add((~share.isfinite()).double()[None])
         with self.watch.part("optimizer"):
-            self.optimizer.step(loss_scale=1.0 if scale is None else scale.value)
-        skipped = self.optimizer.report.skipped
-        if scale is None:
-            self.state.step_taken(self.global_batch, skipped)
-        else:
-            excused = skipped and not scale.at_floor and not self._lost(share)
-            value, good_steps = scale.after(skipped)
-            self.state.step_taken(
-                self.global_batch, skipped, excused, loss_scale=value, good_steps=good_steps
-            )
-        if skipped:  # undo the bad batch's effect on running statistics
-            for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
-                buffer.copy_(before)
+            self.optimizer.step(loss_scale=1.0 if scale is None else scale[0])
+        report, summed = self.optimizer.report, scalars.take()
+        kept = report.finite
+        if kept is None:
+            kept = torch.ones((), dtype=torch.bool, device=share.device)
+        kept = kept.to(share.device)
+        found = [kept.double()[None]] if summed is None else [kept.double()[None], summed]
+        if scale is not None:
+            self._scale = scale_after(scale, kept)
+            found += [scale[:1], self._scale]
+        self.state.step_taken(self.global_batch)
+        step = self.state.progress.step
+        self._unread.append((step, report, summed is not None, Readback(torch.cat(found))))
+        return kept
 
-    def _lost(self, share: Tensor) -> bool:
-        """Return whether any rank's unscaled loss is not finite; collective."""
-        lost = (~share.isfinite()).double().cpu()
-        self.comm.start_all_reduce_sum(lost, "lost").wait()
-        return bool(lost)
+    def _read_one(self) -> None:
+        """Read the outcome of the oldest unread step.
+
+        In float16 a step that overflowed because the loss was scaled too far does not count among
+        the skipped steps in a row.
+        """
+        step, report, has_scalars, values = self._unread.popleft()
+        kept, *rest = values.read()
+        skipped, excused, scale = not kept, False, {}
+        if self._scale is not None:
+            *rest, before, after, good_steps = rest
+            lost = bool(rest.pop()) if has_scalars else False
+            excused = skipped and not lost and not LossScale(before).at_floor
+            scale = {"loss_scale": after, "good_steps": int(good_steps)}
+        self.state.step_settled(skipped, excused, **scale)
+        asked = torch.tensor(rest, dtype=torch.float64) if rest else None
+        self._read.append(Outcome(step, skipped, report, asked))
 
     def _next(self, batches: Iterator[tuple[Request, Batch]]) -> tuple[Request, Tensor, Tensor]:
         """Return the next micro-batch on the device, ready for the model."""

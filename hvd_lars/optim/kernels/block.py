@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+Scale = float | Tensor
+"""A factor: a number, or a 0-dim float64 tensor on the device of what it multiplies."""
+
 
 @dataclass(slots=True)
 class Block:
@@ -61,7 +64,7 @@ class Kernel(Protocol):
         self,
         blocks: Sequence[Block],
         ratios: Tensor,
-        unscale: float,
+        unscale: Scale,
         live: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor] | None:
         """Apply the momentum rule in place; ``ratios`` are the blocks' λ, (n,) float64.

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block, is_skipped, rates
+from hvd_lars.optim.kernels.block import Block, Scale, is_skipped, rates
 from hvd_lars.optim.norms import sums_of_squares
 
 
@@ -37,13 +37,14 @@ class EagerKernel:
         self,
         blocks: Sequence[Block],
         ratios: Tensor,
-        unscale: float,
+        unscale: Scale,
         live: Tensor | None = None,
     ) -> None:
         """Update in place, without sums; see :class:`Kernel`."""
-        if live is not None and not live:
-            return
         if self._on_host:
+            if live is not None and not live:
+                return
+            unscale = float(unscale)
             for block, ratio in zip(blocks, ratios.tolist(), strict=True):
                 if not is_skipped(block, ratio):
                     update_on_host(block, ratio, unscale)
@@ -52,7 +53,7 @@ class EagerKernel:
         for i, block in enumerate(blocks):
             kinds.setdefault((id(block.group), block.weight.dtype), []).append(i)
         for members in kinds.values():
-            _update_together([blocks[i] for i in members], ratios[members], unscale)
+            _update_together([blocks[i] for i in members], ratios[members], unscale, live)
 
 
 def update_on_host(block: Block, ratio: float, unscale: float) -> None:
@@ -79,32 +80,43 @@ def update_on_host(block: Block, ratio: float, unscale: float) -> None:
         block.copy.copy_(weight)
 
 
-def _update_together(blocks: list[Block], ratios: Tensor, unscale: float) -> None:
+def _update_together(
+    blocks: list[Block], ratios: Tensor, unscale: Scale, live: Tensor | None
+) -> None:
     """Apply the rule to blocks of one group and dtype without copying a value to the host."""
     group, weights = blocks[0].group, [block.weight for block in blocks]
     inside, outside = rates(group)
     momentum, decay = group["momentum"], group["weight_decay"]
     dtype = weights[0].dtype
+    moves = ratios != 0 if group["zero_norm"] == "skip" else None  # (blocks,); None: all
+    if live is not None:
+        moves = live.expand(len(blocks)) if moves is None else moves & live
+    if moves is not None:
+        ratios = torch.where(moves, ratios, 0.0)
     scales = list((ratios * inside).to(dtype).unbind())
     gradients = [block.gradient.to(dtype) for block in blocks]
-    if unscale != 1.0:
+    if isinstance(unscale, Tensor):
+        gradients = list(torch._foreach_mul(gradients, unscale.to(dtype)))
+    elif unscale != 1.0:
         gradients = list(torch._foreach_mul(gradients, unscale))
+    if live is not None:  # or 0 times infinity would be NaN
+        gradients = [torch.where(live, gradient, 0.0) for gradient in gradients]
     steps = list(torch._foreach_add(gradients, weights, alpha=decay))
     torch._foreach_mul_(steps, scales)
     buffers = [block.buffer for block in blocks if block.buffer is not None]
     if buffers:
-        if group["zero_norm"] == "skip":
-            kept = torch.where(ratios != 0, torch.full_like(ratios, momentum), 1.0).to(dtype)
-            torch._foreach_mul_(buffers, list(kept.unbind()))
-        else:
+        if moves is None:
             torch._foreach_mul_(buffers, momentum)
+        else:
+            kept = torch.where(moves, torch.full_like(ratios, momentum), 1.0).to(dtype)
+            torch._foreach_mul_(buffers, list(kept.unbind()))
         torch._foreach_add_(buffers, steps)
         if group["nesterov"]:
             torch._foreach_add_(steps, buffers, alpha=momentum)
         else:
             torch._foreach_copy_(steps, buffers)
-        if group["zero_norm"] == "skip":
-            torch._foreach_mul_(steps, list((ratios != 0).to(dtype).unbind()))
+        if moves is not None:
+            torch._foreach_mul_(steps, list(moves.to(dtype).unbind()))
     torch._foreach_add_(weights, steps, alpha=-outside)
     for block in blocks:
         if block.copy is not None:

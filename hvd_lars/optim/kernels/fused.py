@@ -20,7 +20,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block, is_skipped, rates
+from hvd_lars.optim.kernels.block import Block, Scale, is_skipped, rates
 from hvd_lars.optim.kernels.eager import update_on_host
 from hvd_lars.optim.norms import sums_of_squares
 from hvd_lars.runtime import torch_internals
@@ -70,12 +70,13 @@ class FusedKernel:
         self,
         blocks: Sequence[Block],
         ratios: Tensor,
-        unscale: float,
+        unscale: Scale,
         live: Tensor | None = None,
     ) -> None:
         """Update in place, without sums."""
         if live is not None and not live:
             return
+        unscale = float(unscale)
         for block, ratio in zip(blocks, ratios.tolist(), strict=True):
             if is_skipped(block, ratio) or not block.weight.numel():
                 continue

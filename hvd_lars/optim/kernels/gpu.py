@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block
+from hvd_lars.optim.kernels.block import Block, Scale
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.norms import sums_of_squares
 
@@ -98,7 +98,7 @@ class GpuKernel:
         self,
         blocks: Sequence[Block],
         ratios: Tensor,
-        unscale: float,
+        unscale: Scale,
         live: Tensor | None = None,
     ) -> tuple[None, Tensor] | None:
         """Update in place; return no sums if a block was updated eagerly."""

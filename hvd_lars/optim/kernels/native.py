@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block, is_skipped, rates
+from hvd_lars.optim.kernels.block import Block, Scale, is_skipped, rates
 from hvd_lars.optim.kernels.eager import update_on_host
 from hvd_lars.optim.norms import sums_of_squares
 
@@ -84,7 +84,7 @@ class NativeKernel:
         self,
         blocks: Sequence[Block],
         ratios: Tensor,
-        unscale: float,
+        unscale: Scale,
         live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Update in place; return no sums if a block was skipped or updated eagerly."""
@@ -92,6 +92,7 @@ class NativeKernel:
             return None
         rules = {id(block.group): block.group for block in blocks}
         skips = any(group["zero_norm"] == "skip" for group in rules.values())
+        unscale = float(unscale)
         taken, scales = _taken(blocks, ratios.numpy(), unscale, skips)
         if not taken:
             return None

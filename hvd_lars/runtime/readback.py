@@ -1,0 +1,44 @@
+"""Values that go to the device, or come from it, without the host waiting."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+class Readback:
+    """A copy of some values on its way to the host.
+
+    On a GPU it goes into page-locked memory behind the work queued so far; on a CPU there is
+    nothing to copy.
+
+    Args:
+        values: (n,) float64 on any device; must not change before :meth:`read`.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._host, self._arrived = values, None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Return the values; waits if they have not arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[float] = self._host.numpy().tolist()
+        return values
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return ``values`` on ``device`` without waiting for it."""
+    if values.device.type == device.type:
+        return values
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

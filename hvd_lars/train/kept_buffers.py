@@ -1,0 +1,33 @@
+"""A model's buffers, restored where a step is skipped without the host knowing of it."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from hvd_lars.runtime.joined import by_kind, join, write
+
+
+@final
+class KeptBuffers:
+    """Running statistics and other buffers of a model, as they were before a step.
+
+    Args:
+        model: its buffers must not be replaced by others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        buffers = list(model.buffers())
+        self._groups = [[buffers[i] for i in positions] for positions in by_kind(buffers)]
+        self._before: list[Tensor] = []
+
+    def note(self) -> None:
+        """Remember the present values."""
+        self._before = [join(group) for group in self._groups]
+
+    def restore_unless(self, kept: Tensor) -> None:
+        """Set all buffers back to the noted values, unless ``kept``, a 0-dim bool, is True."""
+        for group, before in zip(self._groups, self._before, strict=True):
+            write(group, torch.where(kept.to(before.device), join(group), before))

@@ -1,0 +1,147 @@
+"""A steady step copies nothing to the host and never waits for the device.
+
+The stand-in for a device is ``meta``: it computes nothing, takes every operation that a GPU does,
+and any read of a value raises an error by itself.
+"""
+
+import traceback
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from test_image_folder import STATISTICS
+from tiny import RATES
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.data import Augment, GlobalBatches, Images
+from hvd_lars.data.cifar import ArrayImages
+from hvd_lars.data.identity import made_identity
+from hvd_lars.data.images import DeviceWork, Sizes
+from hvd_lars.models.moving_average import MovingAverage
+from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
+from hvd_lars.state.run_state import RunState
+from hvd_lars.train import trainer as trainer_module
+from hvd_lars.train.feed import Feed
+from hvd_lars.train.trainer import StepOptions, Trainer
+
+DEVICE = torch.device("meta")
+PLACED, PRECISIONS = (Replicated, Sharded), ("fp32", "bf16", "fp16")
+ON_DEVICE = DeviceWork(augment=True)
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
+AUGMENT = {"lighting": 0.1, "random_erasing": 0.9, "mixup": 0.4, "cutmix": 1.0}
+COLOURS = {"trivial_augment": True, "brightness": 0.4, "hue": 0.1}
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations that make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def add(self, wait):
+        """Note a wait, and the package's line that it comes from."""
+        frames = [f for f in traceback.extract_stack() if "/hvd_lars/" in f.filename]
+        self.found.append((wait, *(f"{f.filename}:{f.lineno}" for f in frames[-1:])))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        on_device = any(t.device == DEVICE for t in tensors)
+        name = func.overloadpacket.__name__
+        if (
+            name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique")
+            and on_device
+        ):
+            self.add(name)
+        target = kwargs.get("device")
+        blocking = not kwargs.get("non_blocking", False)
+        if name == "_to_copy" and target is not None and torch.device(target) != tensors[0].device:
+            if on_device:
+                self.add("a copy to the host")
+            elif blocking:
+                self.add("a copy to the device from memory that is not page-locked")
+        if name == "copy_" and len(tensors) == 2 and len({t.device for t in tensors}) == 2:
+            if tensors[0].device != DEVICE:
+                self.add("a copy to the host")
+            elif not any(a is True for a in args[2:]) and tensors[1].dim() and blocking:
+                self.add("a copy to the device from memory that is not page-locked")
+        return func(*args, **kwargs)
+
+
+class Kept:
+    """In place of the values of a step that arrive a step later: it was kept."""
+
+    sent = 0
+
+    def __init__(self, values):
+        assert values.device == DEVICE
+        self.count = len(values)
+        Kept.sent += 1
+
+    def read(self):
+        return [1.0] * self.count
+
+
+def images(augment):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 6, 6, 3), dtype=np.uint8)
+    store = ArrayImages(pixels, np.arange(64) % 5)
+    identity = made_identity("tiny", 64, 64, 5)
+    return Images(store, store, identity, Augment(**augment), Sizes(6, 6), 0, STATISTICS, ON_DEVICE)
+
+
+def trainer_on_device(placed, precision, augment, **options):
+    layers = nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1)
+    model = nn.Sequential(*layers, nn.Linear(112, 13), nn.Linear(13, 5)).to(DEVICE)
+    comm = LocalCommunicator()
+    placement = placed(model.parameters(), comm, bucket_bytes=700, early_norms=True)
+    groups = parameter_groups(model, 5e-3, adapt="weights")
+    optimizer = LARS(groups, placement=placement, **options)
+    source = images(augment)
+    return Trainer(
+        RunState(model, optimizer, MovingAverage(model, 0.9)),
+        placement,
+        Feed(source, GlobalBatches(64, 32, seed=5, pairs=True), comm, DEVICE, 8, 100),
+        lambda step: RATES[step % len(RATES)],
+        comm,
+        StepOptions(3, 0.1, precision, read_late=True),
+    )
+
+
+def moved(batches):
+    """Batches as a GPU gets them: copied ahead, from page-locked memory."""
+    for request, (pixels, labels) in batches:
+        yield request, tuple(t.to(DEVICE, non_blocking=True) for t in (pixels, labels))
+
+
+PLAIN = [(placed, precision, AUGMENT, {}) for placed in PLACED for precision in PRECISIONS]
+
+
+@pytest.mark.parametrize(
+    ("placed", "precision", "augment", "options"),
+    [
+        *PLAIN,
+        (Replicated, "fp32", AUGMENT | COLOURS, {"nesterov": True, "zero_norm": "skip"}),
+        (Sharded, "fp16", AUGMENT, {"denominator": "combined", "trust_clip": True}),
+    ],
+)
+def test_a_steady_step_does_not_wait(monkeypatch, placed, precision, augment, options):
+    monkeypatch.setattr(trainer_module, "Readback", Kept)
+    monkeypatch.setattr(trainer_module, "autocast", lambda *_: nullcontext())  # meta has none
+    trainer = trainer_on_device(placed, precision, augment, **options)
+    trainer.state.average._begun = True  # as after a first good step
+    batches = moved(trainer.feed.from_step(0))
+    requests = torch.zeros(3, dtype=torch.float64)
+    for _ in range(2):  # tables are made, and copied, once
+        trainer.train_step(batches)
+    before = Kept.sent
+    with Waits() as waits:
+        for _ in range(3):
+            trainer.placement.scalars.add(requests)
+            trainer.train_step(batches)
+    assert waits.found == []
+    assert Kept.sent == before + 3, "one copy to the host a step, read a step later"
+    assert len(list(trainer.outcomes())) > 0
