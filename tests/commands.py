@@ -18,18 +18,20 @@ HANG_GUARD = 1800
 _servers = []
 
 
+def warm_python(*arguments):
+    """Return a command that does as this Python, without importing torch anew."""
+    if not _servers:
+        _servers.append(warm.Server(launcher_environment()))
+    return warm.python(_servers[0], *arguments)
+
+
 def hvd_lars(*arguments, cwd=None):
     """Run the command alone; returns (exit code, output)."""
-    environment = launcher_environment()
-    if not _servers:
-        _servers.append(warm.Server(environment))
-    if _servers[0].fits(environment):
-        folder = os.getcwd() if cwd is None else os.path.abspath(cwd)
-        return _servers[0].run(list(map(str, arguments)), environment, folder, HANG_GUARD)
     result = subprocess.run(
-        this_python("-m", "hvd_lars", *map(str, arguments)),
-        env=environment,
+        warm_python("-m", "hvd_lars", *arguments),
+        env=launcher_environment(),
         cwd=cwd,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

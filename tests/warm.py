@@ -1,79 +1,184 @@
-"""Processes that run the command without importing torch anew, which takes 2 s of a core each.
+"""Python processes that need not import torch anew, which takes 2 s of a core each.
 
-A server, one per process that runs tests, has imported the package and has started no thread.  For
-every command it forks; the child runs ``main`` as ``python -m hvd_lars`` does, and leaves as usual.
+A server, one per process that runs tests, has imported the package and has started no thread.  A
+small client (:func:`python`) in place of Python asks it for a fork that takes over the client's
+arguments, environment, folder and open streams.  The client ends as the fork does, and the fork is
+killed if the client is.  Under a launcher the ranks are as real as any: only their parent is
+another, so tests that look for a launcher's descendants start Python itself.
 """
 
+import array
 import json
 import os
-import select
+import runpy
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 # Read when libraries are loaded: with other values, a process of its own has to start.
-_FIXED = ("OMP_", "MKL_", "KMP_", "GOMP_", "LD_", "PYTHON", "TORCH", "PYTORCH", "TRITON", "CUDA")
+_FIXED = ("OMP_", "MKL_", "KMP_", "GOMP_", "LD_PRELOAD", "PYTHON", "TORCH", "PYTORCH", "TRITON")
+_PASSED = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+
+
+class Server:
+    """A process to be forked; ``path`` is its socket."""
+
+    def __init__(self, environment):
+        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
+        self.path = str(Path(self._folder.name, "socket"))
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.path)
+        listener.listen(64)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "serve", str(listener.fileno())],
+            env=environment, pass_fds=[listener.fileno()], stdin=subprocess.PIPE,
+        )  # fmt: skip
+        listener.close()
+
+
+def python(server, *arguments):
+    """Return a command that does as ``python arguments``."""
+    return [sys.executable, "-S", "-E", __file__, server.path, *map(str, arguments)]
 
 
 def _fixed(environment):
     return {key: value for key, value in environment.items() if key.startswith(_FIXED)}
 
 
-class Server:
-    """Runs commands one after the other."""
-
-    def __init__(self, environment):
-        self._environment = environment
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-
-    def fits(self, environment):
-        """Whether a process with this environment can be forked."""
-        return _fixed(environment) == _fixed(self._environment) and self._process.poll() is None
-
-    def run(self, arguments, environment, folder, timeout):
-        """Return the command's exit code and output."""
-        with tempfile.TemporaryDirectory() as name:
-            output = Path(name, "output")
-            request = [arguments, environment, str(folder), str(output)]
-            self._process.stdin.write(f"{json.dumps(request)}\n")
-            if not select.select([self._process.stdout], [], [], timeout)[0]:
-                self._process.kill()
-                raise subprocess.TimeoutExpired(arguments, timeout)
-            code = int(self._process.stdout.readline())
-            return code, output.read_text()
+def _ask():
+    """The client's whole life."""
+    path, *arguments = sys.argv[1:]
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    ignored = [number for number in _PASSED if signal.getsignal(number) == signal.SIG_IGN]
+    request = json.dumps([arguments, dict(os.environ), os.getcwd(), ignored]).encode()
+    streams = array.array("i", [0, 1, 2])
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
+    connection.sendmsg([len(request).to_bytes(8, "little")], rights)
+    connection.sendall(request)
+    answer = connection.makefile()
+    child = int(answer.readline() or 0)
+    if not child:  # another environment is needed
+        os.execv(sys.executable, [sys.executable, *arguments])
+    for number in _PASSED:  # also those that the fork ignores: it may change its mind
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    status = int(answer.readline() or 256)
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
 
 
-def _serve():
+def _load():
+
     import hvd_lars.assemble
+    import hvd_lars.cli.main
     import hvd_lars.health.watchdog
     import hvd_lars.train.recorder  # noqa: F401
-    from hvd_lars.cli.main import main
 
-    replies = os.dup(1)
-    for line in sys.stdin:
-        arguments, environment, folder, output = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            os.close(replies)
-            os.chdir(folder)
-            os.environ.clear()
-            os.environ.update(environment)
-            file = os.open(output, os.O_WRONLY | os.O_CREAT)
-            nothing = os.open(os.devnull, os.O_RDONLY)
-            for number, stream in enumerate((nothing, file, file)):
-                os.dup2(stream, number)
-            sys.path[0] = folder  # as of python -m
-            sys.argv = ["hvd-lars", *arguments]
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.exit(main(arguments))
-        _, status = os.waitpid(child, 0)
-        os.write(replies, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+
+
+def _receive(connection):
+    head, rights, _, _ = connection.recvmsg(8, socket.CMSG_LEN(3 * array.array("i").itemsize))
+    streams = array.array("i")
+    streams.frombytes(rights[0][2])
+    request, size = b"", int.from_bytes(head, "little")
+    while len(request) < size:
+        request += connection.recv(size - len(request))
+    return json.loads(request), list(streams)
+
+
+def _serve(listener):
+    """Fork for every client, until the tests end; returns in the fork with its arguments."""
+    _load()
+    ours = _fixed(os.environ)
+    waiting = selectors.DefaultSelector()
+    waiting.register(0, selectors.EVENT_READ, None)
+    waiting.register(listener, selectors.EVENT_READ, None)
+    children = {}  # by the descriptor of the process: connection, process
+    while True:
+        for key, _ in waiting.select():
+            if key.fileobj == 0:
+                sys.exit()  # standard input is closed: the tests are gone
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                (arguments, environment, folder, ignored), streams = _receive(connection)
+                if _fixed(environment) != ours:
+                    connection.sendall(b"0\n")
+                    connection.close()
+                else:
+                    sys.stdout.flush()
+                    child = os.fork()
+                    if child == 0:
+                        _become(environment, folder, ignored, streams)
+                        return arguments
+                    connection.sendall(f"{child}\n".encode())
+                    process = os.pidfd_open(child)
+                    children[process] = connection, child
+                    waiting.register(process, selectors.EVENT_READ, process)
+                    waiting.register(connection, selectors.EVENT_READ, process)
+                for stream in streams:
+                    os.close(stream)
+            elif key.data in children:
+                connection, child = children[key.data]
+                if key.fileobj is connection:  # the client was killed
+                    os.kill(child, signal.SIGKILL)
+                    waiting.unregister(connection)
+                    continue
+                _, status = os.waitpid(child, 0)
+                try:
+                    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                    waiting.unregister(connection)
+                except (OSError, KeyError):
+                    pass  # the client was killed
+                waiting.unregister(key.data)
+                os.close(key.data)
+                connection.close()
+                del children[key.data]
+
+
+def _become(environment, folder, ignored, streams):
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    for stream in streams:
+        os.close(stream)
+    # As at the start of Python: a text stream remembers whether its file could seek.
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    lines = 1 if os.isatty(1) else -1
+    sys.stdout = sys.__stdout__ = open(1, "w", lines, closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, closefd=False)  # noqa: SIM115
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _run(arguments):
+    """Run what is asked for as Python does."""
+    kind, *rest = arguments
+    if kind == "-m":
+        sys.argv, sys.path[0] = rest, os.getcwd()
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), module.__dict__)
+    else:
+        sys.argv, sys.path[0] = arguments, str(Path(kind).resolve().parent)
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        runpy.run_path(kind, run_name="__main__")
 
 
 if __name__ == "__main__":
-    _serve()
+    if sys.argv[1] == "serve":
+        _run(_serve(socket.socket(fileno=int(sys.argv[2]))))
+    else:
+        _ask()

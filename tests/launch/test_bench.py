@@ -3,15 +3,15 @@
 import json
 
 import pytest
-from commands import HANG_GUARD, hvd_lars, records_of
+from commands import HANG_GUARD, hvd_lars, records_of, warm_python
 
-from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.launchers.local import run_here
 from hvd_lars.runtime.stopwatch import PARTS
 
 
 @pytest.mark.parametrize("placement", ["replicated", "sharded"])
 def test_bench_over_two_ranks_says_where_the_time_goes(placement):
-    program = this_python(
+    program = warm_python(
         "-m", "hvd_lars", "bench", "digits", f"optimizer.placement={placement}",
         "--windows", "3", "--steps", "2", "--accumulate", "2", "--json",
     )  # fmt: skip

@@ -5,10 +5,10 @@ import os
 import shutil
 
 import pytest
-from commands import HANG_GUARD, hvd_lars, records_of
+from commands import HANG_GUARD, hvd_lars, records_of, warm_python
 from test_image_folder import make_folder
 
-from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.launchers.local import run_here
 
 
 def training(images, run, *options):
@@ -44,7 +44,7 @@ def run(run_once, images, tmp_path):
 
 
 def over_two_ranks(arguments):
-    program = this_python("-m", "hvd_lars", *map(str, arguments))
+    program = warm_python("-m", "hvd_lars", *map(str, arguments))
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     return result.returncode, result.stdout
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import forms
 import pytest
-from commands import HANG_GUARD, hvd_lars, records_of
+from commands import HANG_GUARD, hvd_lars, records_of, warm_python
 from test_image_folder import make_folder
 
-from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.launchers.local import run_here
 
 OPTIONS = [
     "model.name=resnet18_cifar", "train.global_batch=6", "train.duration=2 steps",
@@ -62,7 +62,7 @@ def test_over_two_ranks(folder, tmp_path):
         assert code == 0, output
     runs = {name: str(tmp_path / "runs" / root.name) for name, root in roots.items()}
     asked = [(f"data={{root: {root}, {SHAPE}}}", runs[name]) for name, root in roots.items()]
-    program = this_python("-c", TRAIN_EACH, json.dumps(asked), json.dumps(OPTIONS))
+    program = warm_python("-c", TRAIN_EACH, json.dumps(asked), json.dumps(OPTIONS))
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     found = {}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import warm_python
 
 from hvd_lars.launchers.local import run_here, this_python
 from launch.test_training import HANG_GUARD, hvd_lars
@@ -78,7 +79,7 @@ def run_with_codes(launcher, arguments, tmp_path, environment=None):
 
     The shells outlive the launcher's SIGTERM by long enough to write it.
     """
-    command = shlex.join([sys.executable, "-m", "hvd_lars", "train", *arguments])
+    command = shlex.join(warm_python("-m", "hvd_lars", "train", *arguments))
     rank = "${OMPI_COMM_WORLD_RANK:-$HOROVOD_RANK}"
     script = f"trap '' TERM; {command}; code=$?; echo $code > {tmp_path}/code.{rank}; exit $code"
     result = run_here(launcher, 2, ["sh", "-c", script], HANG_GUARD, environment)
@@ -119,7 +120,7 @@ def test_both_ranks_leave_with_2_where_no_launcher_ends_them(mistakes, name):
     (After MPI has started, mpirun ends the job of a rank that leaves, whatever its code.)
     """
     arguments, message = mistakes[name]
-    command = shlex.join([sys.executable, "-m", "hvd_lars", "train", *arguments])
+    command = shlex.join(warm_python("-m", "hvd_lars", "train", *arguments))
     result = run_here("mpirun", 2, ["sh", "-c", f"{command}; echo code=$?"], HANG_GUARD)
     assert re.findall(r"code=(\d+)", result.stdout) == ["2", "2"]
     assert result.stdout.count(message) == 2

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import HANG_GUARD, hvd_lars, records_of
+from commands import HANG_GUARD, hvd_lars, records_of, warm_python
 
-from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.launchers.local import run_here
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()
 FILES = dict(re.findall(r'```\w+ title="(stripes\.\w+)"\n(.*?)```', PAGE, re.DOTALL))
@@ -34,7 +34,7 @@ def test_the_example_of_the_page_trains_alike_on_one_rank_and_two(folder):
         ["run.dir=parts", *half],
         ["run.dir=parts", "--resume", *rest, "train.duration=8 epochs"],
     ):
-        program = this_python("-m", "hvd_lars", "train", "stripes.yaml", *arguments)
+        program = warm_python("-m", "hvd_lars", "train", "stripes.yaml", *arguments)
         result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stdout
     losses = {

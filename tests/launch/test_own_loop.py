@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import HANG_GUARD
+from commands import HANG_GUARD, warm_python
 
 from hvd_lars.launchers.local import run_here
 
@@ -26,9 +26,7 @@ def loss_in(output):
 
 
 def over_two_ranks(launcher, *program):
-    result = run_here(
-        launcher, 2, [sys.executable, *map(str, program)], HANG_GUARD, {"OMP_NUM_THREADS": "1"}
-    )
+    result = run_here(launcher, 2, warm_python(*program), HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     return loss_in(result.stdout)
 
@@ -50,7 +48,7 @@ comm.close()
 
 @pytest.mark.parametrize(("placed", "backend"), [("Replicated", "horovod"), ("Sharded", "mpi")])
 def test_a_rank_that_takes_more_steps_is_named(placed, backend):
-    program = [sys.executable, "-c", MORE_STEPS, backend, placed]
+    program = warm_python("-c", MORE_STEPS, backend, placed)
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode not in (0, 124), result.stdout
     assert "no rank made progress for 5 s (stall_timeout)" in result.stdout

@@ -2,13 +2,13 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import warm_python
 from sessions import SESSIONS
 
-from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.launchers.local import run_here
 
 HANG_GUARD = 1800
 TESTS = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_the_contract_under_horovodrun_on_mpi():
 def test_suites_alone(monkeypatch):
     monkeypatch.setenv("HVD_LARS_TEST_BACKEND", "local")
     result = subprocess.run(
-        this_python(*OPTIONS, *suites()),
+        warm_python(*OPTIONS, *suites()),
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
@@ -58,7 +58,7 @@ def test_suites_alone(monkeypatch):
 
 def check(launcher, backend, ranks, files):
     environment = {"HVD_LARS_TEST_BACKEND": backend, "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, *OPTIONS, *files]
+    program = warm_python(*OPTIONS, *files)
     result = run_here(launcher, ranks, program, HANG_GUARD, environment)
     assert result.returncode == 0, result.stdout
     passed = [int(n) for n in re.findall(r"(\d+) passed", result.stdout)]

@@ -13,7 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from commands import HANG_GUARD, hvd_lars, kill_everything, records_of, start, wait_for_step
+from commands import (
+    HANG_GUARD,
+    hvd_lars,
+    kill_everything,
+    records_of,
+    start,
+    wait_for_step,
+    warm_python,
+)
 from safetensors.torch import load_file
 from test_image_folder import make_folder
 
@@ -74,7 +82,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, case):
     images = make_folder(tmp_path / "images", size=(40, 40))
     options = [text.replace("FOLDER", str(images)) for text in CASES[case]]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    program = this_python("-m", "hvd_lars", *training(whole, *options))
+    program = warm_python("-m", "hvd_lars", *training(whole, *options))
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     process = start("mpirun", 2, training(killed, *options))
@@ -85,7 +93,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, case):
     for path in (killed / "checkpoints").glob("step-*"):
         if path.name != "step-00000007":  # a slow machine's kill may come later
             shutil.rmtree(path)
-    program = this_python("-m", "hvd_lars", *training(killed, *options), "--resume")
+    program = warm_python("-m", "hvd_lars", *training(killed, *options), "--resume")
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     assert "resuming after step 7" in result.stdout
@@ -96,7 +104,7 @@ def test_other_numbers_of_ranks_take_the_run_over(tmp_path):
     """4, 3 and 2 ranks for a third each see the same samples and end where 1 does."""
     run, gentle = tmp_path / "run", ["schedule.base_lr=0.5"]  # 32 would amplify rounding
     for ranks, kept in ((4, 7), (3, 14), (2, 20)):
-        program = this_python("-m", "hvd_lars", *training(run, *gentle), "--resume")
+        program = warm_python("-m", "hvd_lars", *training(run, *gentle), "--resume")
         result = run_here("mpirun", ranks, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stdout
         for path in (run / "checkpoints").glob("step-*"):

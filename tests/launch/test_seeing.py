@@ -5,9 +5,9 @@ import shutil
 import subprocess
 
 import pytest
-from commands import HANG_GUARD, hvd_lars
+from commands import HANG_GUARD, hvd_lars, warm_python
 
-from hvd_lars.launchers.local import run_here, run_in_terminal, this_python
+from hvd_lars.launchers.local import run_here, run_in_terminal
 
 SHORT = ["train.duration=40 steps", "schedule.warmup_duration=10 steps",
          "train.eval_every=20 steps"]  # fmt: skip
@@ -15,7 +15,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), N
 
 
 def test_a_bar_in_a_terminal(tmp_path):
-    program = this_python("-m", "hvd_lars", "train", "digits", f"run.dir={tmp_path / 'run'}")
+    program = warm_python("-m", "hvd_lars", "train", "digits", f"run.dir={tmp_path / 'run'}")
     code, shown = run_in_terminal([*program, *SHORT], columns=120)
     assert code == 0, shown
     last = shown.rpartition("epoch ")[2]
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
     """A run over two ranks with a profile and TensorBoard."""
     folder = tmp_path_factory.mktemp("seen") / "run"
     options = ["train.profile=steps 5-6", "run.loggers=[tensorboard]"]
-    program = this_python("-m", "hvd_lars", "train", "digits", f"run.dir={folder}", *SHORT)
+    program = warm_python("-m", "hvd_lars", "train", "digits", f"run.dir={folder}", *SHORT)
     result = run_here("mpirun", 2, [*program, *options], HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     return folder

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from commands import HANG_GUARD, hvd_lars, made_once, records_of
+from commands import HANG_GUARD, hvd_lars, made_once, records_of, warm_python
 from test_image_folder import make_folder
 
-from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.launchers.local import run_here
 from hvd_lars.runtime.stopwatch import PARTS
 
 # Launcher and ranks; the last three end after a quarter of the run.
@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
             if launcher is None:
                 code, output = hvd_lars(*arguments)
             else:
-                program = this_python("-m", "hvd_lars", *arguments)
+                program = warm_python("-m", "hvd_lars", *arguments)
                 program.append(f"run.expect_world_size={ranks}")
                 result = run_here(launcher, ranks, program, HANG_GUARD)
                 code, output = result.returncode, result.stdout
@@ -124,7 +124,7 @@ def test_eval_gives_what_training_logged(finished, launcher, ranks):
     if launcher is None:
         code, output = hvd_lars("eval", folder)
     else:
-        program = this_python("-m", "hvd_lars", "eval", str(folder))
+        program = warm_python("-m", "hvd_lars", "eval", str(folder))
         result = run_here(launcher, ranks, program, HANG_GUARD)
         code, output = result.returncode, result.stdout
     assert code == 0, output
@@ -187,7 +187,7 @@ comm: {backend: mpi}
 schedule: {base_lr: 2.0, warmup: constant, warmup_start_lr: 0.5, warmup_duration: 1 steps}
 train: {duration: 3 steps, global_batch: 8, micro_batch: 2, log_every: 1 steps}
 """)
-    program = this_python("-m", "hvd_lars", "train", str(config), f"run.dir={tmp_path / 'run'}")
+    program = warm_python("-m", "hvd_lars", "train", str(config), f"run.dir={tmp_path / 'run'}")
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     train = records_of(tmp_path / "run", "train")
@@ -209,7 +209,7 @@ train:
 """)
     run = tmp_path / "run"
     environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    program = this_python("-m", "hvd_lars", "train", str(config), f"run.dir={run}")
+    program = warm_python("-m", "hvd_lars", "train", str(config), f"run.dir={run}")
     result = run_here("mpirun", 2, program, HANG_GUARD, environment)
     assert result.returncode == 0, result.stdout
     logged = records_of(run, "eval")[-1]
@@ -229,7 +229,7 @@ def test_a_bad_image_ends_both_ranks_with_its_path(tmp_path):
     options += [f"run.dir={tmp_path / 'run'}", "train.duration=3 epochs"]
     options += ["schedule.warmup_duration=1 epochs", "comm.backend=mpi"]
     options += ["train.eval_every=3 epochs"]
-    program = this_python("-m", "hvd_lars", "train", "digits", *options)
+    program = warm_python("-m", "hvd_lars", "train", "digits", *options)
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 2, result.stdout
     line = f"{root}/train/cat/3.png: not a readable image"
@@ -268,7 +268,7 @@ train:
   {{duration: 2 epochs, global_batch: 12, micro_batch: 4, log_every: 1 steps, eval_every: 2 epochs}}
 """)
     run = tmp_path / "run"
-    program = this_python("-m", "hvd_lars", "train", str(config), f"run.dir={run}")
+    program = warm_python("-m", "hvd_lars", "train", str(config), f"run.dir={run}")
     result = run_here("horovodrun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     assert "average's top-1" in result.stdout
@@ -301,7 +301,7 @@ def test_mistakes_about_shards_and_networks_end_both_ranks(packed, tmp_path, ove
     options += ["data.eval_resize=32", "data.augment.mixup=0.2", "model.name=resnet18"]
     options += ["train.global_batch=12", "train.duration=3 epochs", f"run.dir={tmp_path / 'run'}"]
     options += ["schedule.warmup_duration=1 epochs", "comm.backend=mpi", override]
-    program = this_python("-m", "hvd_lars", "train", "digits", *options)
+    program = warm_python("-m", "hvd_lars", "train", "digits", *options)
     result = run_here("mpirun", 2, program, HANG_GUARD, {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 2, result.stdout
     lines = [line for line in result.stdout.splitlines() if "hvd-lars: " in line]
