@@ -19,6 +19,7 @@ On a machine with an NVIDIA GPU the same is run there as well.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -103,21 +104,25 @@ def exposed(params: list[nn.Parameter]) -> Step:
     return step
 
 
-def peers() -> dict[str, Callable[[list[nn.Parameter]], Step]]:
-    """Other people's LARS for PyTorch, with weight decay so that all of them adapt."""
-    import timm.optim
-    import torch_optimizer
-    from lightly.utils.lars import LARS as LightlyLars  # noqa: N811
-    from pytorch_optimizer import LARS as PytorchOptimizerLars  # noqa: N811
+PEERS = {
+    "timm Lars": ("timm.optim", "Lars"),
+    "pytorch_optimizer LARS": ("pytorch_optimizer", "LARS"),
+    "torch_optimizer LARS": ("torch_optimizer", "LARS"),
+    "lightly LARS": ("lightly.utils.lars", "LARS"),
+}
 
+
+def peers() -> dict[str, Callable[[list[nn.Parameter]], Step]]:
+    """Other people's LARS for PyTorch that are installed, with weight decay so that all adapt."""
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
-    return {
-        "timm Lars": lambda p: timm.optim.Lars(p, **options).step,
-        "pytorch_optimizer LARS": lambda p: PytorchOptimizerLars(p, **options).step,
-        "torch_optimizer LARS": lambda p: torch_optimizer.LARS(p, **options).step,
-        "lightly LARS": lambda p: LightlyLars(p, **options).step,
-        "apex-style LARC": lambda p: LarcSgd(p, 0.1, 0.9, 1e-4, 0.001, False, 1e-8).step,
+    found: dict[str, Callable[[list[nn.Parameter]], Step]] = {
+        "apex-style LARC": lambda p: LarcSgd(p, 0.1, 0.9, 1e-4, 0.001, False, 1e-8).step
     }
+    for name, (module, attribute) in PEERS.items():
+        if importlib.util.find_spec(module.partition(".")[0]):
+            theirs = getattr(importlib.import_module(module), attribute)
+            found[name] = lambda p, theirs=theirs: theirs(p, **options).step
+    return found
 
 
 def sgd(**how: bool) -> Callable[[list[nn.Parameter]], Step]:
@@ -195,13 +200,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     names = ["ResNet-50", "AlexNet", "ViT-B", "1,000 layers"]
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="only there")
     parser.add_argument("--json", type=Path, help="also write the medians there")
     arguments = parser.parse_args()
-    print_head(
-        "One optimizer step",
-        ["torch", "timm", "pytorch_optimizer", "torch_optimizer", "lightly"],
-    )
-    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    modules = {module.partition(".")[0] for module, _ in PEERS.values()}
+    print_head("One optimizer step", ["torch", *filter(importlib.util.find_spec, sorted(modules))])
+    there = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    devices = [torch.device(name) for name in there if arguments.device in (None, name)]
     for device in devices:
         results = {
             (name, threads): measure(name, threads, arguments.rounds, device)
@@ -210,7 +215,7 @@ def main() -> None:
         }
         print(f"\n{device.type}, medians of {arguments.rounds} interleaved rounds\n")
         print(table(results), flush=True)
-    if len(devices) == 1:
+    if len(there) == 1:
         print("\nGPU: not run (there is none here)")
     if arguments.json:
         rows = [

@@ -54,6 +54,8 @@ def pytest_collection_modifyitems(config, items):
         else:
             taken = mark is None
         (kept if taken else dropped).append(item)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 

@@ -96,6 +96,9 @@ class Plain:
     def slot(self, name, param):
         return None
 
+    def new_slot(self, name, param):
+        raise AssertionError("it has no slots")
+
     def set_slots(self, param, values):
         pass
 

@@ -96,7 +96,7 @@ def test_a_rank_without_a_gpu_is_refused(folder):
         settings.build(BuildContext(LocalCommunicator(), 0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_decodes_and_crops_as_the_cpu(folder):
     assert why_not_on(torch.device("cuda")) == ""
     source = source_of(folder, device_work=DECODE)

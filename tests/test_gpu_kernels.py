@@ -142,7 +142,7 @@ def test_a_gpu_that_cannot_run_them_or_gets_them_wrong_takes_plain_torch(monkeyp
         choose_kernel.cache_clear()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_steps_on_a_gpu_also_in_a_cuda_graph(dtype, nesterov):

@@ -73,6 +73,7 @@ def tiny_trainer(
     channels_last=False,
     max_skipped_steps=10,
     late=False,
+    noise_every=0,
     **options,
 ):
     """A Trainer of the tiny model whose buckets are small enough that there are several.
@@ -95,7 +96,7 @@ def tiny_trainer(
         Feed(source, batches, comm, torch.device("cpu"), micro_batch, len(RATES)),
         lambda step: RATES[step % len(RATES)],
         comm,
-        StepOptions(3, 0.0, precision, channels_last, max_skipped_steps, late),
+        StepOptions(3, 0.0, precision, channels_last, max_skipped_steps, noise_every, late),
     )
 
 

@@ -79,6 +79,7 @@ def build_trainer(
             precision=train.precision,
             channels_last=train.channels_last,
             max_skipped_steps=train.max_skipped_steps,
+            noise_every=plan.intervals.layers,
             read_late=device.type == "cuda",
         ),
         torch.compile(model) if train.compile else None,

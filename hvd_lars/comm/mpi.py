@@ -19,6 +19,7 @@ from hvd_lars.comm.base import (
     check_shard,
     part_of,
 )
+from hvd_lars.runtime.readback import on_host
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class _Group:
     def start_all_reduce_sum(self, tensor: Tensor, name: str) -> Pending:
         """Begin to sum in place; MPI matches the reductions by order, not by name."""
         check_reducible(tensor, name)
-        host = tensor.detach().cpu()
+        host = on_host(tensor.detach())
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, host.numpy(), op=self._mpi.SUM)
         # MPI writes into the tensor even if the caller drops the request.
         self._open = [earlier for earlier in self._open if not earlier.done()]
@@ -119,7 +120,7 @@ class MpiParts:
 
         def work() -> None:
             host = torch.empty_like(shard, device="cpu") if shard.is_cuda else shard
-            self._comm.Reduce_scatter_block(flat.cpu().numpy(), host.numpy(), op=self._mpi.SUM)
+            self._comm.Reduce_scatter_block(on_host(flat).numpy(), host.numpy(), op=self._mpi.SUM)
             if shard.is_cuda:
                 shard.copy_(host)
 
@@ -131,7 +132,7 @@ class MpiParts:
         part_of(flat, self._rank, self._size)
 
         def work() -> None:
-            host = flat.cpu()
+            host = on_host(flat)
             self._comm.Allgather(self._mpi.IN_PLACE, _bytes(host))
             if flat.is_cuda:
                 flat.copy_(host)

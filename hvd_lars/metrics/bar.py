@@ -43,6 +43,8 @@ class Bar:
                 f"lr {record['lr']:.4g}  {record['images_per_second']:,.0f} images/s  "
                 f"waits {100 * share:.0f} %"
             )
+            if (batch := record.get("critical_batch")) is not None:
+                self._pace += f"  critical batch {batch:,.0f}"
         elif record["kind"] == "eval":
             self._top1 = f"top-1 {record['top1']:.4f}  "
         else:

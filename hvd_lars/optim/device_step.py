@@ -202,6 +202,10 @@ class StepReport:
         """Whether the step was skipped; waits for the device."""
         return self.finite is not None and not bool(self.finite)
 
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups of the layers whose norms were computed."""
+        return [group for layers, _ in self._found for group in layers.groups]
+
     def first_nonfinite(self) -> Tensor | None:
         """Return the first parameter with a non-finite gradient norm; waits for the device."""
         for layers, measured in self._found:

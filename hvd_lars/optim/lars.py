@@ -340,6 +340,10 @@ class LARS(Optimizer):
         assert name in self.slots
         return self.momentum(param)
 
+    def new_slot(self, name: str, param: Tensor) -> Tensor:
+        """Return zeros in the parameter's shape."""
+        return torch.zeros_like(param)
+
     def set_slots(self, param: Tensor, values: Mapping[str, Tensor]) -> None:
         """Set the momentum, the only slot of this optimizer."""
         self.set_momentum(param, values["momentum"])

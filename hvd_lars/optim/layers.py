@@ -53,7 +53,10 @@ class DeviceLayers:
 def signature(groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool) -> list[object]:
     """Return a key that changes whenever the result of :func:`layers_of` would."""
     key: list[object] = [all_norms]
-    key += [(id(g), g["adapt"], g["momentum"] != 0, tuple(g.get("ratio_from", ()))) for g in groups]
+    key += [
+        (id(g), g["adapt"], g.get("momentum", 0) != 0, tuple(g.get("ratio_from", ())))
+        for g in groups
+    ]
     for group in groups:
         if placed:
             key += [param.requires_grad for param in group["params"]]

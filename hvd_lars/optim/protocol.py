@@ -14,7 +14,7 @@ from hvd_lars.optim.kernels import Scale
 class Optimizer(Protocol):
     """An optimizer over ranks, such as :class:`~hvd_lars.LARS`.
 
-    Slots are the named tensors kept for every parameter, each in the parameter's shape.
+    Slots are the named tensors kept for every parameter, in its shape or 0-dim.
     Checkpoints store slot ``s`` of parameter ``p`` as ``s/p``.
     """
 
@@ -38,6 +38,10 @@ class Optimizer(Protocol):
 
         Collective under a placement.
         """
+        ...
+
+    def new_slot(self, name: str, param: Tensor) -> Tensor:
+        """Return zeros of a whole slot's shape, to be filled and given to :meth:`set_slots`."""
         ...
 
     def set_slots(self, param: Tensor, values: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hvd_lars.optimizers.lars import LarsSettings
 from hvd_lars.optimizers.settings import OptimizerSettings
 
-_FILES = ("lars", "sgd")
+_FILES = ("lars", "sgd", "lamb")
 KINDS: tuple[type[OptimizerSettings], ...] = tuple(
     kind for file in _FILES for kind in import_module(f"{__name__}.{file}").KINDS
 )

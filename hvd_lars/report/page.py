@@ -38,6 +38,7 @@ def make_page(runs: Sequence[Run]) -> str:
         ("summary", "Summary", _summary(runs)),
         ("accuracy", "Loss and accuracy", _accuracy(runs)),
         ("rate", "Learning rate", _rate(runs)),
+        ("batch", "Batch", _batch(runs)),
         ("layers", "Layers", "".join(map(_layers, runs))),
         ("speed", "Speed", _speed(runs)),
         ("ranks", "Ranks", "".join(map(_ranks, runs))),
@@ -124,6 +125,62 @@ def _rate(runs: Sequence[Run]) -> str:
     if off:
         note = f"{len(off)} recorded rates differ from the plan: {off[0]}."
     return _figure(chart, "Recorded learning rate over the plan") + f"<p>{escape(note)}</p>"
+
+
+def _batch(runs: Sequence[Run]) -> str:
+    """The critical batch beside the batch used, and what a sample is worth there."""
+    series, sentences = [], []
+    for number, run in enumerate(runs):
+        known = _critical_batches(run)
+        if not known:
+            continue
+        used = [(epoch, float(run.global_batch)) for epoch, _ in (known[0], known[-1])]
+        series += [
+            Series(f"{run.name}, critical", known, number),
+            Series(f"{run.name}, used", used, number, dashed=True),
+        ]
+        epoch, critical = known[-1]
+        worth = 1.0 / (1.0 + run.global_batch / critical)
+        sentences.append(
+            f"{run.name}: at epoch {epoch:g} the critical batch is about {_rounded(critical)}: at "
+            f"{run.global_batch:,} each sample is worth {worth:.2g} of one at a small batch."
+        )
+    if not series:
+        return (
+            "<p class=none>No gradient noise scale was recorded: a step needs two ranks, or two "
+            "micro-batches.</p>"
+        )
+    chart = line_chart(
+        "Critical batch by epoch", series, "epoch", "critical batch, samples", log_y=True
+    )
+    text = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    caption = (
+        "Critical batch (the gradient noise scale, averaged over a tenth of the run), and the "
+        "batch used"
+    )
+    return text + _figure(chart, caption)
+
+
+def _critical_batches(run: Run) -> list[tuple[float, float]]:
+    """Return S / |G|² by epoch, each a ratio of averages over a tenth of the estimates."""
+    found = [
+        (r["epoch"], sum(r["noise_trace"].values()), sum(r["noise_signal"].values()))
+        for r in run.layers
+        if "noise_trace" in r and None not in (*r["noise_trace"].values(),)
+    ]
+    window = max(5, len(found) // 10)
+    points = []
+    for end in range(1, len(found) + 1):
+        epoch = found[end - 1][0]
+        trace, signal = (sum(e[i] for e in found[max(0, end - window) : end]) for i in (1, 2))
+        if trace > 0.0 and signal > 0.0:
+            points.append((epoch, trace / signal))
+    return points
+
+
+def _rounded(value: float) -> str:
+    """Return a positive number with two significant digits."""
+    return f"{float(f'{value:.2g}'):,.0f}" if value >= 1 else f"{value:.2g}"
 
 
 def _layers(run: Run) -> str:

@@ -42,3 +42,10 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` itself on a CPU; otherwise a copy in page-locked memory, complete."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

@@ -77,5 +77,5 @@ class Intervals:
 
     def pauses_at(self, step: int) -> bool:
         """Return whether an action after ``step`` needs the outcomes of all steps so far."""
-        every = self.evaluate, self.log, self.checkpoint, self.verify, self.snapshot
+        every = self.evaluate, self.log, self.checkpoint, self.verify, self.snapshot, self.layers
         return step == self.total or any(steps and step % steps == 0 for steps in every)

@@ -167,8 +167,8 @@ def load_state(
     named: dict[str, Tensor] = {}
     for slot in () if optimizer is None else optimizer.slots:
         for name, param in state.model.named_parameters():
-            if f"{slot}/{name}" in stored:
-                named[f"{slot}/{name}"] = value = torch.zeros_like(param)
+            if optimizer is not None and f"{slot}/{name}" in stored:
+                named[f"{slot}/{name}"] = value = optimizer.new_slot(slot, param)
                 slots.setdefault(param, {})[slot] = value
     live = named | RunState(state.model, average=state.average).tensors()
     wanted = {name.partition("/")[0] for name in live} | {"model"}

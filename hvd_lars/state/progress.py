@@ -24,6 +24,7 @@ class Progress:
         loss_scale: factor of the loss (float16); 0 otherwise.
         good_steps: steps since the loss scale last changed.
         top1: of the evaluation after ``step``, if there was one.
+        noise: the last estimates of S and |G|² of the gradient noise scale, in turn.
     """
 
     step: int = 0
@@ -36,6 +37,16 @@ class Progress:
     loss_scale: float = 0.0
     good_steps: int = 0
     top1: float | None = None
+    noise: tuple[float, ...] = ()
+
+    @property
+    def critical_batch(self) -> float | None:
+        """The gradient noise scale S / |G|², in samples: the ratio of averages of few estimates.
+
+        None without any, or if an average is not above 0.
+        """
+        trace, signal = sum(self.noise[::2]), sum(self.noise[1::2])
+        return trace / signal if trace > 0.0 and signal > 0.0 else None
 
     def record(self) -> dict[str, Any]:
         """Return plain values for JSON, which keeps every bit of a float."""

@@ -12,6 +12,9 @@ from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim.protocol import Optimizer
 from hvd_lars.state.progress import Progress
 
+# Few, since both fall by orders of magnitude during training: older ones would outweigh the rest.
+_NOISE_ESTIMATES = 10
+
 
 @final
 class RunState:
@@ -89,6 +92,11 @@ class RunState:
             skipped_in_row=was.skipped_in_row + (not excused) if skipped else 0,
             **loss_scale,
         )
+
+    def noise_estimated(self, trace: float, signal: float) -> None:
+        """Keep the last estimates of S and |G|²."""
+        kept = (*self._progress.noise, trace, signal)
+        self._change(noise=kept[-2 * _NOISE_ESTIMATES :])
 
     def evaluation_due(self) -> None:
         """Note that an evaluation of this step is due or has begun."""

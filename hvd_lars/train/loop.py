@@ -19,6 +19,7 @@ from hvd_lars.settings.durations import Intervals
 from hvd_lars.state.checkpoint import Checkpointer
 from hvd_lars.state.replicas import verify_agreement
 from hvd_lars.train.evaluation import Evaluation, Evaluator
+from hvd_lars.train.noise_scale import Noise
 from hvd_lars.train.profiling import Profile
 from hvd_lars.train.recorder import Recorder
 from hvd_lars.train.trainer import Outcome, Trainer
@@ -74,6 +75,7 @@ class Loop:
         self.agreement = agreement or Agreement(trainer.comm)
         self._take_snapshot = take_snapshot
         self._doing, self._evaluated = "", 0  # if not training; evaluation batches
+        self._noise: Noise | None = None  # of the last step read
 
     def position(self) -> Position:
         """Return this rank's position, for the watchdog's thread."""
@@ -152,7 +154,7 @@ class Loop:
         step = state.progress.step
         self.recorder.add_loss(loss)
         decision = self._settle(wait=self.intervals.pauses_at(step))
-        self.recorder.step_taken(step)
+        self.recorder.step_taken(step, self._noise)
         if self.intervals.verify and step % self.intervals.verify == 0:
             self.trainer.placement.complete_parameters()
             verify_agreement(dict(state.model.named_parameters()), self.trainer.comm)
@@ -175,6 +177,7 @@ class Loop:
 
     def _handle(self, outcome: Outcome) -> Decision:
         """Record a skipped step, and return the ranks' decision after a step."""
+        self._noise = outcome.noise
         if outcome.skipped:
             progress = self.state.progress
             in_row = progress.skipped_in_row

@@ -16,6 +16,7 @@ from hvd_lars.comm.base import Communicator
 from hvd_lars.metrics import Sink
 from hvd_lars.runtime.rank_stderr import own_stderr
 from hvd_lars.runtime.terminal import warn
+from hvd_lars.train.noise_scale import Noise
 from hvd_lars.train.trainer import Trainer
 
 _SLOW, _WINDOWS = 1.5, 3  # a straggler: times the median, for log windows in a row
@@ -75,10 +76,10 @@ class Recorder:
         """Add a step's share of the loss."""
         self._loss += share
 
-    def step_taken(self, step: int) -> None:
-        """Record the norms of a step if that is due."""
+    def step_taken(self, step: int, noise: Noise | None) -> None:
+        """Record the norms of a step and its ``noise``, if that is due."""
         if self.layers_every and step % self.layers_every == 0:
-            self._log_layers(step)
+            self._log_layers(step, noise)
 
     def log_window(self) -> None:
         """Record the means since the last log line; the loss is summed over the ranks."""
@@ -106,6 +107,7 @@ class Recorder:
             step_seconds=seconds / max(steps, 1),
             **{f"{part}_seconds": value for part, value in took.items()},
             **ranks,
+            **({} if (batch := progress.critical_batch) is None else {"critical_batch": batch}),
             **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
         )
         self._look_for_stragglers([d + b for d, b in zip(data, busy, strict=True)])
@@ -114,7 +116,7 @@ class Recorder:
         trainer.state.window_logged()
         self._started = time.perf_counter()
 
-    def _log_layers(self, step: int) -> None:
+    def _log_layers(self, step: int, noise: Noise | None) -> None:
         """Record norms that the step computed anyway, by parameter name."""
         if not self.sinks:
             return
@@ -126,6 +128,9 @@ class Recorder:
             "trust_ratio": [row.ratio for row in rows],
             "rate": [row.rate for row in rows],
         }
+        if noise is not None:
+            columns["noise_trace"] = [noise.traces[row.param] for row in rows]
+            columns["noise_signal"] = [noise.signals[row.param] for row in rows]
         table = {key: dict(zip(names, values, strict=True)) for key, values in columns.items()}
         self.record("layers", step, lr=self._trainer.schedule(step - 1), **table)
 

@@ -22,6 +22,7 @@ from hvd_lars.runtime.readback import Readback
 from hvd_lars.state.run_state import RunState
 from hvd_lars.train.feed import Feed
 from hvd_lars.train.kept_buffers import KeptBuffers
+from hvd_lars.train.noise_scale import Noise, NoiseProbe
 from hvd_lars.train.precision import LossScale, Precision, autocast, scale_after
 from hvd_lars.train.schedules import Schedule
 
@@ -36,6 +37,7 @@ class StepOptions:
         precision: of forward and backward; ``fp16`` scales the loss.
         channels_last: give images to the model in that memory format.
         max_skipped_steps: steps in a row that may be skipped because a gradient is not finite.
+        noise_every: steps between estimates of the gradient noise scale; 0 for none.
         read_late: read the outcome of a step after the next one is queued, so that the device
             never waits for the host.
     """
@@ -45,6 +47,7 @@ class StepOptions:
     precision: Precision = "fp32"
     channels_last: bool = False
     max_skipped_steps: int = 10
+    noise_every: int = 0
     read_late: bool = False
 
 
@@ -57,12 +60,24 @@ class Outcome(NamedTuple):
         report: its norms.
         scalars: the values that others added to ``placement.scalars``, summed over the ranks, (n,)
             float64; None if there were none.
+        noise: estimates of the gradient noise scale, if this step was to have them.
     """
 
     step: int
     skipped: bool
     report: StepReport
     scalars: Tensor | None
+    noise: Noise | None = None
+
+
+class _Unread(NamedTuple):
+    """A step whose values are on their way, and which are among them."""
+
+    step: int
+    report: StepReport
+    has_scalars: bool
+    has_noise: bool
+    values: Readback
 
 
 class Trainer:
@@ -99,9 +114,9 @@ class Trainer:
         self._format = torch.channels_last if channels_last else torch.preserve_format
         self._buffers = KeptBuffers(state.model)
         self._scale: Tensor | None = None  # value and good steps, (2,) float64; in float16 only
-        # Steps whose outcomes are on their way: step, norms, whether summed scalars are among the
-        # values, and the values.
-        self._unread: deque[tuple[int, StepReport, bool, Readback]] = deque()
+        self._unread: deque[_Unread] = deque()
+        every = self.options.noise_every
+        self._noise = NoiseProbe(placement, comm, self.global_batch, every)
         self._read: deque[Outcome] = deque(maxlen=2)  # older ones are lost if nobody asks
 
     @property
@@ -129,6 +144,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(request.step)
         self.optimizer.zero_grad()
+        self._noise.begin(request.step + 1)
         self._buffers.note()
         scale = self.loss_scale
         if scale is not None and not self._unread:
@@ -138,6 +154,7 @@ class Trainer:
         while True:
             if len(labels):
                 share += self._accumulate(images, labels, request.last)
+                self._noise.micro_batch_done(len(request.indices), request.last)
             if request.last:
                 break
             request, images, labels = self._next(batches)
@@ -179,6 +196,12 @@ class Trainer:
     def _step(self, share: Tensor) -> Tensor:
         """Step the optimizer; returns whether the step was kept, a 0-dim bool on the device."""
         scalars, scale = self.placement.scalars, self._scale
+        if self._noise.measuring:  # a rank without samples has not joined the others yet
+            self.placement.complete_parameters()
+            self.placement.gradients.finish()
+        noise = self._noise.values(None if scale is None else scale[0])
+        if noise is not None:
+            scalars.add(noise)
         if scale is not None:
             scalars.add((~share.isfinite()).double()[None])
         with self.watch.part("optimizer"):
@@ -194,7 +217,10 @@ class Trainer:
             found += [scale[:1], self._scale]
         self.state.step_taken(self.global_batch)
         step = self.state.progress.step
-        self._unread.append((step, report, summed is not None, Readback(torch.cat(found))))
+        unread = _Unread(
+            step, report, summed is not None, noise is not None, Readback(torch.cat(found))
+        )
+        self._unread.append(unread)
         return kept
 
     def _read_one(self) -> None:
@@ -203,7 +229,7 @@ class Trainer:
         In float16 a step that overflowed because the loss was scaled too far does not count among
         the skipped steps in a row.
         """
-        step, report, has_scalars, values = self._unread.popleft()
+        step, report, has_scalars, has_noise, values = self._unread.popleft()
         kept, *rest = values.read()
         skipped, excused, scale = not kept, False, {}
         if self._scale is not None:
@@ -212,8 +238,15 @@ class Trainer:
             excused = skipped and not lost and not LossScale(before).at_floor
             scale = {"loss_scale": after, "good_steps": int(good_steps)}
         self.state.step_settled(skipped, excused, **scale)
+        noise = None
+        if has_noise and has_scalars:
+            count = self._noise.num_values
+            noise = self._noise.estimate(rest[-count:], report)
+            rest = rest[:-count]
+        if noise is not None:
+            self.state.noise_estimated(noise.trace, noise.signal)
         asked = torch.tensor(rest, dtype=torch.float64) if rest else None
-        self._read.append(Outcome(step, skipped, report, asked))
+        self._read.append(Outcome(step, skipped, report, asked, noise))
 
     def _next(self, batches: Iterator[tuple[Request, Batch]]) -> tuple[Request, Tensor, Tensor]:
         """Return the next micro-batch on the device, ready for the model."""

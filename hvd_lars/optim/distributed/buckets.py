@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hvd_lars.comm.base import Communicator, Pending, check_reducible
 from hvd_lars.optim.distributed.absent import AbsentGradient
 from hvd_lars.optim.distributed.layout import check_same_layout
+from hvd_lars.optim.distributed.local_norms import LocalNorms
 from hvd_lars.optim.distributed.shard_plan import fill_buckets
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.runtime.stopwatch import Stopwatch
@@ -127,6 +128,7 @@ class GradientBuckets:
         self._on_reduced = on_reduced
         self._synchronizing, self._used, self._spent = True, False, False
         self.steps = 0  # steps that have used the sums
+        self.local = LocalNorms()
         self.watch = watch or Stopwatch()
         self.zero()
 
@@ -263,8 +265,14 @@ class GradientBuckets:
         if stale and i not in bucket.fresh:
             raise RuntimeError(_UNZEROED if self._spent else _LATE)
 
+    def note_local(self) -> None:
+        """Give ``local`` the gradients accumulated so far, of this rank alone."""
+        for b, bucket in enumerate(self.buckets):
+            self.local.note(b, bucket.views, bucket.fresh)
+
     def _start_next(self) -> None:
         bucket = self.buckets[self._next]
+        self.local.note(self._next, bucket.views, range(len(bucket.views)))
         bucket.pending = self._reduction.start(self._next, bucket.flat)
         self._next += 1
 

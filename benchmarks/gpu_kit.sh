@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Fills a folder with what benchmarks/gpu.py needs on a machine without a network, under 60 MB:
+# Horovod's sdist, the tools that build it, and the packages that such a machine lacks.
+#
+#     bash benchmarks/gpu_kit.sh [FOLDER] [PYTHON_VERSION]       (defaults: gpu_kit, 3.12)
+#
+# Carry the folder along with the checkout, and run there: python benchmarks/gpu.py --kit FOLDER
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+folder=${1:-gpu_kit}
+python=${2:-3.12}
+constraints=launch/constraints.txt
+mkdir -p "$folder"
+
+fetch() { python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" "$@"; }
+
+fetch --python-version "$python" --only-binary=:all: \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+    --constraint "$constraints" \
+    'setuptools<80' wheel packaging ninja 'cmake<4' cffi pycparser cloudpickle psutil pyyaml \
+    pydantic pydantic-core annotated-types typing-inspection typing-extensions \
+    rich markdown-it-py mdurl pygments simplejpeg pillow pytest iniconfig pluggy hypothesis sortedcontainers \
+    timm huggingface-hub safetensors tqdm httpx httpcore h11 anyio certifi idna
+sed -n 's/^VERSION = "\(.*\)"/horovod==\1/; s/^SDIST_SHA256 = "\(.*\)"/--hash=sha256:\1/p; /^horovod==/p' \
+    launch/build_horovod.py | sort -r | paste -sd' ' > "$folder/horovod.txt"
+python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+    --no-binary=:all: --dest "$folder" --requirement "$folder/horovod.txt"
+du -sh "$folder"

@@ -1,0 +1,304 @@
+"""LAMB, layer-wise adaptive moments for batch training, over the same placements as LARS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hvd_lars.optim.device_step import Measured, StepReport
+from hvd_lars.optim.distributed.placement import Placement
+from hvd_lars.optim.kernels import Scale
+from hvd_lars.optim.layers import DeviceLayers, layers_of, signature
+from hvd_lars.optim.norms import flat, in_layout_of, sums_of_squares
+from hvd_lars.runtime import torch_internals
+from hvd_lars.runtime.joined import by_kind
+
+
+class _Part(NamedTuple):
+    """This rank's part of a parameter, in memory order: all (n,) but ``steps``, 0-dim float64."""
+
+    weight: Tensor
+    gradient: Tensor
+    mean: Tensor
+    square: Tensor
+    steps: Tensor  # shared by parameters that have taken the same steps
+    norm_part: slice
+
+
+class LAMB(Optimizer):
+    r"""Adam whose update is rescaled, layer by layer, to the norm of the weights.
+
+    A layer is one parameter tensor :math:`w` with gradient :math:`g` of the whole global batch:
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        u &= \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} + \beta w \\
+        w &\leftarrow w - \gamma \, \frac{\phi(\lVert w \rVert)}{\lVert u \rVert} \, u
+            \quad\text{(ratio 1 where a norm is zero)}
+
+    Under a placement gradients are summed over the ranks, each rank updates its part, and two
+    all-reduces complete the squared norms: of the gradients first, then of weights and updates.
+    Norms are those of a single device.  No value is copied from the device to the host.
+
+    Args:
+        params: parameters, or groups from :func:`parameter_groups`; all on one device, float32 or
+            float64.  A group's ``adapt`` is as in :class:`LARS`.
+        lr: γ, the scheduled learning rate.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: β.
+        bias_correction: divide the moments by 1 − β₁ᵗ and 1 − β₂ᵗ.
+        grad_averaging: weigh a gradient in m by 1 − β₁; otherwise by 1.
+        max_grad_norm: gradients are divided by their global norm over this, where that exceeds 1;
+            None never.  NVIDIA's and timm's code use 1, the paper none.
+        trust_clip: use min(ratio, 1).
+        max_weight_norm: φ(z) = min(z, this); infinity for φ(z) = z.  The paper's code uses 10.
+        placement: sums gradients over ranks; None for one process.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, or a parameter is of another dtype or device.
+
+    Reference:
+        You et al. 2020, arXiv 1904.00962, algorithm 2.
+    """
+
+    placement: Placement | None = None
+    slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "steps")
+    report = StepReport()  # of the last step
+
+    def __init__(  # noqa: PLR0913 - hyper-parameters are arguments, as in every torch optimizer
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        max_grad_norm: float | None = None,
+        trust_clip: bool = False,
+        max_weight_norm: float = math.inf,
+        placement: Placement | None = None,
+    ) -> None:
+        ranges = {
+            "lr": lr >= 0,
+            "betas": all(0 <= beta < 1 for beta in betas),
+            "eps": eps > 0,
+            "weight_decay": weight_decay >= 0,
+            "max_grad_norm": max_grad_norm is None or max_grad_norm > 0,
+            "max_weight_norm": max_weight_norm > 0,
+        }
+        values = dict(locals())
+        for name, fits in ranges.items():
+            if not fits:
+                raise ValueError(f"LAMB: {name} is {values[name]}, which is out of range")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "grad_averaging": grad_averaging,
+            "trust_clip": trust_clip,
+            "max_weight_norm": max_weight_norm,
+            "adapt": "own",
+        }
+        self.placement, self._max_grad_norm = placement, max_grad_norm
+        self._known: tuple[list[object], DeviceLayers] | None = None
+        super().__init__(params, defaults)
+        everything = [param for group in self.param_groups for param in group["params"]]
+        kinds = {(param.device, param.dtype) for param in everything}
+        dtypes = {dtype for _, dtype in kinds} - {torch.float32, torch.float64}
+        if dtypes or len({device for device, _ in kinds}) > 1:
+            found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+            raise ValueError(f"LAMB takes float32 or float64 on one device; found {found}")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; a placement keeps its flat buffers."""
+        if self.placement is None:
+            torch_internals.zero_grad(self, set_to_none)
+        else:
+            self.placement.gradients.zero()
+
+    @torch.no_grad()
+    def step(self, closure: None = None, loss_scale: Scale | None = None) -> None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: not supported.
+            loss_scale: factor of the loss, or a 0-dim float64 tensor of it on the device; gradients
+                are divided by it.  If given, even as 1, all ranks skip the step if a gradient is
+                not finite (``report.skipped``).
+        """
+        if closure is not None:
+            raise ValueError("LAMB takes no closure")
+        placement, unscale = self.placement, 1.0 if loss_scale is None else 1.0 / loss_scale
+        if placement is not None:
+            placement.complete_parameters()
+            placement.gradients.finish()
+        layers = self._layers()
+        parts = [self._part(layer.param) for layer in layers.layers]
+        squares = self._summed(sums_of_squares([p.gradient[p.norm_part] for p in parts]))
+        gradient_norms = squares.sqrt() * unscale
+        live = None if loss_scale is None else gradient_norms.isfinite().all()
+        factor = torch.ones_like(gradient_norms[0]) * unscale
+        if self._max_grad_norm is not None:
+            excess = gradient_norms.square().sum().sqrt() / self._max_grad_norm
+            factor = factor / excess.clamp_min(1.0)
+        updates = self._updates(layers, parts, factor, live)
+        ours = [p.weight[p.norm_part] for p in parts]
+        ours += [u[p.norm_part] for u, p in zip(updates, parts, strict=True)]
+        weight_norms, update_norms = self._summed(sums_of_squares(ours)).sqrt().chunk(2)
+        ratios = _ratios(layers, weight_norms, update_norms)
+        measured = Measured(ratios, weight_norms, gradient_norms)
+        self.report = StepReport([(layers, measured)], loss_scale is not None)
+        rates = [float(layer.group["lr"]) for layer in layers.layers]
+        for members in by_kind(updates):
+            moved, dtype = [updates[i] for i in members], updates[members[0]].dtype
+            scales = [ratio.to(dtype) for ratio in ratios[members].unbind()]
+            torch._foreach_mul_(moved, scales)
+            torch._foreach_mul_(moved, [rates[i] for i in members])
+            torch._foreach_sub_([parts[i].weight for i in members], moved)
+        if placement is not None:
+            placement.publish_parameters()
+
+    def _layers(self) -> DeviceLayers:
+        placed = self.placement is not None
+        now = signature(self.param_groups, placed, True)
+        if self._known is None or self._known[0] != now:
+            self._known = (now, layers_of(self.param_groups, placed, True)[0])
+            self._share_counts(self._known[1])
+        return self._known[1]
+
+    def _share_counts(self, layers: DeviceLayers) -> None:
+        """Make parameters that have taken the same steps count them together; reads the counts."""
+        counts: dict[float, Tensor] = {}
+        for layer in layers.layers:
+            state = self.state[layer.param]
+            steps = state["steps"] if state else self.new_slot("steps", layer.param)
+            state["steps"] = counts.setdefault(float(steps), steps)
+
+    def _part(self, param: Tensor) -> _Part:
+        """Return this rank's part of a parameter; missing moments are created."""
+        if self.placement is None:
+            assert param.grad is not None
+            weight, gradient = flat(param), flat(in_layout_of(param, param.grad))
+            norm_part = slice(None)
+        else:
+            weight, gradient = self.placement.block(param)
+            norm_part = slice(*self.placement.norm_part(param))
+        state = self.state[param]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(weight)
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        return _Part(weight, gradient, mean, square, state["steps"], norm_part)
+
+    def _summed(self, sums: Tensor) -> Tensor:
+        return sums if self.placement is None else self.placement.scalars.sum(sums)
+
+    def _updates(
+        self, layers: DeviceLayers, parts: list[_Part], factor: Tensor, live: Tensor | None
+    ) -> list[Tensor]:
+        """Update the moments and return u of every layer; 0 and unchanged moments if not live."""
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for i, (layer, part) in enumerate(zip(layers.layers, parts, strict=True)):
+            key = id(layer.group), id(part.steps), part.weight.dtype, part.gradient.dtype
+            kinds.setdefault(key, []).append(i)
+        kept = torch.ones_like(factor) if live is None else live.to(factor)
+        for steps in {id(part.steps): part.steps for part in parts}.values():
+            steps.add_(kept)
+        updates: list[Tensor] = [factor] * len(parts)
+        for members in kinds.values():
+            made = _adam(layers.layers[members[0]].group, [parts[i] for i in members], factor, live)
+            for i, update in zip(members, made, strict=True):
+                updates[i] = update
+        return updates
+
+    def slot(self, name: str, param: Tensor) -> Tensor | None:
+        """Return a parameter's moment in the parameter's shape, or its count of steps.
+
+        Collective under a placement; None before the parameter's first step.
+        """
+        value: Tensor | None = self.state.get(param, {}).get(name)
+        if value is None or name == "steps":
+            return value
+        if self.placement is None:
+            return value.view(-1).as_strided(param.shape, param.stride())
+        return self.placement.whole(param, value)
+
+    def new_slot(self, name: str, param: Tensor) -> Tensor:
+        """Return zeros of a whole slot's shape: the parameter's, and 0-dim for the count."""
+        if name == "steps":
+            return torch.zeros((), dtype=torch.float64, device=param.device)
+        return torch.zeros_like(param)
+
+    def set_slots(self, param: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Replace a parameter's state with these whole slots."""
+        parts = {
+            name: value
+            if name == "steps"
+            else flat(in_layout_of(param, value))
+            if self.placement is None
+            else flat(self.placement.part(param, value))
+            for name, value in values.items()
+        }
+        self.state[param] = parts
+        self._known = None
+
+
+def _adam(
+    group: dict[str, Any], parts: list[_Part], factor: Tensor, live: Tensor | None
+) -> list[Tensor]:
+    """Update the moments of parts of one kind with g·factor, and return their u."""
+    weights, raw = [part.weight for part in parts], [part.gradient for part in parts]
+    means, squares = [part.mean for part in parts], [part.square for part in parts]
+    (first, second), dtype = group["betas"], weights[0].dtype
+    gradients = list(torch._foreach_mul([g.to(dtype) for g in raw], factor.to(dtype)))
+    kept = None
+    if live is None:
+        torch._foreach_mul_(means, first)
+        torch._foreach_mul_(squares, second)
+    else:  # or 0 times infinity would be NaN
+        kept = live.to(dtype)
+        gradients = [torch.where(live, g, 0.0) for g in gradients]
+        torch._foreach_mul_(means, 1.0 - kept * (1.0 - first))
+        torch._foreach_mul_(squares, 1.0 - kept * (1.0 - second))
+    share = 1.0 - first if group["grad_averaging"] else 1.0
+    torch._foreach_add_(means, gradients, alpha=share)
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1.0 - second)
+    roots, sizes = list(torch._foreach_sqrt(squares)), means
+    if group["bias_correction"]:
+        count = parts[0].steps.clamp_min(1.0)  # before a first step is kept, 1 − β⁰ would divide 0
+        torch._foreach_div_(roots, (1.0 - second**count).sqrt().to(dtype))
+        sizes = list(torch._foreach_div(means, (1.0 - first**count).to(dtype)))
+    torch._foreach_add_(roots, group["eps"])
+    updates = list(torch._foreach_div(sizes, roots))
+    if group["weight_decay"]:
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+    if kept is not None:
+        torch._foreach_mul_(updates, kept)
+    return updates
+
+
+def _ratios(layers: DeviceLayers, weight_norms: Tensor, update_norms: Tensor) -> Tensor:
+    """Return φ(‖w‖)/‖u‖ of every layer, (layers,) float64; 1 for a layer without a ratio."""
+    found, begin = [], 0
+    groups = [layer.group for layer in layers.layers]
+    while begin < len(groups):
+        group, end = groups[begin], begin + 1
+        while end < len(groups) and groups[end] is group:
+            end += 1
+        weight, update = weight_norms[begin:end], update_norms[begin:end]
+        ratio = weight.clamp_max(group["max_weight_norm"]) / update
+        if group["trust_clip"]:
+            ratio = ratio.clamp_max(1.0)
+        found.append(torch.where((weight > 0) & (update > 0), ratio, 1.0))
+        begin = end
+    return torch.cat([*found, torch.ones_like(weight_norms[:1])])[layers.ratio_of]
