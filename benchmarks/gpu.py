@@ -171,10 +171,11 @@ def run(part: Part, command: list[str], work: Path, report: Report) -> bool:
         if re.match(r"# \S", text):
             continue  # the title of a benchmark that also stands alone
         inside = text.startswith("|")
-        if inside and not table:
+        if inside and not table and report.lines[-1]:
             report.say("")
         table = inside
-        report.say(text)
+        if text or report.lines[-1]:
+            report.say(text)
     code = process.wait()
     end = {0: "done", 124: "stopped at its limit", 137: "stopped at its limit"}
     took = f"{time.monotonic() - started:.0f} of {part.seconds} s"
@@ -184,7 +185,7 @@ def run(part: Part, command: list[str], work: Path, report: Report) -> bool:
 
 def gpu_name(work: Path) -> str:
     """The name of the GPU that torch finds, or an empty string."""
-    program = "import torch; print(*[torch.cuda.get_device_name()] * torch.cuda.is_available())"
+    program = "from torch import cuda; print(cuda.get_device_name() if cuda.is_available() else '')"
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, env=environment(work), capture_output=True, text=True)
     if found.returncode:

@@ -20,9 +20,13 @@ fetch --python-version "$python" --only-binary=:all: \
     'setuptools<80' wheel packaging ninja 'cmake<4' cffi pycparser cloudpickle psutil pyyaml \
     pydantic pydantic-core annotated-types typing-inspection typing-extensions \
     rich markdown-it-py mdurl pygments simplejpeg pillow pytest iniconfig pluggy hypothesis sortedcontainers \
-    timm huggingface-hub safetensors tqdm httpx httpcore h11 anyio certifi idna
+    timm huggingface-hub safetensors tqdm httpx httpcore httpcore2 h11 anyio certifi idna
 sed -n 's/^VERSION = "\(.*\)"/horovod==\1/; s/^SDIST_SHA256 = "\(.*\)"/--hash=sha256:\1/p; /^horovod==/p' \
     launch/build_horovod.py | sort -r | paste -sd' ' > "$folder/horovod.txt"
-python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+# pip runs an sdist's code to read its metadata, which needs these.
+tools=$(mktemp -d)
+trap 'rm -rf "$tools"' EXIT
+python3 -m pip install --quiet --disable-pip-version-check --target "$tools" 'setuptools<80' wheel packaging
+PYTHONPATH="$tools" python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
     --no-binary=:all: --dest "$folder" --requirement "$folder/horovod.txt"
 du -sh "$folder"

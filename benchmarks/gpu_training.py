@@ -274,7 +274,8 @@ def ranks(options: argparse.Namespace) -> None:
     print("| ranks on one GPU, mpi4py | top-1 | test loss |\n|---|---|---|")
     for count in (1, 2, 3):
         backend = ["comm.backend=mpi"] if count > 1 else []
-        found = train("digits", "train.duration=8 epochs", *backend, ranks=count)
+        small = "train.duration=8 epochs", "schedule.base_lr=0.5"  # 32 would amplify rounding
+        found = train("digits", *small, *backend, ranks=count)
         print(f"| {count} | {found['top1']:.4f} | {found['loss']:.6f} |", flush=True)
 
 

@@ -7,12 +7,12 @@ placements and ``watching`` extend them over ranks.  The command ``hvd-lars`` is
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LARS", "Replicated", "Sharded", "connect", "parameter_groups", "watching"]
+__all__ = ["LAMB", "LARS", "Replicated", "Sharded", "connect", "parameter_groups", "watching"]
 
 if TYPE_CHECKING:
     from hvd_lars.comm import connect
     from hvd_lars.health.watchdog import watching
-    from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
+    from hvd_lars.optim import LAMB, LARS, Replicated, Sharded, parameter_groups
 
 
 def __getattr__(name: str) -> Any:

@@ -193,7 +193,7 @@ class Train(Section):
     log_layers_every: DurationField = key(
         binds="nothing",
         default=Duration(1, "epochs"),
-        description="interval between records of all layers' norms and trust ratios",
+        description="interval between records of all layers' norms, trust ratios and noise",
     )
     profile: Annotated[str, StringConstraints(pattern=_STEPS)] | None = key(
         binds="nothing",

@@ -142,8 +142,8 @@ def _batch(runs: Sequence[Run]) -> str:
         epoch, critical = known[-1]
         worth = 1.0 / (1.0 + run.global_batch / critical)
         sentences.append(
-            f"{run.name}: at epoch {epoch:g} the critical batch is about {_rounded(critical)}: at "
-            f"{run.global_batch:,} each sample is worth {worth:.2g} of one at a small batch."
+            f"{run.name}: at epoch {epoch:.3g} the critical batch is about {_rounded(critical)}: "
+            f"at {run.global_batch:,} each sample is worth {worth:.2g} of one at a small batch."
         )
     if not series:
         return (
