@@ -17,7 +17,7 @@ from hvd_lars.state.run_state import RunState
 from hvd_lars.train.feed import Feed
 from hvd_lars.train.trainer import StepOptions, Trainer
 
-DIM, STEPS, BATCH, DISTANCE, DEVIATION = 20, 400, 24, 1.2, 2.0
+DIM, STEPS, BATCH, DISTANCE, DEVIATION = 20, 200, 24, 1.2, 2.0
 
 
 class Quadratic(nn.Module):

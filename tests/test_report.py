@@ -47,7 +47,7 @@ def make_run(folder, ranks=2, top1=0.9, **values):
         {"kind": "layers", "step": step, "epoch": step / 10, "lr": 1.0,
          **{key: dict.fromkeys(names, value) for key, value in
             (("weight_norm", 2.0), ("gradient_norm", 0.5), ("trust_ratio", 1e-3 * step),
-             ("rate", 1e-3))}}
+             ("rate", 1e-3), ("noise_trace", 4.0 * step), ("noise_signal", 0.0078125 * step))}}
         for step in (10, 20, 30)
     ]  # fmt: skip
     (folder / "layers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in layers))
@@ -96,7 +96,7 @@ def test_a_page_is_whole_and_loads_nothing(page):
     assert parsed.loads == ["data:,"]
     assert "script" not in parsed.tags
     assert {link.removeprefix("#") for link in parsed.links} <= parsed.ids
-    assert parsed.tags.count("section") == 9
+    assert parsed.tags.count("section") == 10
     assert "url(" not in page
     assert "s&amp;&lt;gd&gt;" in page
     assert "<gd>" not in page
@@ -109,7 +109,8 @@ def test_a_page_shows_what_was_recorded(page):
     assert "rank 1 · n2" in page and "30.0" in page  # waits for data
     assert "recorded rates differ from the plan" in page
     assert "features.0.weight" in page
-    assert page.count("<svg") == 2 + 1 + 4 + 3 + 2
+    assert "at epoch 3 the critical batch is about 510: at 1,024 each sample is worth 0.33" in page
+    assert page.count("<svg") == 2 + 1 + 1 + 4 + 3 + 2
 
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
@@ -122,6 +123,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
     Page(page)
     assert "running, or killed" in page
     assert "no norms of layers were recorded" in page
+    assert "No gradient noise scale was recorded" in page
 
 
 def test_a_run_whose_statistics_span_ranks_has_a_plan(tmp_path):
