@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from hvd_lars.optimizers.settings import OptimizerSettings
+from hvd_lars.optimizers.settings import LayerwiseSettings
 from hvd_lars.settings.fields import Rate, key
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class LambSettings(OptimizerSettings):
+class LambSettings(LayerwiseSettings):
     """LAMB; see hvd_lars.LAMB."""
 
     name: Literal["lamb"] = key(binds="run and recipe", description="which optimizer")
@@ -47,17 +47,6 @@ class LambSettings(OptimizerSettings):
         default=None,
         description="φ(z) = min(z, this); the paper's code: 10",
     )
-    adapt: Literal["weights", "layer", "all"] = key(
-        binds="run and recipe",
-        default="weights",
-        description="weights: only weights have a trust ratio; layer: biases use their weight's; "
-        "all: each tensor has its own",
-    )
-    decay: Literal["weights", "all"] = key(
-        binds="run and recipe",
-        default="weights",
-        description="weights: biases and normalisation do not decay; all: every tensor does",
-    )
 
     def build(self, model: nn.Module, lr: float, placement: Placement) -> LAMB:
         """See :meth:`OptimizerSettings.build`."""
@@ -68,12 +57,6 @@ class LambSettings(OptimizerSettings):
         if self.max_weight_norm is not None:
             options["max_weight_norm"] = self.max_weight_norm
         return LAMB(self.groups(model), lr=lr, placement=placement, **options)
-
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """See :meth:`OptimizerSettings.groups`."""
-        from hvd_lars.optim import parameter_groups
-
-        return parameter_groups(model, self.weight_decay, self.adapt, self.decay)
 
     @property
     def num_slots(self) -> int:

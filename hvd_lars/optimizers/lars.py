@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hvd_lars.optimizers.settings import OptimizerSettings
+from hvd_lars.optimizers.settings import LayerwiseSettings
 from hvd_lars.settings.fields import Rate, key
 
 if TYPE_CHECKING:
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from hvd_lars.optim import LARS, Placement
 
 
-class LarsSettings(OptimizerSettings):
+class LarsSettings(LayerwiseSettings):
     """LARS; see hvd_lars.LARS."""
-
-    TRUST_RATIOS: ClassVar[bool] = True
 
     name: Literal["lars"] = key(
         binds="run and recipe", default="lars", description="which optimizer"
@@ -28,7 +26,6 @@ class LarsSettings(OptimizerSettings):
     momentum: Annotated[float, Field(ge=0, lt=1)] = key(
         binds="run and recipe", default=0.9, description="momentum μ"
     )
-    weight_decay: Rate = key(binds="run and recipe", default=0.0, description="weight decay β")
     trust_coefficient: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(
         binds="run and recipe", default=0.001, description="l in λ = l · ‖w‖ / (‖g‖ + β‖w‖ + ε)"
     )
@@ -56,17 +53,6 @@ class LarsSettings(OptimizerSettings):
         default="unit",
         description="at a zero norm, unit: λ = 1; skip: no change; coast: momentum only",
     )
-    adapt: Literal["weights", "layer", "all"] = key(
-        binds="run and recipe",
-        default="weights",
-        description="weights: only weights have a trust ratio; layer: biases use their weight's; "
-        "all: each tensor has its own",
-    )
-    decay: Literal["weights", "all"] = key(
-        binds="run and recipe",
-        default="weights",
-        description="weights: biases and normalisation do not decay; all: every tensor does",
-    )
     kernel: Literal["auto", "native", "fused", "eager"] = key(
         binds="nothing",
         default="auto",
@@ -86,13 +72,6 @@ class LarsSettings(OptimizerSettings):
         not_options = {"name", "adapt", "decay", "weight_decay", "placement"}
         options = self.model_dump(exclude=not_options)
         return LARS(self.groups(model), lr=lr, placement=placement, **options)
-
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """See :meth:`OptimizerSettings.groups`."""
-        from hvd_lars.optim import parameter_groups
-
-        adapt = self.adapt if self.TRUST_RATIOS else "none"
-        return parameter_groups(model, self.weight_decay, adapt, self.decay)
 
     @property
     def num_slots(self) -> int:

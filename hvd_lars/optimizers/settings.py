@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hvd_lars.settings.fields import Section, key
+from hvd_lars.settings.fields import Rate, Section, key
 
 if TYPE_CHECKING:
     import torch
@@ -51,3 +51,29 @@ class OptimizerSettings(Section):
             UserError: on every rank alike: a rank does not support the settings.
         """
         return self
+
+
+class LayerwiseSettings(OptimizerSettings):
+    """Settings of an optimizer whose layers have a rate each."""
+
+    TRUST_RATIOS: ClassVar[bool] = True
+
+    adapt: Literal["weights", "layer", "all"] = key(
+        binds="run and recipe",
+        default="weights",
+        description="weights: only weights have a trust ratio; layer: biases use their weight's; "
+        "all: each tensor has its own",
+    )
+    decay: Literal["weights", "all"] = key(
+        binds="run and recipe",
+        default="weights",
+        description="weights: biases and normalisation do not decay; all: every tensor does",
+    )
+    weight_decay: Rate = key(binds="run and recipe", default=0.0, description="weight decay β")
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """See :meth:`OptimizerSettings.groups`."""
+        from hvd_lars.optim import parameter_groups
+
+        adapt = self.adapt if self.TRUST_RATIOS else "none"
+        return parameter_groups(model, self.weight_decay, adapt, self.decay)
