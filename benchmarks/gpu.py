@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Everything that is to be known about a GPU, measured by one command in under 9 minutes.
+"""Everything that is to be known about a GPU, measured by one command within 9 minutes.
 
     bash benchmarks/gpu_kit.sh kit                 # where there is a network
     python benchmarks/gpu.py --kit kit             # on the machine with the GPU
 
 The machine needs Python, torch with CUDA, torchvision, mpi4py, a compiler and nvcc, but no network:
 the rest comes from the kit's folder; without --kit, this Python's own packages are used.  Horovod
-is built with NCCL beside the parts that do not need it.  Every part has its own time limit, prints
-as it goes, and leaves the others standing if it fails.  The Markdown is printed and kept in
-``benchmarks/results/gpu-NAME.md``.  Without a GPU the parts that a CPU can do are run, and nothing
-is kept.  Imports the standard library alone: it installs what it needs.
+is built with NCCL beside the parts that do not need it.  Every part has its own time limit, and all
+of them one (--seconds); a part prints as it goes, and leaves the others standing if it fails.  The
+Markdown is printed, and kept after every part in ``benchmarks/results/gpu-NAME.md``.  Without a GPU
+the parts that a CPU can do are run, and nothing is kept.  Imports the standard library alone: it
+installs what it needs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HOROVOD_LIMIT = 420
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,26 @@ PARTS = [
 
 
 class Report:
-    """What was printed."""
+    """What was printed; ``target`` keeps it, if it is set."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.target: Path | None = None
 
     def say(self, *lines: str) -> None:
-        """Print and keep."""
+        """Print and remember."""
         self.lines += lines
         print(*lines, sep="\n", flush=True)
+
+    def keep(self) -> None:
+        """Write everything so far."""
+        if self.target is not None:
+            self.target.write_text("\n".join(self.lines) + "\n")
+
+
+def last_line(text: str) -> str:
+    """The last line that says something."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -121,46 +133,60 @@ def environment(work: Path) -> dict[str, str]:
 
 
 def install(kit: Path, work: Path) -> str:
-    """Install the kit's wheels into ``work/site``, and build the package's own libraries."""
+    """Install the kit's wheels, and build the package's own libraries; returns what failed."""
     wheels = [str(path) for path in sorted(kit.glob("*.whl"))]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", str(work / "site"), *wheels], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target"]
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(build, cwd=ROOT, env=environment(work), capture_output=True, text=True)
-    return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
-
-
-def start_horovod(kit: Path, work: Path) -> subprocess.Popen[str]:
-    """Build Horovod from the kit's sdist, beside everything else."""
-    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(kit.resolve())}
-    log = (work / "horovod.log").open("w")
-    return subprocess.Popen(
-        [sys.executable, "launch/build_horovod.py"],
-        cwd=ROOT, env=environment(work) | offline, stdout=log, stderr=log, text=True,
-    )  # fmt: skip
-
-
-def finish_horovod(build: subprocess.Popen[str], work: Path) -> str:
-    """Wait for the build and install the wheel; returns why there is none, or an empty string."""
-    try:
-        code = build.wait(HOROVOD_LIMIT)
-    except subprocess.TimeoutExpired:
-        build.kill()
-        return f"not built within {HOROVOD_LIMIT} s"
-    wheels = sorted((work / "cache/hvd_lars").rglob("horovod-*.whl"))
-    if code or not wheels:
-        return (work / "horovod.log").read_text().strip().splitlines()[-1]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", str(work / "site"), str(wheels[-1])], check=True)
+    for command in ([*pip, str(work / "site"), *wheels], build):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(work), capture_output=True, text=True
+        )
+        if done.returncode:
+            return last_line(done.stdout + done.stderr)
     return ""
 
 
-def run(part: Part, command: list[str], work: Path, report: Report) -> bool:
-    """Run a part within its time, printing as it goes; returns whether it succeeded."""
+class HorovodBuild:
+    """Horovod, built from the kit's sdist beside everything else."""
+
+    def __init__(self, kit: Path, work: Path) -> None:
+        offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(kit.resolve())}
+        self._work, self._log = work, work / "horovod.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "launch/build_horovod.py"],
+                cwd=ROOT, env=environment(work) | offline, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def finish(self, deadline: float) -> str:
+        """Install the wheel when it is built; returns why it is not, or an empty string."""
+        try:
+            code = self._process.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.end()
+            return "the time was over before it was built"
+        wheels = sorted((self._work / "cache/hvd_lars").rglob("horovod-*.whl"))
+        if code or not wheels:
+            return last_line(self._log.read_text())
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+        command = [*pip, "--target", str(self._work / "site"), str(wheels[-1])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return last_line(done.stdout + done.stderr) if done.returncode else ""
+
+    def end(self) -> None:
+        """End the build with its compilers."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def run(part: Part, command: list[str], work: Path, report: Report, seconds: float) -> bool:
+    """Run a part within ``seconds``, printing as it goes; returns whether it succeeded."""
     report.say("", f"## {part.title}", "", f"`python {' '.join(command)}`", "")
     started = time.monotonic()
     process = subprocess.Popen(
-        ["timeout", "-k", "5", str(part.seconds), sys.executable, *command],
+        ["timeout", "-k", "5", f"{seconds:.0f}", sys.executable, *command],
         cwd=ROOT, env=environment(work), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
@@ -178,7 +204,7 @@ def run(part: Part, command: list[str], work: Path, report: Report) -> bool:
             report.say(text)
     code = process.wait()
     end = {0: "done", 124: "stopped at its limit", 137: "stopped at its limit"}
-    took = f"{time.monotonic() - started:.0f} of {part.seconds} s"
+    took = f"{time.monotonic() - started:.0f} of {seconds:.0f} s"
     report.say("", f"{end.get(code, f'FAILED with code {code}')}, {took}")
     return code == 0
 
@@ -189,54 +215,74 @@ def gpu_name(work: Path) -> str:
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, env=environment(work), capture_output=True, text=True)
     if found.returncode:
-        raise SystemExit(f"torch does not import: {found.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(f"torch does not import: {last_line(found.stderr)}")
     return found.stdout.strip()
+
+
+def commit() -> str:
+    """The commit of the checkout, if git knows it."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def measure(options: argparse.Namespace, gpu: str, work: Path, report: Report) -> list[str]:
+    """Run the chosen parts; returns the names of those that failed."""
+    deadline, failed = time.monotonic() + options.seconds, []
+    parts = [part for part in PARTS if part.name in options.parts]
+    why, build = "", None
+    if options.kit is not None:
+        if problem := install(options.kit, work):
+            report.say("", f"The kit was not installed whole: {problem}")
+        if any(part.needs_horovod for part in parts):
+            build = HorovodBuild(options.kit, work)
+    for part in parts:
+        command = part.command if gpu else part.on_cpu
+        if command is not None and part.needs_horovod and build is not None:
+            why, build = build.finish(deadline), None
+        seconds = min(part.seconds, deadline - time.monotonic())
+        problem = ""
+        if command is None:
+            problem = "it needs a GPU"
+        elif part.needs_horovod and why:
+            problem = f"Horovod: {why}"
+        elif seconds < 5:
+            problem = "the time was over"
+        if problem:
+            report.say("", f"## {part.title}", "", f"not run: {problem}")
+        if command is not None and (problem or not run(part, command, work, report, seconds)):
+            failed.append(part.name)
+        report.keep()
+    if build is not None:
+        build.end()
+    return failed
 
 
 def main() -> None:
     """Run the parts; exit with 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kit", type=Path, help="folder made by gpu_kit.sh")
+    parser.add_argument("--seconds", type=int, default=540, help="limit of everything")
     names = [part.name for part in PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     options = parser.parse_args()
-    report, failed = Report(), []
-    with tempfile.TemporaryDirectory(prefix="hvd_lars-gpu-") as name:
-        work = Path(name)
-        gpu = gpu_name(work)
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        )
+    report = Report()
+    with tempfile.TemporaryDirectory(prefix="hvd_lars-gpu-", ignore_cleanup_errors=True) as name:
+        gpu = gpu_name(Path(name))
+        if gpu:
+            short = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
+            report.target = ROOT / f"benchmarks/results/gpu-{short}.md"
         report.say(f"# {gpu or 'No GPU'}", "", f"{os.cpu_count()} cores, Python "
-                   f"{sys.version.split()[0]}, commit {commit.stdout.strip() or 'unknown'}; "
+                   f"{sys.version.split()[0]}, commit {commit()}; "
                    f"`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`")  # fmt: skip
         if not gpu:
             report.say("", "There is no GPU here: only what a CPU can do is run, in a short form.")
-        why, build = "", None
-        if options.kit is not None:
-            problem = install(options.kit, work)
-            if problem:
-                report.say("", f"The native libraries were not built: {problem}")
-            build = start_horovod(options.kit, work)
-        for part in (part for part in PARTS if part.name in options.parts):
-            if part.needs_horovod and build is not None:
-                why, build = finish_horovod(build, work), None
-            command = part.command if gpu else part.on_cpu
-            if command is None:
-                report.say("", f"## {part.title}", "", "not run: it needs a GPU")
-            elif part.needs_horovod and why:
-                report.say("", f"## {part.title}", "", f"not run: Horovod: {why}")
-                failed.append(part.name)
-            elif not run(part, command, work, report):
-                failed.append(part.name)
-        if build is not None:
-            build.kill()
+        failed = measure(options, gpu, Path(name), report)
     report.say("", f"failed: {', '.join(failed) or 'none'}")
-    if gpu:
-        short = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
-        target = ROOT / f"benchmarks/results/gpu-{short}.md"
-        target.write_text("\n".join(report.lines) + "\n")
-        print(f"kept in {target}")
+    report.keep()
     raise SystemExit(1 if failed else 0)
 
 

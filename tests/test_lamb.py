@@ -1,5 +1,6 @@
 """LAMB against its formulas written out, timm's, and itself over ranks."""
 
+import copy
 import math
 
 import numpy as np
@@ -150,6 +151,33 @@ def test_what_it_refuses(options, message):
         LAMB(made(), **options)
     with pytest.raises(ValueError, match="found torch.bfloat16 on cpu"):
         LAMB(made(dtype=torch.bfloat16))
+
+
+def test_copies_and_states_go_on_as_the_original(tmp_path):
+    ends = []
+    for way in ("same", "copy", "state"):
+        params = made(dtype=torch.float32)
+        optimizer = LAMB(params, lr=0.1, max_grad_norm=0.5)
+        for step in range(6):
+            if step == 3 and way == "copy":
+                params, optimizer = copy.deepcopy((params, optimizer))
+            if step == 3 and way == "state":
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = LAMB(params, lr=0.5, max_grad_norm=0.5)
+                optimizer.load_state_dict(state)
+            for param, gradient in zip(params, gradients(params, step), strict=True):
+                param.grad = gradient
+            optimizer.step()
+        ends.append(torch.cat([param.detach().flatten() for param in params]))
+        assert optimizer.slot("steps", params[0]).dtype == torch.float64
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_without_a_gradient_nothing_happens():
+    params = made()
+    LAMB(params).step(loss_scale=1.0)
+    assert all(map(torch.equal, params, made()))
 
 
 def with_lamb(trainer):

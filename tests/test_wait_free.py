@@ -1,4 +1,4 @@
-"""A steady step copies nothing to the host and never waits for the device.
+"""A steady step copies nothing to the host and never waits for the device, Horovod aside.
 
 The stand-in for a device is ``meta``: it computes nothing, takes every operation that a GPU does,
 and any read of a value raises an error by itself.

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from contextlib import suppress
 from pathlib import Path
 
 # Read when libraries are loaded: with other values, a process of its own has to start.
@@ -89,58 +90,87 @@ def _receive(connection):
     streams = array.array("i")
     streams.frombytes(rights[0][2])
     request, size = b"", int.from_bytes(head, "little")
-    while len(request) < size:
-        request += connection.recv(size - len(request))
+    while len(request) < size and (more := connection.recv(size - len(request))):
+        request += more
     return json.loads(request), list(streams)
+
+
+class _Children:
+    """The forks that have not ended yet, by the descriptor of the process."""
+
+    def __init__(self, listener):
+        self.listener, self.waiting = listener, selectors.DefaultSelector()
+        self._clients = {}
+        self.waiting.register(0, selectors.EVENT_READ, None)
+        self.waiting.register(listener, selectors.EVENT_READ, None)
+
+    def add(self, connection, child):
+        process = os.pidfd_open(child)
+        self._clients[process] = connection, child
+        self.waiting.register(process, selectors.EVENT_READ, process)
+        self.waiting.register(connection, selectors.EVENT_READ, process)
+
+    def __contains__(self, process):
+        return process in self._clients
+
+    def handle(self, key):
+        """Tell a client how its fork ended, or end the fork of a client that was killed."""
+        connection, child = self._clients[key.data]
+        if key.fileobj is connection:
+            os.kill(child, signal.SIGKILL)
+            self.waiting.unregister(connection)
+            return
+        _, status = os.waitpid(child, 0)
+        with suppress(OSError):
+            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        with suppress(KeyError):
+            self.waiting.unregister(connection)
+        self.waiting.unregister(key.data)
+        os.close(key.data)
+        connection.close()
+        del self._clients[key.data]
+
+    def forget(self):
+        """In a fork: let go of what belongs to the others."""
+        self.listener.close()
+        for connection, _ in self._clients.values():
+            connection.close()
 
 
 def _serve(listener):
     """Fork for every client, until the tests end; returns in the fork with its arguments."""
     _load()
     ours = _fixed(os.environ)
-    waiting = selectors.DefaultSelector()
-    waiting.register(0, selectors.EVENT_READ, None)
-    waiting.register(listener, selectors.EVENT_READ, None)
-    children = {}  # by the descriptor of the process: connection, process
+    children = _Children(listener)
     while True:
-        for key, _ in waiting.select():
+        for key, _ in children.waiting.select():
             if key.fileobj == 0:
                 sys.exit()  # standard input is closed: the tests are gone
-            if key.fileobj is listener:
-                connection, _ = listener.accept()
+            if key.fileobj is not listener:
+                if key.data in children:
+                    children.handle(key)
+                continue
+            connection, _ = listener.accept()
+            try:
                 (arguments, environment, folder, ignored), streams = _receive(connection)
-                if _fixed(environment) != ours:
-                    connection.sendall(b"0\n")
-                    connection.close()
-                else:
-                    sys.stdout.flush()
-                    child = os.fork()
-                    if child == 0:
-                        _become(environment, folder, ignored, streams)
-                        return arguments
-                    connection.sendall(f"{child}\n".encode())
-                    process = os.pidfd_open(child)
-                    children[process] = connection, child
-                    waiting.register(process, selectors.EVENT_READ, process)
-                    waiting.register(connection, selectors.EVENT_READ, process)
-                for stream in streams:
-                    os.close(stream)
-            elif key.data in children:
-                connection, child = children[key.data]
-                if key.fileobj is connection:  # the client was killed
-                    os.kill(child, signal.SIGKILL)
-                    waiting.unregister(connection)
-                    continue
-                _, status = os.waitpid(child, 0)
-                try:
-                    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-                    waiting.unregister(connection)
-                except (OSError, KeyError):
-                    pass  # the client was killed
-                waiting.unregister(key.data)
-                os.close(key.data)
+            except (OSError, ValueError, IndexError):
+                connection.close()  # the client was killed
+                continue
+            fits = _fixed(environment) == ours
+            child = os.fork() if fits else 0
+            if fits and child == 0:
                 connection.close()
-                del children[key.data]
+                children.forget()
+                _become(environment, folder, ignored, streams)
+                return arguments
+            for stream in streams:
+                os.close(stream)
+            with suppress(OSError):
+                connection.sendall(f"{child}\n".encode())
+            if fits:
+                children.add(connection, child)
+            else:
+                connection.close()
 
 
 def _become(environment, folder, ignored, streams):

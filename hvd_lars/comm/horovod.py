@@ -87,8 +87,6 @@ class HorovodCommunicator:
         # of the norms.  Over Gloo a cycle costs more than it saves.
         if os.environ.get("HOROVOD_CONTROLLER", "").lower() != "gloo":
             os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
-        # On NCCL, torch's stream waits for an operation, and the host does not.
-        os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
         if groups:
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         share_cores()

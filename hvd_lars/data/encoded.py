@@ -73,7 +73,11 @@ def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | No
         return []
     try:
         return list(decode_jpeg(files, ImageReadMode.RGB, device))
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "CUDA error" in str(error):  # the device's, not a file's
+            raise
         if len(files) == 1:
             return [None]
     # One of them is damaged, and the message does not say which.

@@ -147,7 +147,8 @@ class Images:
     ) -> Batch:
         """Return crops (n, 3, side, side) uint8, made on ``device``, and labels (n,).
 
-        A damaged file is replaced by the next readable one.
+        A file that the device's decoder rejects is decoded on the CPU, or replaced by the next
+        readable one if it is damaged.
         """
         epoch, indices = request.epoch, request.indices
         assert epoch is not None

@@ -98,6 +98,10 @@ def _moved_aside(
 ) -> Iterator[tuple[Request, Batch]]:
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     for request, batch in made:
+        if isinstance(batch[0], Encoded):
+            # The decoder takes memory from this stream but writes on one of its own, which does
+            # not wait for the last batch's crops to have read what they were cut from.
+            aside.synchronize()
         with torch.cuda.stream(aside):
             images, labels = _moved(source, request, batch, "cuda")
         work = torch.cuda.current_stream()

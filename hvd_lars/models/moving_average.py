@@ -43,7 +43,8 @@ class MovingAverage(AveragedModel):
                 torch._foreach_mul_(changes, share.to(old[0].dtype))
                 torch._foreach_add_(old, changes)
             else:  # whole numbers are rounded towards zero
-                write(old, join(old) + (join(new) - join(old)) * share)
+                before, after = join(old).double(), join(new).double()
+                write(old, before + (after - before) * share)
         self.n_averaged += kept.to(self.n_averaged)
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from hvd_lars.optim.device_step import Measured, StepReport
 from hvd_lars.optim.distributed.placement import Placement
+from hvd_lars.optim.groups import CHOICES
 from hvd_lars.optim.kernels import Scale
 from hvd_lars.optim.layers import DeviceLayers, layers_of, signature
 from hvd_lars.optim.norms import flat, in_layout_of, sums_of_squares
@@ -56,7 +57,7 @@ class LAMB(Optimizer):
         bias_correction: divide the moments by 1 − β₁ᵗ and 1 − β₂ᵗ.
         grad_averaging: weigh a gradient in m by 1 − β₁; otherwise by 1.
         max_grad_norm: gradients are divided by their global norm over this, where that exceeds 1;
-            None never.  NVIDIA's and timm's code use 1, the paper none.
+            None never; the same in all groups.  NVIDIA's and timm's code use 1, the paper none.
         trust_clip: use min(ratio, 1).
         max_weight_norm: φ(z) = min(z, this); infinity for φ(z) = z.  The paper's code uses 10.
         placement: sums gradients over ranks; None for one process.
@@ -71,6 +72,8 @@ class LAMB(Optimizer):
     placement: Placement | None = None
     slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "steps")
     report = StepReport()  # of the last step
+    # Class attributes: copies and Horovod's DistributedOptimizer lose instance attributes.
+    _known: tuple[list[object], DeviceLayers] | None = None
 
     def __init__(  # noqa: PLR0913 - hyper-parameters are arguments, as in every torch optimizer
         self,
@@ -86,18 +89,6 @@ class LAMB(Optimizer):
         max_weight_norm: float = math.inf,
         placement: Placement | None = None,
     ) -> None:
-        ranges = {
-            "lr": lr >= 0,
-            "betas": all(0 <= beta < 1 for beta in betas),
-            "eps": eps > 0,
-            "weight_decay": weight_decay >= 0,
-            "max_grad_norm": max_grad_norm is None or max_grad_norm > 0,
-            "max_weight_norm": max_weight_norm > 0,
-        }
-        values = dict(locals())
-        for name, fits in ranges.items():
-            if not fits:
-                raise ValueError(f"LAMB: {name} is {values[name]}, which is out of range")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -105,19 +96,25 @@ class LAMB(Optimizer):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
             "grad_averaging": grad_averaging,
+            "max_grad_norm": max_grad_norm,
             "trust_clip": trust_clip,
             "max_weight_norm": max_weight_norm,
             "adapt": "own",
         }
-        self.placement, self._max_grad_norm = placement, max_grad_norm
-        self._known: tuple[list[object], DeviceLayers] | None = None
+        self.placement = placement
         super().__init__(params, defaults)
-        everything = [param for group in self.param_groups for param in group["params"]]
-        kinds = {(param.device, param.dtype) for param in everything}
-        dtypes = {dtype for _, dtype in kinds} - {torch.float32, torch.float64}
-        if dtypes or len({device for device, _ in kinds}) > 1:
-            found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
-            raise ValueError(f"LAMB takes float32 or float64 on one device; found {found}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does, after checking its hyper-parameters and tensors."""
+        torch_internals.add_param_group(self, param_group)
+        try:
+            _check_group(param_group, self.param_groups[0])
+            if self.placement is not None:
+                for param in param_group["params"]:
+                    self.placement.norm_part(param)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; a placement keeps its flat buffers."""
@@ -143,13 +140,16 @@ class LAMB(Optimizer):
             placement.complete_parameters()
             placement.gradients.finish()
         layers = self._layers()
+        if layers is None:
+            self.report = StepReport()
+            return
         parts = [self._part(layer.param) for layer in layers.layers]
         squares = self._summed(sums_of_squares([p.gradient[p.norm_part] for p in parts]))
         gradient_norms = squares.sqrt() * unscale
         live = None if loss_scale is None else gradient_norms.isfinite().all()
         factor = torch.ones_like(gradient_norms[0]) * unscale
-        if self._max_grad_norm is not None:
-            excess = gradient_norms.square().sum().sqrt() / self._max_grad_norm
+        if (largest := self.param_groups[0]["max_grad_norm"]) is not None:
+            excess = gradient_norms.square().sum().sqrt() / largest
             factor = factor / excess.clamp_min(1.0)
         updates = self._updates(layers, parts, factor, live)
         ours = [p.weight[p.norm_part] for p in parts]
@@ -168,12 +168,16 @@ class LAMB(Optimizer):
         if placement is not None:
             placement.publish_parameters()
 
-    def _layers(self) -> DeviceLayers:
+    def _layers(self) -> DeviceLayers | None:
+        """Return the layers with a gradient, None if there are none."""
         placed = self.placement is not None
         now = signature(self.param_groups, placed, True)
         if self._known is None or self._known[0] != now:
-            self._known = (now, layers_of(self.param_groups, placed, True)[0])
-            self._share_counts(self._known[1])
+            found = layers_of(self.param_groups, placed, True)
+            if not found:
+                return None
+            self._known = (now, found[0])
+            self._share_counts(found[0])
         return self._known[1]
 
     def _share_counts(self, layers: DeviceLayers) -> None:
@@ -181,7 +185,7 @@ class LAMB(Optimizer):
         counts: dict[float, Tensor] = {}
         for layer in layers.layers:
             state = self.state[layer.param]
-            steps = state["steps"] if state else self.new_slot("steps", layer.param)
+            steps = state.get("steps", self.new_slot("steps", layer.param))
             state["steps"] = counts.setdefault(float(steps), steps)
 
     def _part(self, param: Tensor) -> _Part:
@@ -221,6 +225,26 @@ class LAMB(Optimizer):
                 updates[i] = update
         return updates
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copy and pickle.
+
+        Raises RuntimeError under a placement, which the copy would lose.
+        """
+        if self.placement is not None:
+            raise RuntimeError(
+                "LAMB with a placement cannot be copied or pickled: make a new LAMB with its own "
+                "placement, and load this one's state_dict() into it"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as torch does, with the counts of steps as float64 again."""
+        torch_internals.load_state_dict(self, state_dict)
+        for state in self.state.values():
+            state["steps"] = state["steps"].double()
+        self._known = None
+
     def slot(self, name: str, param: Tensor) -> Tensor | None:
         """Return a parameter's moment in the parameter's shape, or its count of steps.
 
@@ -251,6 +275,30 @@ class LAMB(Optimizer):
         }
         self.state[param] = parts
         self._known = None
+
+
+def _check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
+    """Raise ValueError for a hyper-parameter or tensor that does not fit, also beside ``first``."""
+    betas, largest = group["betas"], group["max_grad_norm"]
+    fits = {
+        "lr": group["lr"] >= 0 and math.isfinite(group["lr"]),
+        "betas": len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "eps": group["eps"] > 0,
+        "weight_decay": group["weight_decay"] >= 0,
+        "max_grad_norm": largest == first["max_grad_norm"] and (largest is None or largest > 0),
+        "max_weight_norm": group["max_weight_norm"] > 0,
+        "adapt": group["adapt"] in CHOICES["adapt"],
+    }
+    for name, right in fits.items():
+        if not right:
+            raise ValueError(f"LAMB: {name} is {group[name]}, which is out of range")
+    device = first["params"][0].device
+    for param in group["params"]:
+        if param.dtype not in (torch.float32, torch.float64) or param.device != device:
+            raise ValueError(
+                f"LAMB takes float32 or float64 on one device, {device}; found {param.dtype} on "
+                f"{param.device}"
+            )
 
 
 def _adam(

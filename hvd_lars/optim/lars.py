@@ -187,9 +187,8 @@ class LARS(Optimizer):
         Args:
             closure: recomputes the loss, which is then returned.
             loss_scale: factor of the loss, or a 0-dim float64 tensor of it on the device; gradients
-                are divided by it.  If given, even as 1, all
-                ranks skip the step if a gradient is not finite (``report.skipped``); if None,
-                gradients are neither divided nor checked.
+                are divided by it.  If given, even as 1, all ranks skip the step if a gradient is
+                not finite (``report.skipped``); if None, gradients are neither divided nor checked.
         """
         loss = None
         if closure is not None:

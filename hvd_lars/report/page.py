@@ -147,15 +147,15 @@ def _batch(runs: Sequence[Run]) -> str:
         )
     if not series:
         return (
-            "<p class=none>No gradient noise scale was recorded: a step needs two ranks, or two "
-            "micro-batches.</p>"
+            "<p class=none>No gradient noise scale was recorded: a step needs two ranks or two "
+            "micro-batches, and norms without weight decay (not denominator: combined).</p>"
         )
     chart = line_chart(
         "Critical batch by epoch", series, "epoch", "critical batch, samples", log_y=True
     )
     text = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     caption = (
-        "Critical batch (the gradient noise scale, averaged over a tenth of the run), and the "
+        "Critical batch (the gradient noise scale, averaged over a tenth of the records), and the "
         "batch used"
     )
     return text + _figure(chart, caption)

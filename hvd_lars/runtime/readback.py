@@ -36,12 +36,12 @@ class Readback:
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Return ``values`` on ``device`` without waiting for it."""
-    if values.device.type == device.type:
+    """Return ``values`` on ``device``; the host does not wait for a device to receive them."""
+    if values.device == device:
         return values
-    if device.type == "cuda":
+    if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    return values.to(device, non_blocking=device.type != "cpu")
 
 
 def on_host(tensor: Tensor) -> Tensor:

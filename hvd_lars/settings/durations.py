@@ -76,6 +76,6 @@ class Intervals:
     checkpoint_seconds: float = math.inf
 
     def pauses_at(self, step: int) -> bool:
-        """Return whether an action after ``step`` needs the outcomes of all steps so far."""
-        every = self.evaluate, self.log, self.checkpoint, self.verify, self.snapshot, self.layers
+        """Return whether one of the actions but snapshots follows ``step``."""
+        every = self.evaluate, self.log, self.checkpoint, self.verify, self.layers
         return step == self.total or any(steps and step % steps == 0 for steps in every)

@@ -15,11 +15,12 @@ class KeptBuffers:
     """Running statistics and other buffers of a model, as they were before a step.
 
     Args:
-        model: its buffers must not be replaced by others.
+        model: its buffers must not be replaced by others.  Expanded ones, of which several
+            elements share memory, are taken for constants.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        buffers = list(model.buffers())
+        buffers = [buffer for buffer in model.buffers() if not _is_expanded(buffer)]
         self._groups = [[buffers[i] for i in positions] for positions in by_kind(buffers)]
         self._before: list[Tensor] = []
 
@@ -31,3 +32,8 @@ class KeptBuffers:
         """Set all buffers back to the noted values, unless ``kept``, a 0-dim bool, is True."""
         for group, before in zip(self._groups, self._before, strict=True):
             write(group, torch.where(kept.to(before.device), join(group), before))
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    return any(stride == 0 and size > 1 for stride, size in sizes)

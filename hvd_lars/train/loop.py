@@ -153,7 +153,7 @@ class Loop:
         loss = self.trainer.train_step(batches)
         step = state.progress.step
         self.recorder.add_loss(loss)
-        decision = self._settle(wait=self.intervals.pauses_at(step))
+        decision = self._settle(wait=self._pauses_at(step))
         self.recorder.step_taken(step, self._noise)
         if self.intervals.verify and step % self.intervals.verify == 0:
             self.trainer.placement.complete_parameters()
@@ -161,6 +161,12 @@ class Loop:
         if step % self.intervals.log == 0 or step == self.intervals.total:
             self.recorder.log_window()
         return decision
+
+    def _pauses_at(self, step: int) -> bool:
+        """Return whether an action after ``step`` needs the outcomes of all steps so far."""
+        if self._take_snapshot is not None and step % self.intervals.snapshot == 0:
+            return True
+        return self.intervals.pauses_at(step)
 
     def _settle(self, wait: bool) -> Decision:
         """Handle the outcomes of steps that have arrived, or of all steps if ``wait``.
@@ -184,7 +190,9 @@ class Loop:
             self.recorder.record("event", outcome.step, event="skipped", in_row=in_row)
             none = outcome.step == progress.skipped_steps == self.intervals.total
             if none or in_row > self.trainer.options.max_skipped_steps:
-                raise UserError(self._diverged(outcome, self._save(background=False)))
+                problem = self._diverged(outcome)
+                checkpoint = self._save(background=False)
+                raise UserError(f"{problem}; the last good weights are in {checkpoint}")
         return self._decide(outcome.scalars)
 
     def _decide(self, summed: Tensor | None = None) -> Decision:
@@ -199,17 +207,16 @@ class Loop:
             self.recorder.record("event", self.state.progress.step, event=event, image=line)
         return decision
 
-    def _diverged(self, outcome: Outcome, checkpoint: Path | None) -> str:
+    def _diverged(self, outcome: Outcome) -> str:
         bad = outcome.report.first_nonfinite()
         names = [name for name, param in self.state.model.named_parameters() if param is bad]
         progress = self.state.progress
-        count = f"{progress.skipped_in_row} steps in a row, up to step {progress.step},"
-        if progress.skipped_steps == progress.step:
-            count = f"all {progress.step} steps"
+        count = f"{progress.skipped_in_row} steps in a row, up to step {outcome.step},"
+        if progress.skipped_steps == outcome.step:
+            count = f"all {outcome.step} steps"
         return (
             f"train.max_skipped_steps: {count} had gradients that are not finite, first in "
-            f"{', '.join(names)}; allowed: {self.trainer.options.max_skipped_steps} in a row; the "
-            f"weights from before them are in {checkpoint}"
+            f"{', '.join(names)}; allowed: {self.trainer.options.max_skipped_steps} in a row"
         )
 
     def _evaluate(self) -> tuple[Evaluation | None, str | None]:

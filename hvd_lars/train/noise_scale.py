@@ -40,7 +40,7 @@ class NoiseProbe:
     With G_b and G_B both means over their samples, S = (|G_b|² − |G_B|²) / (1/b − 1/B) and
     |G|² = |G_B|² − S / B; |G_b|² and 1/b are averaged over the ranks first.  On one rank G_b is the
     first micro-batch's, and a step of one micro-batch has no estimate.  Augmentation that mixes
-    samples makes them dependent, and S smaller.
+    samples makes them dependent, which biases the estimates.
 
     Args:
         placement: sums the gradients.
@@ -101,8 +101,9 @@ class NoiseProbe:
     def estimate(self, summed: list[float], report: StepReport) -> Noise | None:
         """Return the estimates of a step from its values summed over the ranks.
 
-        None where there is none: one rank with one micro-batch, a step that was skipped, or norms
-        that include weight decay (``denominator="combined"``).
+        None where there is none: one rank with one micro-batch, a step that was skipped, norms that
+        include weight decay (``denominator="combined"``), or a parameter that was frozen after its
+        placement was made.
         """
         *squares, inverse, count = summed
         norms = {row.param: row for row in report.norms()}

@@ -75,7 +75,7 @@ class _Unread(NamedTuple):
 
     step: int
     report: StepReport
-    has_scalars: bool
+    has_added: bool
     has_noise: bool
     values: Readback
 
@@ -117,7 +117,7 @@ class Trainer:
         self._unread: deque[_Unread] = deque()
         every = self.options.noise_every
         self._noise = NoiseProbe(placement, comm, self.global_batch, every)
-        self._read: deque[Outcome] = deque(maxlen=2)  # older ones are lost if nobody asks
+        self._read: deque[Outcome] = deque(maxlen=2)  # a caller may never ask
 
     @property
     def global_batch(self) -> int:
@@ -229,17 +229,17 @@ class Trainer:
         In float16 a step that overflowed because the loss was scaled too far does not count among
         the skipped steps in a row.
         """
-        step, report, has_scalars, has_noise, values = self._unread.popleft()
+        step, report, has_added, has_noise, values = self._unread.popleft()
         kept, *rest = values.read()
         skipped, excused, scale = not kept, False, {}
         if self._scale is not None:
             *rest, before, after, good_steps = rest
-            lost = bool(rest.pop()) if has_scalars else False
+            lost = bool(rest.pop()) if has_added else False
             excused = skipped and not lost and not LossScale(before).at_floor
             scale = {"loss_scale": after, "good_steps": int(good_steps)}
         self.state.step_settled(skipped, excused, **scale)
         noise = None
-        if has_noise and has_scalars:
+        if has_noise and has_added:
             count = self._noise.num_values
             noise = self._noise.estimate(rest[-count:], report)
             rest = rest[:-count]

@@ -1,0 +1,57 @@
+"""Buffers and averages of kept and of skipped steps, with buffers of every kind."""
+
+import torch
+from torch import nn
+
+from hvd_lars.models.moving_average import MovingAverage
+from hvd_lars.train.kept_buffers import KeptBuffers
+
+KEPT, SKIPPED = torch.tensor(True), torch.tensor(False)
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(3, 2))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("mask", torch.zeros(4, dtype=torch.bool))
+        self.register_buffer("places", torch.arange(3).expand(4, 3))  # shares memory
+
+
+def changed(model):
+    with torch.no_grad():
+        model.weight += 1
+    model.mean += 2.5
+    model.count += 1
+    model.mask[1] = True
+
+
+def test_buffers_are_restored_where_a_step_is_skipped():
+    model = Several()
+    buffers = KeptBuffers(model)
+    for kept, wanted in ((SKIPPED, 0), (KEPT, 1), (SKIPPED, 1)):
+        buffers.note()
+        changed(model)
+        buffers.restore_unless(kept)
+        assert model.mean.unique().tolist() == [2.5 * wanted]
+        assert (model.count.item(), model.mask.sum().item()) == (wanted, wanted)
+    KeptBuffers(nn.Linear(2, 2)).note()  # a model without buffers
+
+
+def test_the_average_follows_kept_steps_alone():
+    model = Several()
+    del model.places  # torch's averages cannot write into shared memory either
+    average = MovingAverage(model, 0.75)
+    wanted = None
+    for kept in (SKIPPED, KEPT, SKIPPED, KEPT, KEPT):
+        changed(model)
+        average.follow(model, kept)
+        value = model.weight.detach().clone()
+        if kept:
+            wanted = value if wanted is None else 0.75 * wanted + 0.25 * value
+        found = average.module.weight
+        torch.testing.assert_close(found, torch.ones_like(found) if wanted is None else wanted)
+    assert average.n_averaged == 3
+    assert average.module.mask.tolist() == [False, True, False, False]
+    assert average.module.count == 2  # 2, then 2.5 and 3.125 rounded down, as torch's would be
