@@ -12,9 +12,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower rooms first: a module may import from its own room and from those before it.
 ROOMS = [
-    "errors", "settings", "launchers", "runtime", "comm", "data", "metrics", "models", "optim",
-    "health", "state", "train", "sources", "optimizers", "config", "assemble", "report", "cli",
-    "__main__",
+    "errors", "settings", "planning", "launchers", "runtime", "comm", "data", "metrics", "models",
+    "optim", "health", "state", "train", "sources", "optimizers", "config", "assemble",
+    "report", "cli", "__main__",
 ]  # fmt: skip
 HEIGHT = {room: i for i, room in enumerate(ROOMS)}
 

@@ -61,7 +61,7 @@ def examine(
     Raises:
         UserError: the config cannot be run.
     """
-    num_train, num_classes, prepared, notes = _size(config)
+    num_train, num_classes, prepared, notes = size_of(config)
     plan = make_plan(config, num_train, ranks)
     groups, size, normalised = _measure(config.model, config.optimizer, config.data, num_classes)
     if plan.smallest_micro_batch == 1 and normalised:
@@ -85,7 +85,7 @@ def examine(
     return Report(plan, num_classes, groups, memory, tuple(warnings), tuple(notes))
 
 
-def _size(config: Config) -> tuple[int, int, str, list[str]]:
+def size_of(config: Config) -> tuple[int, int, str, list[str]]:
     """Return training images, classes, how they were changed, notes; copy and download nothing."""
     expect, location = config.data.expected, config.data.location
     if expect is not None and location is not None and not location.exists():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvd_lars.cli.command import add_config, load_config
@@ -29,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="SITE",
+        help="measure two micro-batches, the input and all-reduces for hvd-lars plan, into a file",
+    )
 
 
 def read_config(options: argparse.Namespace) -> Config:
@@ -43,10 +51,38 @@ def run(options: argparse.Namespace, config: Config, comm: Communicator, launch:
     for name, least in (("windows", 2), ("steps", 1), ("accumulate", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name}: found {getattr(options, name)}; must be {least} or more")
+    if options.save is not None:
+        return save(options, config, comm, launch)
     found = bench(config, comm, launch, options.windows, options.steps, options.accumulate)
     if comm.rank == 0:
         print_bench(options.config, found, options.json)
     return 0
+
+
+def save(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
+    """Measure the site and write it on rank 0."""
+    from hvd_lars.assemble.site import measure_site
+    from hvd_lars.comm.agree import on_root
+
+    on_root(comm, lambda: _check_writable(options.save))
+    site = measure_site(options.config, config, comm, launch, options.windows, options.steps)
+    on_root(comm, lambda: site.write(options.save))
+    if comm.rank == 0:
+        costs = site.costs
+        print(f"fixed cost of a micro-batch  {1e3 * costs.fixed:.2f} ms")
+        print(f"cost of an image             {1e3 * costs.per_image:.3f} ms")
+        rate = "not measured" if site.input_rate is None else f"{site.input_rate:,.0f} images/s"
+        print(f"input of a rank              {rate}")
+        for size, seconds in site.all_reduce:
+            print(f"all-reduce of {size / 1e6:>7g} MB     {1e3 * seconds:.3f} ms")
+        print(f"{options.save}: written; hvd-lars plan {options.config} --from {options.save}")
+    return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Raise UserError if the file could not be written after minutes of measuring."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--save: {path}: cannot be written")
 
 
 def facts(found: Bench) -> dict[str, Any]:

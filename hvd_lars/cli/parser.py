@@ -13,6 +13,7 @@ from hvd_lars.cli import (
     export,
     launch,
     pack,
+    plan,
     report,
     schema,
     train,
@@ -20,7 +21,7 @@ from hvd_lars.cli import (
 from hvd_lars.cli.command import Command, RanksCommand, Tool
 
 _ON_RANKS: tuple[RanksCommand, ...] = (train, evaluate, bench)
-_TOOLS: tuple[Tool, ...] = (export, check, pack, launch, report, schema, doctor)
+_TOOLS: tuple[Tool, ...] = (export, check, plan, pack, launch, report, schema, doctor)
 ON_RANKS = {command.NAME: command for command in _ON_RANKS}
 TOOLS = {command.NAME: command for command in _TOOLS}
 
