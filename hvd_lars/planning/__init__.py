@@ -1,4 +1,4 @@
 """Predictions of a run before it is paid for: how long a step takes on how many GPUs.
 
-Nothing here imports torch.
+Torch is not needed for it.
 """
