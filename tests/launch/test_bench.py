@@ -75,3 +75,27 @@ def test_a_compiled_network_in_half_precision_trains_alike(tmp_path):
     assert len(ends["plain"]) == len(ends["fast"]) == 12
     assert ends["fast"] == pytest.approx(ends["plain"], rel=0.02)
     assert ends["fast"] != ends["plain"]
+
+
+def test_a_site_is_measured_over_ranks_and_planned_for(tmp_path):
+    site = tmp_path / "site.json"
+    arguments = ["bench", "digits", "--save", str(site), "--windows", "2", "--steps", "3"]
+    program = warm_python("-m", "hvd_lars", *arguments, "train.micro_batch=64")
+    result = run_here("mpirun", 2, program, 600, {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout
+    found = json.loads(site.read_text())
+    assert (found["ranks"], found["ranks_per_node"]) == (2, 2)
+    assert [images for images, _ in found["compute"]] == [16.0, 64.0]
+    assert min(seconds for _, seconds in found["compute"]) > 0
+    times = [seconds for _, seconds in found["all_reduce"]]
+    assert len(times) == 6
+    assert times == sorted(times)
+    assert found["input_rate"] > 100
+    assert found["parameters"] == 39_530
+    code, output = hvd_lars("plan", "digits", "--from", site, "--ranks", "2,8")
+    assert code == 0, output
+    assert "the site was measured on one node of 2" in output
+    missing = tmp_path / "no/site.json"
+    code, output = hvd_lars("bench", "digits", "--save", missing)
+    assert code == 2
+    assert output.splitlines() == [f"hvd-lars: --save: {missing}: cannot be written"]

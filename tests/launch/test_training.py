@@ -85,6 +85,7 @@ def test_the_run_folder_holds_what_it_should(finished):
         "step_seconds",
         "rank_data_seconds",
         "rank_busy_seconds",
+        "critical_batch",
         "unix_seconds",
     }
     assert all(len(r[f"rank_{what}_seconds"]) == 2 for r in train for what in ("data", "busy"))
