@@ -82,13 +82,13 @@ def bench(
             trainer.train_step(batches)
         if on_gpu:
             torch.cuda.synchronize()
-        taken = _mean_over_ranks(time.perf_counter() - started, comm)
+        taken = mean_over_ranks(time.perf_counter() - started, comm)
         if window > 0:
             seconds.append(taken)
             rates.append(steps * trainer.global_batch / taken)
     half = stats.t.ppf(0.975, windows - 1) * statistics.stdev(rates) / windows**0.5
     parts = {
-        part: _mean_over_ranks(took / (windows * steps), comm)
+        part: mean_over_ranks(took / (windows * steps), comm)
         for part, took in trainer.watch.seconds.items()
     }
     peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
@@ -133,7 +133,8 @@ def _bench_config(config: Config, ranks: int, total: int, accumulate: int) -> Co
     )
 
 
-def _mean_over_ranks(value: float, comm: Communicator) -> float:
+def mean_over_ranks(value: float, comm: Communicator) -> float:
+    """Return the mean of the ranks' values, the same on all; collective."""
     total = torch.tensor(value, dtype=torch.float64)
     comm.start_all_reduce_sum(total, "bench").wait()
     return total.item() / comm.size
@@ -158,7 +159,7 @@ def _floor_seconds(parameters: int, trainer: Trainer, comm: Communicator) -> flo
         if a.is_cuda:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    return _mean_over_ranks(statistics.median(taken), comm)
+    return mean_over_ranks(statistics.median(taken), comm)
 
 
 def _resident_peak() -> int:

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from hvd_lars.assemble.bench import bench
+from hvd_lars.assemble.bench import bench, mean_over_ranks
 from hvd_lars.comm.base import Communicator
 from hvd_lars.config.schema import Config
 from hvd_lars.data import GlobalBatches
@@ -59,12 +59,6 @@ def measure_site(
     )
 
 
-def _mean(value: float, comm: Communicator) -> float:
-    total = torch.tensor([value], dtype=torch.float64)
-    comm.start_all_reduce_sum(total, "site").wait()
-    return total.item() / comm.size
-
-
 def _all_reduces(comm: Communicator, device: torch.device) -> tuple[tuple[float, float], ...]:
     """Return (bytes, median seconds) of float32 sums, never falling with the size."""
     curve: list[tuple[float, float]] = []
@@ -78,7 +72,7 @@ def _all_reduces(comm: Communicator, device: torch.device) -> tuple[tuple[float,
             if device.type == "cuda":
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - started)
-        seconds = _mean(statistics.median(taken), comm)
+        seconds = mean_over_ranks(statistics.median(taken), comm)
         curve.append((float(size), max(seconds, curve[-1][1] if curve else 0.0)))
     return tuple(curve)
 
@@ -106,4 +100,4 @@ def _input_rate(config: Config, comm: Communicator, device: torch.device) -> flo
         images += len(labels)
     rate = images / (time.perf_counter() - started)
     stream.close()  # type: ignore[attr-defined]
-    return _mean(rate, comm)
+    return mean_over_ranks(rate, comm)

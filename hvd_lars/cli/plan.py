@@ -14,7 +14,7 @@ from hvd_lars.errors import UserError
 if TYPE_CHECKING:
     from hvd_lars.assemble.plan import Plan
     from hvd_lars.config.schema import Config
-    from hvd_lars.planning.forecast import Forecast, Range, Work
+    from hvd_lars.planning.forecast import Forecast, Range
     from hvd_lars.planning.site import Site
 
 NAME, HELP = "plan", "predict how long a config takes on how many GPUs"
@@ -132,11 +132,11 @@ def facts(
             entry["cost"] = hours.times(each.ranks * options.gpu_hour)
         found["forecasts"].append(entry)
     found["worth_it_up_to"] = worth_it_up_to(site, work)
-    found["notes"] += _doubts(site, work, forecasts)
+    found["notes"] += _doubts(site, forecasts)
     return found
 
 
-def _doubts(site: Site, work: Work, forecasts: list[Forecast]) -> list[str]:
+def _doubts(site: Site, forecasts: list[Forecast]) -> list[str]:
     """Return what the measurements do not cover, and an input that is too slow."""
     notes = []
     largest = forecasts[-1].ranks

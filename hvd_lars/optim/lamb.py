@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hvd_lars.optim.device_step import Measured, StepReport
 from hvd_lars.optim.distributed.placement import Placement
@@ -16,6 +15,7 @@ from hvd_lars.optim.groups import CHOICES
 from hvd_lars.optim.kernels import Scale
 from hvd_lars.optim.layers import DeviceLayers, layers_of, signature
 from hvd_lars.optim.norms import flat, in_layout_of, sums_of_squares
+from hvd_lars.optim.placed import PlacedOptimizer
 from hvd_lars.runtime import torch_internals
 from hvd_lars.runtime.joined import by_kind
 
@@ -31,7 +31,7 @@ class _Part(NamedTuple):
     norm_part: slice
 
 
-class LAMB(Optimizer):
+class LAMB(PlacedOptimizer):
     r"""Adam whose update is rescaled, layer by layer, to the norm of the weights.
 
     A layer is one parameter tensor :math:`w` with gradient :math:`g` of the whole global batch:
@@ -69,7 +69,6 @@ class LAMB(Optimizer):
         You et al. 2020, arXiv 1904.00962, algorithm 2.
     """
 
-    placement: Placement | None = None
     slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "steps")
     report = StepReport()  # of the last step
     # Class attributes: copies and Horovod's DistributedOptimizer lose instance attributes.
@@ -104,24 +103,8 @@ class LAMB(Optimizer):
         self.placement = placement
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does, after checking its hyper-parameters and tensors."""
-        torch_internals.add_param_group(self, param_group)
-        try:
-            _check_group(param_group, self.param_groups[0])
-            if self.placement is not None:
-                for param in param_group["params"]:
-                    self.placement.norm_part(param)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients; a placement keeps its flat buffers."""
-        if self.placement is None:
-            torch_internals.zero_grad(self, set_to_none)
-        else:
-            self.placement.gradients.zero()
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _check_group(group, self.param_groups[0])
 
     @torch.no_grad()
     def step(self, closure: None = None, loss_scale: Scale | None = None) -> None:  # type: ignore[override]
@@ -224,19 +207,6 @@ class LAMB(Optimizer):
             for i, update in zip(members, made, strict=True):
                 updates[i] = update
         return updates
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copy and pickle.
-
-        Raises RuntimeError under a placement, which the copy would lose.
-        """
-        if self.placement is not None:
-            raise RuntimeError(
-                "LAMB with a placement cannot be copied or pickled: make a new LAMB with its own "
-                "placement, and load this one's state_dict() into it"
-            )
-        state: dict[str, Any] = super().__getstate__()
-        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the counts of steps as float64 again."""

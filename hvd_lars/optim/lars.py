@@ -23,6 +23,7 @@ from hvd_lars.optim.groups import check_group, check_ours
 from hvd_lars.optim.kernels import KernelName, Scale
 from hvd_lars.optim.kernels.fused import unfold
 from hvd_lars.optim.layers import layers_of, signature
+from hvd_lars.optim.placed import PlacedOptimizer
 from hvd_lars.runtime import torch_internals
 
 LrPosition = Literal["momentum", "update"]
@@ -40,7 +41,7 @@ class _Memory:
     state_ids: list[int]  # ids of its dictionaries, which the blocks keep alive
 
 
-class LARS(Optimizer):
+class LARS(PlacedOptimizer):
     r"""Stochastic gradient descent with momentum and one learning rate per layer.
 
     A layer is one parameter tensor :math:`w` with gradient :math:`g` of the whole global batch:
@@ -112,7 +113,6 @@ class LARS(Optimizer):
     """
 
     # Class attributes: copies and Horovod's DistributedOptimizer lose instance attributes.
-    placement: Placement | None = None
     slots: tuple[str, ...] = ("momentum",)
     report = StepReport()  # of the last step
     _last: _Memory | None = None
@@ -150,25 +150,8 @@ class LARS(Optimizer):
         self.placement = placement
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does, after checking its hyper-parameters and tensors."""
-        torch_internals.add_param_group(self, param_group)
-        count = sum(len(group["params"]) for group in self.param_groups)
-        try:
-            check_group(param_group, count)
-            if self.placement is not None:
-                for param in param_group["params"]:
-                    self.placement.norm_part(param)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients; a placement keeps its flat buffers."""
-        if self.placement is None:
-            torch_internals.zero_grad(self, set_to_none)
-        else:
-            self.placement.gradients.zero()
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group, sum(len(each["params"]) for each in self.param_groups))
 
     @overload
     def step(self, closure: None = None, loss_scale: Scale | None = None) -> None: ...
@@ -258,19 +241,6 @@ class LARS(Optimizer):
         """Return the state as torch does; momentum is v, whichever kernel wrote it."""
         self.unfold_momentum()
         state: dict[str, Any] = torch_internals.state_dict(self)
-        return state
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copy and pickle.
-
-        Raises RuntimeError under a placement, which the copy would lose.
-        """
-        if self.placement is not None:
-            raise RuntimeError(
-                "LARS with a placement cannot be copied or pickled: make a new LARS with its own "
-                "placement, and load this one's state_dict() into it"
-            )
-        state: dict[str, Any] = super().__getstate__()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,54 @@
+"""What optimizers over a placement have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from hvd_lars.optim.distributed.placement import Placement
+from hvd_lars.runtime import torch_internals
+
+
+class PlacedOptimizer(Optimizer):
+    """An optimizer whose gradients a placement may sum over ranks."""
+
+    # A class attribute: copies and Horovod's DistributedOptimizer lose instance attributes.
+    placement: Placement | None = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for an invalid hyper-parameter or tensor of a group just added."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does, after checking its hyper-parameters and tensors."""
+        torch_internals.add_param_group(self, param_group)
+        try:
+            self._check_group(param_group)
+            if self.placement is not None:
+                for param in param_group["params"]:
+                    self.placement.norm_part(param)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; a placement keeps its flat buffers."""
+        if self.placement is None:
+            torch_internals.zero_grad(self, set_to_none)
+        else:
+            self.placement.gradients.zero()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copy and pickle.
+
+        Raises RuntimeError under a placement, which the copy would lose.
+        """
+        if self.placement is not None:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name} with a placement cannot be copied or pickled: make a new {name} with its "
+                f"own placement, and load this one's state_dict() into it"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return state
