@@ -8,3 +8,7 @@ class UserError(Exception):
 
     Each line names the file, key or tensor, what was found and what is allowed.
     """
+
+
+class DivergedError(UserError):
+    """Too many steps in a row had gradients that are not finite."""

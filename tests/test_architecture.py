@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lower rooms first: a module may import from its own room and from those before it.
 ROOMS = [
     "errors", "settings", "planning", "launchers", "runtime", "comm", "data", "metrics", "models",
-    "optim", "health", "state", "train", "sources", "optimizers", "config", "assemble",
+    "optim", "health", "state", "train", "sources", "optimizers", "tuning", "config", "assemble",
     "report", "cli", "__main__",
 ]  # fmt: skip
 HEIGHT = {room: i for i, room in enumerate(ROOMS)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from hvd_lars.config.schema import Config
 from hvd_lars.health.agreement import Agreement
 from hvd_lars.health.stop_requests import StopRequests
 from hvd_lars.launchers.environment import ALONE, Launch
-from hvd_lars.metrics import check_loggers
+from hvd_lars.metrics import Sink, check_loggers
 from hvd_lars.models import check_model_name
 from hvd_lars.state import run_folder
 from hvd_lars.state.checkpoint import Checkpointer
@@ -35,6 +35,8 @@ def build_run(
     resume: Resume | None = None,
     snapshots: Snapshots | None = None,
     after_snapshot: Callable[[], None] = lambda: None,
+    stops: StopRequests | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> tuple[Loop, Path]:
     """Return this rank's training loop and the run folder; collective.
 
@@ -48,6 +50,8 @@ def build_run(
         resume: what to continue; None for a new run.
         snapshots: those of an elastic job; the run starts from the newest and takes more.
         after_snapshot: called after each snapshot.
+        stops: stop requests of a job of several runs; by default, this run's own.
+        sinks: receive the records too; empty except on rank 0.
 
     Raises:
         UserError: on every rank alike: the config cannot be run, or the run cannot be resumed.
@@ -70,8 +74,14 @@ def build_run(
             snapshots.take(state, settings)
             after_snapshot()
 
-    stops = _stop_requests(built.config, folder if comm.rank == 0 else None, snapshots)
-    return _make_loop(built, folder, stops, take_snapshot, launch is ALONE), folder
+    if stops is None:
+        stops = _stop_requests(built.config, folder if comm.rank == 0 else None, snapshots)
+    if comm.rank == 0:
+        sinks = [
+            *make_sinks(built.config, folder, built.plan.intervals.total, launch is ALONE),
+            *sinks,
+        ]
+    return _make_loop(built, folder, stops, take_snapshot, sinks), folder
 
 
 def _prepare_folder(start: Start, built: Built, comm: Communicator, launch: Launch) -> Path:
@@ -100,7 +110,7 @@ def _make_loop(
     folder: Path,
     stops: StopRequests,
     take_snapshot: Callable[[], None] | None,
-    alone: bool,
+    sinks: Sequence[Sink],
 ) -> Loop:
     """Return the loop around the trainer, with checkpoints in the run folder."""
     trainer, config, intervals = built.trainer, built.config, built.plan.intervals
@@ -113,7 +123,7 @@ def _make_loop(
             source, comm, config.train.eval_batch, trainer.feed.device, config.data.num_workers
         ),
         Checkpointer(checkpoints, comm, config.checkpoint.keep_last, source.identity),
-        make_sinks(config, folder, intervals.total, alone) if comm.rank == 0 else (),
+        sinks,
         Agreement(
             comm,
             stops,

@@ -17,10 +17,11 @@ from hvd_lars.cli import (
     report,
     schema,
     train,
+    tune,
 )
 from hvd_lars.cli.command import Command, RanksCommand, Tool
 
-_ON_RANKS: tuple[RanksCommand, ...] = (train, evaluate, bench)
+_ON_RANKS: tuple[RanksCommand, ...] = (train, evaluate, bench, tune)
 _TOOLS: tuple[Tool, ...] = (export, check, plan, pack, launch, report, schema, doctor)
 ON_RANKS = {command.NAME: command for command in _ON_RANKS}
 TOOLS = {command.NAME: command for command in _TOOLS}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-NAME, HELP = "report", "write an HTML page about runs"
+NAME, HELP = "report", "write an HTML page about runs, or about a study of tune"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add run folders and the page."""
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder")
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="a run folder, or one study"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html"
     )

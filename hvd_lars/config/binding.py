@@ -43,6 +43,16 @@ def changes(
     ]
 
 
+def binding_of(config: Config, key: str) -> str | None:
+    """Return what a key of the config binds; None if there is no such key."""
+    binds = dict(_binds(config))
+    while key not in binds:
+        key, dot, _ = key.rpartition(".")
+        if not dot:
+            return None
+    return binds[key]
+
+
 def _binding_of(key: str, binds: dict[str, str]) -> str:
     """Return what a key binds; one of a mapping of options binds as the mapping does."""
     while key not in binds:

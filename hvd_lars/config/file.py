@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,27 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError("\n".join(lines)) from None
 
 
+def with_keys(config: Config, values: Mapping[str, object], source: str) -> Config:
+    """Return the config with other values by dotted key, validated.
+
+    Args:
+        config: the config.
+        values: plain values by key; a section's ``name`` changes its kind, as an override does.
+        source: of the values, for errors.
+
+    Raises:
+        UserError: one line for every mistake.
+    """
+    tree = config.model_dump(mode="json")
+    for key in sorted(values, key=lambda key: not key.endswith(".name")):
+        _override(tree, f"{key}={json.dumps(values[key])}")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(each)[1] for each in error.errors(include_url=False)]  # type: ignore[arg-type]
+        raise UserError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
 def _read(path: Path) -> dict[Any, Any]:
     """Return the mapping in a YAML file."""
     try:
@@ -227,8 +249,8 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
         return f"{key}.name", f"{key}.name: found {context['tag']!r}; allowed: {tags}"
     if kind == "union_tag_not_found":
         return f"{key}.name", f"{key}.name: missing; it is required"
-    if kind == "value_error":
-        return key, f"{key}: {context['error']}"
+    if kind == "value_error":  # of the whole config if there is no key
+        return key, f"{key}: {context['error']}".removeprefix(": ")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return key, f"{key}: {found}; must be a section of keys and values"
     message = detail["msg"].removeprefix("Input should be ")

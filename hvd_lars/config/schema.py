@@ -13,6 +13,7 @@ from hvd_lars.optimizers import LarsSettings, Optimizer
 from hvd_lars.settings.durations import Duration
 from hvd_lars.settings.fields import DurationField, PeriodField, Positive, Section, key
 from hvd_lars.sources import Data
+from hvd_lars.tuning import TuneSettings
 
 # Sections with several kinds, chosen by their ``name``.
 KINDS = {"data": sources.KINDS, "optimizer": optimizers.KINDS}
@@ -281,6 +282,9 @@ class Config(Section):
     schedule: Schedule
     train: Train
     checkpoint: Checkpoint = Checkpoint()
+    tune: TuneSettings | None = key(
+        binds="nothing", default=None, description="the search of hvd-lars tune"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -294,6 +298,16 @@ class Config(Section):
         if isinstance(data, dict) and "name" not in data and "root" in data:
             tree = tree | {"data": {"name": "auto"} | data}
         return tree
+
+    @model_validator(mode="after")
+    def _trials_have_the_unit_of_the_run(self) -> Config:
+        duration, whole = None if self.tune is None else self.tune.duration, self.train.duration
+        if duration is not None and (duration.unit != whole.unit or duration.value > whole.value):
+            raise ValueError(
+                f"tune.duration is {duration}; it must be in {whole.unit}, as train.duration, and "
+                f"at most {whole}"
+            )
+        return self
 
     def with_section(self, section: str, settings: Section) -> Config:
         """Return the config with another, already validated section."""

@@ -20,8 +20,18 @@ from torch import Tensor
 
 STOP_FILE = "STOP file"
 REQUEUE_FILE = "STOP file that says requeue"
+PRUNED = "pruning"
 # Of several simultaneous requests, the last in this order is reported.
-REASONS = (STOP_FILE, REQUEUE_FILE, "run.max_hours", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM")
+REASONS = (
+    PRUNED,
+    STOP_FILE,
+    REQUEUE_FILE,
+    "run.max_hours",
+    "SIGUSR1",
+    "SIGHUP",
+    "SIGINT",
+    "SIGTERM",
+)
 _SIGNALS = {
     signal.SIGUSR1: "SIGUSR1",
     signal.SIGHUP: "SIGHUP",
@@ -83,6 +93,14 @@ class StopRequests:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def ask(self, reason: str) -> None:
+        """Request a stop; ``reason`` is one of REASONS."""
+        self._asked.add(reason)
+
+    def withdraw(self, reason: str) -> None:
+        """Take a request back, if there is one."""
+        self._asked.discard(reason)
 
     def requests(self) -> Tensor:
         """Return this rank's requests, (len(REASONS),) float64, to be summed over the ranks."""

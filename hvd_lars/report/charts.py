@@ -32,6 +32,57 @@ class Series:
     dashed: bool = False
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A value with its spread from ``low`` to ``high``; dots of one name share a colour."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    colour: int
+
+
+def scatter_chart(
+    title: str,
+    dots: Sequence[Dot],
+    x_label: str,
+    y_label: str,
+    x_names: Sequence[str] = (),
+    log_x: bool = False,
+) -> str:
+    """Draw dots with their spread and a legend.
+
+    Args:
+        title: for screen readers.
+        dots: their x is an index if there are ``x_names``.
+        x_label: of the axis.
+        y_label: of the axis.
+        x_names: of an axis without an order.
+        log_x: whether the x axis is logarithmic.
+    """
+    if not dots:
+        return f'<p class="none">{escape(title)}: nothing was recorded.</p>'
+    xs = [dot.x for dot in dots]
+    x_axis = _Axis(min(xs), max(xs), log_x)
+    if x_names:
+        x_axis = _Axis(-0.5, len(x_names) - 0.5, False)
+    y_axis = _Axis(min(dot.low for dot in dots), max(dot.high for dot in dots), False)
+    parts = [_frame(x_axis, y_axis, x_label, y_label, x_names)]
+    for dot in dots:
+        x, y = _x(x_axis, dot.x), _y(y_axis, dot.y)
+        if dot.high > dot.low:
+            parts.append(
+                f'<line class="line c{dot.colour % 8}" x1="{x:.1f}" x2="{x:.1f}" '
+                f'y1="{_y(y_axis, dot.low):.1f}" y2="{_y(y_axis, dot.high):.1f}"/>'
+            )
+        parts.append(f'<circle class="dot c{dot.colour % 8}" r="4" cx="{x:.1f}" cy="{y:.1f}"/>')
+    return _svg(title, "".join(parts), _HEIGHT) + legend(
+        [Series(dot.name, (), dot.colour) for dot in dots]
+    )
+
+
 def line_chart(
     title: str, series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False
 ) -> str:
@@ -123,11 +174,11 @@ def heat_map(
 
 
 def legend(series: Sequence[Series]) -> str:
-    """Return a list of names and their colours."""
+    """Return a list of names and their colours, each name once."""
     items = "".join(
         f'<li><i class="key c{each.colour % 8}{" dashed" if each.dashed else ""}"></i>'
-        f"{escape(each.name)}</li>"
-        for each in series
+        f"{escape(name)}</li>"
+        for name, each in {each.name: each for each in series}.items()
     )
     return f'<ul class="legend">{items}</ul>'
 
@@ -148,6 +199,9 @@ class _Axis:
     def ticks(self) -> list[float]:
         if self.log and self.high / self.low >= 10:
             first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+            if last - first < 2:  # less than two decades: 1, 2 and 5 times the powers of ten
+                steps = [m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5)]
+                return [value for value in steps if self.low <= value <= self.high]
             return [10.0**e for e in range(first, last + 1, max(1, (last - first) // 5))]
         raw = (self.high - self.low) / 5
         unit: float = 10.0 ** math.floor(math.log10(raw))
@@ -157,7 +211,9 @@ class _Axis:
         return [(first + i) * step for i in range(count + 1)]
 
 
-def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
+def _frame(
+    x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, x_names: Sequence[str] = ()
+) -> str:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = [f'<line class="axis" x1="{_LEFT}" y1="{bottom}" x2="{right}" y2="{bottom}"/>']
     for value in y_axis.ticks():
@@ -167,10 +223,12 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
             f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{y + 4:.1f}">'
             f"{_number(value)}</text>"
         )
-    for value in x_axis.ticks():
+    named = [(float(place), name) for place, name in enumerate(x_names)]
+    ticks = named or [(value, _number(value)) for value in x_axis.ticks()]
+    for value, text in ticks:
         parts.append(
             f'<text class="tick" text-anchor="middle" x="{_x(x_axis, value):.1f}" '
-            f'y="{bottom + 16}">{_number(value)}</text>'
+            f'y="{bottom + 16}">{escape(text)}</text>'
         )
     middle = (_TOP + bottom) / 2
     parts.append(

@@ -8,24 +8,31 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
-import hvd_lars
 from hvd_lars.assemble.recorded import Run, read_run
+from hvd_lars.assemble.studied import read_study
 from hvd_lars.errors import UserError
 from hvd_lars.report.charts import Series, heat_map, line_chart, stacked_chart
+from hvd_lars.report.html import figure, page_of, table
+from hvd_lars.report.study import study_page
 from hvd_lars.settings.tree import leaves
+from hvd_lars.tuning.study import is_study
 
 _PARTS = ("data", "forward", "backward", "communication", "optimizer")
 _COLUMNS = 60  # of a heat map
 
 
 def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Write one page about runs; it opens without a network.
+    """Write one page about runs, or about one study; it opens without a network.
 
     Raises:
         UserError: a folder holds no run, or the page cannot be written.
     """
-    runs = [read_run(folder) for folder in folders]
-    page = make_page(runs)
+    studies = [folder for folder in folders if is_study(folder)]
+    if studies and len(folders) > 1:
+        raise UserError(f"{studies[0]}: is a study; a page is about runs, or about one study")
+    page = (
+        study_page(read_study(folders[0])) if studies else make_page(list(map(read_run, folders)))
+    )
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -46,23 +53,7 @@ def make_page(runs: Sequence[Run]) -> str:
         ("config", "Config", _config(runs)),
         ("environment", "Environment", _environment(runs)),
     ]
-    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
-    body = "".join(
-        f'<section id="{key}" tabindex="-1"><h2>{title}</h2>{text}</section>'
-        for key, title, text in sections
-    )
-    names = ", ".join(run.name for run in runs)
-    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'
-        f"<title>{escape(names)} · hvd_lars</title><style>{style}</style></head><body>"
-        f'<a class="skip" href="#summary">Skip to content</a>'
-        f"<header><h1>{escape(names)}</h1><p>hvd_lars {hvd_lars.__version__}</p>"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main>'
-        "</body></html>\n"
-    )
+    return page_of(", ".join(run.name for run in runs), sections)
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -88,7 +79,7 @@ def _summary(runs: Sequence[Run]) -> str:
         "run", "steps", "top-1", "best top-1", "last loss", "images/s (median)", "ranks",
         "global batch", "skipped", "ended",
     ]  # fmt: skip
-    return _table(head, [row(run) for run in runs])
+    return table(head, [row(run) for run in runs])
 
 
 def _accuracy(runs: Sequence[Run]) -> str:
@@ -100,9 +91,9 @@ def _accuracy(runs: Sequence[Run]) -> str:
     top1 = _lines(
         runs, lambda run: [(e["epoch"], 100.0 * e["top1"]) for e in run.evaluations if "top1" in e]
     )
-    return _figure(
-        line_chart("Loss by epoch", loss, "epoch", "loss", log_y=True), "Loss"
-    ) + _figure(line_chart("Top-1 accuracy by epoch", top1, "epoch", "top-1, %"), "Top-1 accuracy")
+    return figure(line_chart("Loss by epoch", loss, "epoch", "loss", log_y=True), "Loss") + figure(
+        line_chart("Top-1 accuracy by epoch", top1, "epoch", "top-1, %"), "Top-1 accuracy"
+    )
 
 
 def _rate(runs: Sequence[Run]) -> str:
@@ -124,7 +115,7 @@ def _rate(runs: Sequence[Run]) -> str:
     note = "All recorded rates match the config's plan."
     if off:
         note = f"{len(off)} recorded rates differ from the plan: {off[0]}."
-    return _figure(chart, "Recorded learning rate over the plan") + f"<p>{escape(note)}</p>"
+    return figure(chart, "Recorded learning rate over the plan") + f"<p>{escape(note)}</p>"
 
 
 def _batch(runs: Sequence[Run]) -> str:
@@ -158,7 +149,7 @@ def _batch(runs: Sequence[Run]) -> str:
         "Critical batch (the gradient noise scale, averaged over a tenth of the records), and the "
         "batch used"
     )
-    return text + _figure(chart, caption)
+    return text + figure(chart, caption)
 
 
 def _critical_batches(run: Run) -> list[tuple[float, float]]:
@@ -194,20 +185,20 @@ def _layers(run: Run) -> str:
     for key, what in (("trust_ratio", "Trust ratio λ"), ("weight_norm", "Weight norm")):
         values = [[float(r[key].get(name) or 0.0) for r in kept] for name in names]
         title = f"{what}, {run.name}: layers by step"
-        text += _figure(heat_map(title, names, columns, values), title)
+        text += figure(heat_map(title, names, columns, values), title)
     last = kept[-1]
     rows = [
         [name, *(f"{last[key][name]:.4g}" if last[key].get(name) is not None else "not finite"
                  for key in ("weight_norm", "gradient_norm", "trust_ratio", "rate"))]
         for name in names
     ]  # fmt: skip
-    table = _table(["layer", "‖w‖", "‖g‖", "λ", "γλ"], rows)
-    return text + f"<details><summary>Numbers at step {last['step']:,}</summary>{table}</details>"
+    numbers = table(["layer", "‖w‖", "‖g‖", "λ", "γλ"], rows)
+    return text + f"<details><summary>Numbers at step {last['step']:,}</summary>{numbers}</details>"
 
 
 def _speed(runs: Sequence[Run]) -> str:
     rates = _lines(runs, lambda run: [(r["step"], r["images_per_second"]) for r in run.train])
-    text = _figure(line_chart("Images per second by step", rates, "step", "images/s"), "Throughput")
+    text = figure(line_chart("Images per second by step", rates, "step", "images/s"), "Throughput")
     for run in runs:
         split = {part: [1e3 * r.get(f"{part}_seconds", 0.0) for r in run.train] for part in _PARTS}
         known = [sum(values) for values in zip(*split.values(), strict=True)]
@@ -215,7 +206,7 @@ def _speed(runs: Sequence[Run]) -> str:
             max(0.0, 1e3 * r["step_seconds"] - k) for r, k in zip(run.train, known, strict=True)
         ]
         title = f"Where a step's time goes on rank 0, {run.name}"
-        text += _figure(stacked_chart(title, [r["step"] for r in run.train], split), title)
+        text += figure(stacked_chart(title, [r["step"] for r in run.train], split), title)
     return text
 
 
@@ -232,7 +223,7 @@ def _ranks(run: Run) -> str:
            for k in range(size)]  # fmt: skip
     labels = [f"rank {k} · {hosts[k] if k < len(hosts) else ''}" for k in range(size)]
     title = f"Seconds a step without waiting for others, {run.name}: ranks by step"
-    text = _figure(heat_map(title, labels, [f"{r['step']:,}" for r in kept], own), title)
+    text = figure(heat_map(title, labels, [f"{r['step']:,}" for r in kept], own), title)
     usual = median(median(values) for values in own)
     rows = [
         [labels[k], f"{1e3 * median(r['rank_data_seconds'][k] for r in timed):,.1f}",
@@ -241,7 +232,7 @@ def _ranks(run: Run) -> str:
         for k in range(size)
     ]  # fmt: skip
     head = ["rank", "waits for data, ms a step", "computes, ms a step", "of the median rank"]
-    return text + _table(head, rows)
+    return text + table(head, rows)
 
 
 def _events(run: Run) -> str:
@@ -256,7 +247,7 @@ def _events(run: Run) -> str:
     kept = f"{len(stalls)} checkpoints"
     if stalls:
         kept += f", which stalled training for {median(stalls):.3f} s (median)"
-    return f"<h3>{escape(run.name)}</h3>" + _table(["step", "event", ""], rows) + f"<p>{kept}.</p>"
+    return f"<h3>{escape(run.name)}</h3>" + table(["step", "event", ""], rows) + f"<p>{kept}.</p>"
 
 
 def _config(runs: Sequence[Run]) -> str:
@@ -264,20 +255,20 @@ def _config(runs: Sequence[Run]) -> str:
     keys = list(dict.fromkeys(key for each in flat for key in each))
     if len(runs) == 1:
         rows = [[key, flat[0][key]] for key in keys]
-        return f"<details><summary>All values</summary>{_table(['key', 'value'], rows)}</details>"
+        return f"<details><summary>All values</summary>{table(['key', 'value'], rows)}</details>"
     rows = [
         [key, *(each.get(key, "–") for each in flat)]
         for key in keys
         if len({repr(each.get(key)) for each in flat}) > 1
     ]
-    return _table(["differs", *(run.name for run in runs)], rows)
+    return table(["differs", *(run.name for run in runs)], rows)
 
 
 def _environment(runs: Sequence[Run]) -> str:
     flat = [dict(leaves(run.environment)) for run in runs]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     rows = [[key, *(each.get(key, "–") for each in flat)] for key in keys]
-    return _table(["", *(run.name for run in runs)], rows)
+    return table(["", *(run.name for run in runs)], rows)
 
 
 def _lines(
@@ -287,28 +278,6 @@ def _lines(
         Series(run.name, [(x, math.nan if y is None else y) for x, y in points(run)], number)
         for number, run in enumerate(runs)
     ]
-
-
-def _figure(chart: str, caption: str) -> str:
-    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
-    lines = "".join(
-        f'<tr><th scope="row">{escape(str(row[0]))}</th>'
-        + "".join(f"<td>{escape(_shown(cell))}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="table">'
-        f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _percent(value: float) -> str:

@@ -42,6 +42,13 @@ def let_umask_decide(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file by the whole text, or leave it untouched."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
 def sync(path: Path) -> None:
     """Return when a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lars.errors import UserError
-from hvd_lars.runtime.files import expand_user, sync
+from hvd_lars.runtime.files import expand_user, replace_text, sync
 
 CONFIG, ENVIRONMENT, METRICS, LAYERS, CHECKPOINTS, STOP, DATA = (
     "config.yaml",
@@ -41,8 +41,12 @@ def refuse_other_run(wanted: str) -> Path:
     return folder
 
 
-def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Path:
+def create_run_folder(
+    wanted: str | None, name: str, again: bool = False, inside: str = CHECKPOINTS
+) -> Path:
     """Create and return the run's folder: ``wanted``, or a new ``runs/<name>-<time>``.
+
+    ``inside`` is a folder to create in it.
 
     It belongs to this run alone: of two that start at once, only one creates the folder or the
     file that claims it.
@@ -57,7 +61,7 @@ def create_run_folder(wanted: str | None, name: str, again: bool = False) -> Pat
             folder = _make_new(unnamed)
         elif not again:
             refuse_other_run(wanted)
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (folder / inside).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
         if wanted is not None and not again:
@@ -108,17 +112,10 @@ def describe_run(
     machine: dict[str, Any],
 ) -> None:
     """Write the resolved config, the data's identity, and the environment with ``machine``."""
-    _replace(folder / CONFIG, config_yaml)
-    _replace(folder / DATA, json.dumps(data) + "\n")
+    replace_text(folder / CONFIG, config_yaml)
+    replace_text(folder / DATA, json.dumps(data) + "\n")
     facts = environment_facts() | machine
-    _replace(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a file by the whole text, or leave it untouched."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    replace_text(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 
 def forget_after(folder: Path, step: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_lars.data import Request
 from hvd_lars.data.source import Batch
-from hvd_lars.errors import UserError
+from hvd_lars.errors import DivergedError, UserError
 from hvd_lars.health.agreement import Agreement, Decision
 from hvd_lars.health.heartbeats import Position
 from hvd_lars.metrics import Sink
@@ -90,8 +90,8 @@ class Loop:
 
         Raises:
             ReplicasDifferError: a comparison finds that ranks do not hold the same bits.
-            UserError: the last checkpoint cannot be written, or too many steps in a row were
-                skipped because a gradient was not finite.
+            UserError: the last checkpoint cannot be written.
+            DivergedError: too many steps in a row were skipped because a gradient was not finite.
         """
         try:
             return self._run()
@@ -192,7 +192,7 @@ class Loop:
             if none or in_row > self.trainer.options.max_skipped_steps:
                 problem = self._diverged(outcome)
                 checkpoint = self._save(background=False)
-                raise UserError(f"{problem}; the last good weights are in {checkpoint}")
+                raise DivergedError(f"{problem}; the last good weights are in {checkpoint}")
         return self._decide(outcome.scalars)
 
     def _decide(self, summed: Tensor | None = None) -> Decision:

@@ -1,0 +1,91 @@
+"""Configs of a study's trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hvd_lars.config.binding import binding_of
+from hvd_lars.config.file import with_keys
+from hvd_lars.config.schema import Config
+from hvd_lars.errors import UserError
+from hvd_lars.settings.durations import Duration
+
+# Keys that bind a run, but must be the same in all trials of one job.
+_FIXED = {
+    "train.duration": "tune.duration is the length of a trial",
+    "model.bn_sync_ranks": "the groups of ranks are made once",
+}
+
+
+def check_space(config: Config) -> None:
+    """Check that every key of ``tune.space`` can be tuned, and its extreme values are allowed.
+
+    Raises:
+        UserError: one line for every mistake, or there is no ``tune`` section.
+    """
+    if config.tune is None:
+        raise UserError(
+            "tune: missing; write the keys to tune and their ranges, as "
+            "tune: {space: {schedule.base_lr: {log: [1, 64]}}}"
+        )
+    lines = []
+    for key, values in config.tune.space.items():
+        place = f"tune.space.{key}"
+        if key in _FIXED:
+            lines.append(f"{place}: cannot be tuned: {_FIXED[key]}")
+            continue
+        if binding_of(config, key) == "nothing":
+            lines.append(f"{place}: cannot be tuned: it does not define what a run computes")
+            continue
+        for value in values.extremes():
+            try:
+                with_keys(config, {key: value}, place)
+            except UserError as error:
+                lines += str(error).splitlines()
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def trial_config(config: Config, params: Mapping[str, Any], seed: int, folder: str) -> Config:
+    """Return the config of one run of a trial: shorter, without the search, in its own folder.
+
+    Args:
+        config: of the study.
+        params: values by key.
+        seed: offset to ``run.seed``.
+        folder: of the run.
+    """
+    assert config.tune is not None
+    found = tuned_config(config, params)
+    found = found.with_values("run", dir=folder, seed=(config.run.seed + seed) % 2**32)
+    found = found.with_values("run", console="none", loggers=())
+    return found if config.tune.duration is None else _shortened(found, config.tune.duration)
+
+
+def tuned_config(config: Config, params: Mapping[str, Any]) -> Config:
+    """Return the config of a whole run with a trial's values, without the search.
+
+    Raises:
+        UserError: the values do not go together.
+    """
+    values = ", ".join(f"{key}={value}" for key, value in params.items())
+    found = with_keys(config, params, f"trial with {values}")
+    return found.model_copy(update={"tune": None}).with_values("run", dir=None)
+
+
+def _shortened(config: Config, duration: Duration) -> Config:
+    """Return the config with another duration, and its schedule scaled to it."""
+    share = duration.value / config.train.duration.value
+    schedule = config.schedule
+    config = config.with_values(
+        "schedule",
+        warmup_duration=_scaled(schedule.warmup_duration, share),
+        milestones=tuple(_scaled(each, share) for each in schedule.milestones),
+    )
+    return config.with_values("train", duration=duration)
+
+
+def _scaled(duration: Duration, share: float) -> Duration:
+    value = duration.value * share
+    return Duration(value if duration.unit == "epochs" else float(round(value)), duration.unit)
