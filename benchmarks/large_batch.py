@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Which method keeps the small batch's accuracy as the batch grows, at the same number of epochs?
+"""At which batch does a method lose accuracy, all tuned with the same number of trials?
 
-    horovodrun -np 2 python benchmarks/large_batch.py [--data digits|glyphs] [--full]
-        [--batches 256 1024] [-o FILE]
+    horovodrun -np 2 python benchmarks/large_batch.py digits [-o FILE]          # 20 minutes
+    horovodrun -np 2 python benchmarks/large_batch.py fashion --full --root DIR [-o FILE]
 
-For every batch and method a rate is chosen on tuning seeds, then five seeds that no rate was
-chosen with give mean and standard deviation of the final test accuracy.  SGD's grid includes the
-small batch's rate times √k and times k.  The short form has small grids and one tuning seed;
-``--full`` has larger ones, three tuning seeds, tunes the length of Nesterov's ramp too, runs every
-method at every batch, and shows the two scaled rates on the held-out seeds as well.  Every run and
-the trust ratios of one LARS run go into FILE, which benchmarks/plot_large_batch.py draws.
+For every batch and method ``tune`` searches on images held out of the training set; then runs on
+seeds of their own, trained on the whole training set, give mean and standard deviation of the test
+accuracy.  SGD's best rate at the smallest batch is also tried times k and times √k, untuned.  The
+noise scale and trust ratios of a run are kept.  Everything lies in ``--folder``: a study that was
+stopped or killed goes on where it was, in any number of pieces, with the same command.
+``benchmarks/plot_large_batch.py`` draws FILE, which is written after every method.
+
+The short form searches the rate only, with 8 trials; ``--full`` searches the warmup and the weight
+decay too, with 20.
 """
 
 from __future__ import annotations
@@ -17,196 +20,260 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
-import tempfile
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hvd_lars.assemble import build_run
+from hvd_lars.assemble import Resume, build_run
+from hvd_lars.assemble.recorded import read_run
+from hvd_lars.assemble.tune import tune
 from hvd_lars.comm import Communicator, connect, detect_launch
-from hvd_lars.config.file import load_config
+from hvd_lars.comm.agree import on_root
+from hvd_lars.config.file import load_config, with_keys
+from hvd_lars.config.trials import tuned_config
 from hvd_lars.state.run_folder import environment_facts
 
-SMALL, SMALL_RATE = 32, 0.04
-TUNING_SHORT, TUNING_FULL, HELD_OUT = range(1), range(3), range(101, 106)
-SGD, NESTEROV = "name: sgd, adapt: weights", "name: sgd, adapt: weights, nesterov: true"
-LARS = "name: lars, adapt: layer"
+FIRST_HELD_OUT = 101  # tuning uses the seeds from 0 on
+HELD_OUT_IMAGES = 0.15  # of the training set, for tuning
 
-SHORT = {
-    256: {"SGD": [0.08], "Nesterov": [0.04, 0.08], "LARS": [8.0, 16.0]},
-    1024: {"SGD": [0.01, 0.02, 0.03], "Nesterov": [0.01, 0.02, 0.03], "LARS": [24.0, 32.0, 40.0]},
-    4096: {"SGD": [0.05, 0.1, 0.2], "Nesterov": [0.05, 0.1, 0.2], "LARS": [8.0, 16.0, 24.0]},
+
+@dataclass(frozen=True)
+class Case:
+    """A data set and a network.
+
+    Attributes:
+        config: a bundled config.
+        overrides: of it.
+        batches: the first one is the reference.
+        short: batches of the short form.
+        epochs: of every run.
+    """
+
+    config: str
+    overrides: tuple[str, ...]
+    batches: tuple[int, ...]
+    short: tuple[int, ...]
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer and the bounds of its rate."""
+
+    optimizer: str
+    rates: tuple[float, float]
+
+
+_FASHION = "data={{name: idx, root: {root}, flip: true}}"
+_NET, _NORM = "model.name=mnist_alexnet", "model.options={batch_norm: true}"
+_LARGE = (64, 512, 1024, 2048, 4096, 8192)
+CASES = {
+    "digits": Case("digits-sgd-b32", (), (32, 256, 1024, 4096), (32, 1024, 4096), 20),
+    "glyphs": Case("glyphs-sgd-b32", (), (32, 256, 1024), (32, 1024), 20),
+    "fashion": Case("digits-sgd-b32", (_FASHION, _NET), _LARGE, (256, 4096), 30),
+    "fashion-bn": Case("digits-sgd-b32", (_FASHION, _NET, _NORM), _LARGE, (256, 4096), 30),
 }
-_RATES = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2]
-_LARS_RATES = [4.0, 8.0, 16.0, 24.0, 32.0, 40.0, 56.0]
-FULL = {
-    batch: {"SGD": _RATES, "Nesterov": _RATES, "LARS": _LARS_RATES}
-    for batch in (32, 256, 1024, 4096)
+METHODS = {
+    "SGD": Method("name: sgd, adapt: weights, momentum: 0.9", (0.005, 1.0)),
+    "Nesterov": Method("name: sgd, adapt: weights, momentum: 0.9, nesterov: true", (0.005, 1.0)),
+    "LARS": Method("name: lars, adapt: layer, momentum: 0.9", (2.0, 64.0)),
+    "LAMB": Method("name: lamb, adapt: layer", (0.001, 0.1)),
 }
-OPTIMIZERS = {"SGD": SGD, "Nesterov": NESTEROV, "LARS": LARS}
-Choice = tuple[float, int]
-"""A rate, and the length of the ramp in epochs."""
+SHORT_METHODS = ("SGD", "LARS")
+
+
+class Stopped(Exception):
+    """The job was asked to stop."""
 
 
 class Bench:
-    """Runs of one data set; remembers every one."""
+    """One case's studies and runs in a folder; every method is collective."""
 
-    def __init__(self, comm: Communicator, data: str, folder: str) -> None:
-        self.comm, self.data, self.folder = comm, data, folder
-        self.runs: list[dict[str, object]] = []
-        self.ratios: list[dict[str, float]] = []
-        self.scaled: dict[tuple[int, str], tuple[float, float]] = {}  # (rate, tuning accuracy)
+    def __init__(self, comm: Communicator, case: Case, folder: Path, options: Any) -> None:
+        self.comm, self.case, self.folder, self.options = comm, case, folder, options
+        self.launch = detect_launch(os.environ)
 
-    def accuracy(
-        self, batch: int, method: str, rate: float, ramp: int, seed: int, watch: bool = False
-    ) -> float:
-        """Final top-1 of one run in percent; the warmup lasts ``ramp`` epochs."""
-        overrides = [
-            f"optimizer={{{OPTIMIZERS[method]}, momentum: 0.9, weight_decay: 5.0e-4}}",
-            f"schedule.base_lr={rate}",
-            f"schedule.warmup_duration={ramp} epochs",
+    def search(self, batch: int, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the best values for a method, and all its trials."""
+        config = load_config(self.case.config, self._overrides(batch, name))
+        config = config.with_values("run", dir=str(self.folder / f"b{batch}-{name}/tune"))
+
+        def note(trial: Any, seconds: float) -> None:
+            print(f"  {batch} {name} trial {trial.number}: {dict(trial.params)} {trial.ended} "
+                  f"{trial.value} {seconds:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+
+        found = tune(config, self.comm, self.launch, Resume(None, ()), note)
+        if found.stopped is not None:
+            raise Stopped(found.stopped)
+        if found.best is None:
+            return {}, []
+        trials = [
+            {"params": dict(t.params), "values": list(t.values), "ended": t.ended,
+             "evaluations": len(t.curve or {})}
+            for t in found.trials
+        ]  # fmt: skip
+        return dict(found.best.params), trials
+
+    def held_out(self, batch: int, name: str, values: dict[str, Any], seed: int) -> float:
+        """Return the test accuracy of one run in percent; it is not run again once it is done."""
+        optimizer = "SGD" if name in ("linear", "sqrt") else name
+        config = load_config(self.case.config, self._overrides(batch, optimizer))
+        config = with_keys(tuned_config(config, values), {"data.val_fraction": None}, name)
+        folder = self.folder / f"b{batch}-{name}/seed-{seed}"
+        config = config.with_values("run", dir=str(folder), seed=seed)
+        done = folder / "top1.json"
+        found = on_root(self.comm, lambda: json.loads(done.read_text()) if done.exists() else None)
+        if found is None:
+            loop, _ = build_run(config, self.comm, self.launch, Resume(None, ()))
+            with loop.agreement.stops.listening():
+                summary = loop.run()
+            if summary.stopped is not None:
+                raise Stopped(summary.stopped)
+            evaluations = on_root(self.comm, lambda: read_run(folder).evaluations)
+            found = 100.0 * evaluations[-1]["top1"]
+            on_root(self.comm, lambda: done.write_text(json.dumps(found)))
+        return float(found)
+
+    def observed(self, batch: int, name: str) -> dict[str, Any]:
+        """Return the critical batch by epoch and the trust ratios of the first held-out run."""
+        run = read_run(self.folder / f"b{batch}-{name}/seed-{FIRST_HELD_OUT}")
+        keep = ("step", "epoch", "trust_ratio")
+        ratios = [{key: record[key] for key in keep} for record in run.layers]
+        return {"critical_batches": run.critical_batches, "ratios": ratios}
+
+    def _overrides(self, batch: int, name: str) -> list[str]:
+        options, epochs, method = self.options, self.options.epochs, METHODS[name]
+        low, high = method.rates
+        space: dict[str, Any] = {"schedule.base_lr": {"log": [low, high]}}
+        if options.full:
+            ramps = [f"{share * epochs:g} epochs" for share in (0.1, 0.25, 0.5)]
+            space["schedule.warmup_duration"] = {"choices": ramps}
+            space["optimizer.weight_decay"] = {"log": [5e-5, 5e-3]}
+        search = {"space": space, "trials": options.trials}
+        return [
+            *(text.format(root=options.root) if "root" in text else text
+              for text in self.case.overrides),
+            f"optimizer={{{method.optimizer}, weight_decay: 5.0e-4}}",
+            f"schedule.warmup_duration={0.25 * epochs:g} epochs",
+            f"train.duration={epochs} epochs",
             f"train.global_batch={batch}",
             "train.micro_batch=512",
-            "train.eval_every=20 epochs",
-            "checkpoint.every=20 epochs",
-            "train.max_skipped_steps=1000000",  # a rate that is too high has no other end
-            f"run.seed={seed}",
+            f"data.val_fraction={HELD_OUT_IMAGES}",
+            f"tune={json.dumps(search)}",
             "run.console=none",
-            f"run.dir={self.folder}/{len(self.runs)}",
-        ]
-        name = {"digits": "digits-sgd-b32", "glyphs": "glyphs-sgd-b32"}[self.data]
-        launch = detect_launch(os.environ)
-        loop, _ = build_run(load_config(name, overrides), self.comm, launch)
-        if watch:
-            self._watch(loop.trainer)
-        top1 = 100.0 * loop.run().evaluation.top1
-        self.runs.append(
-            {
-                "batch": batch,
-                "method": method,
-                "rate": rate,
-                "ramp": ramp,
-                "seed": seed,
-                "top1": top1,
-            }
-        )
-        return top1
-
-    def _watch(self, trainer) -> None:
-        """Keep λ of every weight, from the step's gradient and the weight that the step left."""
-        step = trainer.train_step
-
-        def watched(batches):
-            loss = step(batches)
-            for group in trainer.optimizer.param_groups:
-                if group["adapt"] != "own":
-                    continue
-                ratios = {"step": trainer.state.progress.step - 1}
-                for layer, param in zip(group["names"], group["params"], strict=True):
-                    w, g = param.detach().norm().item(), param.grad.norm().item()
-                    beta = group["weight_decay"]
-                    ratios[layer] = group["trust_coefficient"] * w / (g + beta * w)
-                self.ratios.append(ratios)
-            return loss
-
-        trainer.train_step = watched
+        ]  # fmt: skip
 
 
-def scaled_rates(batch: int) -> dict[str, float]:
-    """The small batch's rate scaled by the square root of, and by, the growth of the batch."""
-    k = batch / SMALL
-    return {"sqrt": SMALL_RATE * k**0.5, "linear": SMALL_RATE * k} if k > 1 else {}
+def cells(options: argparse.Namespace, case: Case) -> Iterator[tuple[int, str]]:
+    """Yield batches and methods, the reference first."""
+    reference = min(options.batches)
+    for batch in sorted(options.batches):
+        for name in options.methods:
+            if batch != reference or name == "SGD" or options.full:
+                yield batch, name
+        if batch != reference and "SGD" in options.methods:
+            yield batch, "sqrt"
+            yield batch, "linear"
 
 
-def tune(bench: Bench, batch: int, method: str, rates: list[float], full: bool) -> Choice:
-    """The choice of rate and ramp that is best on the tuning seeds; remembers all of them."""
-    ramps = (2, 5, 10) if full and method == "Nesterov" else (5,)
-    scaled = scaled_rates(batch) if method == "SGD" else {}
-    found: dict[Choice, float] = {}
-    for choice in [(rate, ramp) for ramp in ramps for rate in (*rates, *scaled.values())]:
-        if choice not in found:
-            seeds = TUNING_FULL if full else TUNING_SHORT
-            found[choice] = statistics.mean(
-                bench.accuracy(batch, method, *choice, seed) for seed in seeds
-            )
-    for name, rate in scaled.items():
-        bench.scaled[batch, name] = rate, found[rate, 5]
-    return max(found, key=found.__getitem__)
+def parse() -> argparse.Namespace:
+    """Return the options, with the form's defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", choices=sorted(CASES))
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--root", help="of Fashion-MNIST's IDX files")
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS))
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--seeds", type=int, help="held-out runs of each method")
+    parser.add_argument("--folder", type=Path, default=Path("runs/large_batch"))
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    case, full = CASES[options.case], options.full
+    if options.root is None and options.case.startswith("fashion"):
+        parser.error("--root is needed: the folder of Fashion-MNIST's IDX files")
+    options.batches = options.batches or list(case.batches if full else case.short)
+    options.methods = options.methods or list(METHODS if full else SHORT_METHODS)
+    options.epochs = options.epochs or case.epochs
+    options.trials = options.trials or (20 if full else 8)
+    options.seeds = options.seeds or (5 if full else 3)
+    return options
+
+
+def measure(bench: Bench, batch: int, name: str, reference: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the table."""
+    options = bench.options
+    if name in ("linear", "sqrt"):
+        grown = batch / min(options.batches)
+        values = reference | {
+            "schedule.base_lr": reference["schedule.base_lr"]
+            * (grown if name == "linear" else grown**0.5)
+        }
+        trials: list[dict[str, Any]] = []
+    else:
+        values, trials = bench.search(batch, name)
+    seeds = range(FIRST_HELD_OUT, FIRST_HELD_OUT + options.seeds) if values else ()
+    found = [bench.held_out(batch, name, values, seed) for seed in seeds]
+    row = {"batch": batch, "method": name, "params": values, "top1": found, "trials": trials}
+    if bench.comm.rank == 0 and found:
+        row |= bench.observed(batch, name)
+    return row
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """End with the exit code of a run that should be started again."""
+    try:
+        yield
+    except Stopped as stop:
+        print(f"stopped by {stop}: the same command continues", file=sys.stderr, flush=True)
+        sys.exit(75)
+
+
+def say_row(row: dict[str, Any]) -> None:
+    """Print a line of the table."""
+    top1, params = row["top1"], row["params"]
+    spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+    shown = f"{statistics.mean(top1):.2f}{spread}" if top1 else "diverged in all trials"
+    values = ", ".join(f"{key.rpartition('.')[2]} {value:.3g}" if isinstance(value, float)
+                       else f"{key.rpartition('.')[2]} {value}"
+                       for key, value in params.items())  # fmt: skip
+    print(f"| {row['batch']:,} | {row['method']} | {values} | {shown} |", flush=True)
 
 
 def main() -> None:
-    """Run every case and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=["digits", "glyphs"], default="digits")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument(
-        "--batches", type=int, nargs="+", default=sorted(FULL), choices=sorted(FULL)
-    )
-    parser.add_argument("-o", "--output", type=Path, default=None)
-    options = parser.parse_args()
-    full = options.full
-    tuning = TUNING_FULL if full else TUNING_SHORT
+    """Run every cell and print the table."""
+    options = parse()
+    case = CASES[options.case]
     comm = connect()
-    say = print if comm.rank == 0 else lambda *_, **__: None
-    facts = environment_facts()
-    say(f"# {options.data}, {'full' if full else 'short'} form\n")
-    say(
-        f"{facts['processor']}, {facts['cores']} cores, {comm.size} ranks on {comm.backend}, torch "
-        f"{facts['versions']['torch']}, commit {facts['commit']}"
-    )
-    say(f"`horovodrun -np {comm.size} python {' '.join(sys.argv)}`\n")
-    say(f"| batch | method | rate, chosen on {len(tuning)} other seeds | test accuracy, % |")
-    say("|---|---|---|---|", flush=True)
-    begun, rows = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as mine:
-        bench = Bench(comm, options.data, comm.broadcast_object(mine))
-
-        def report(batch: int, method: str, choice: Choice, note: str, found: list[float]) -> None:
-            spread = statistics.stdev(found) if len(found) > 1 else None
-            rate, ramp = choice
-            rows.append(
-                {"batch": batch, "method": method, "rate": rate, "ramp": ramp, "seeds": len(found)}
-                | {"mean": statistics.mean(found), "spread": spread}
-            )
-            shown = f"{rows[-1]['mean']:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-            say(f"| {batch} | {method} | {rate:.3g}{note} | {shown} |", flush=True)
-
-        def held_out(batch: int, method: str, choice: Choice) -> list[float]:
-            watched = HELD_OUT[0] if (batch, method) == (1024, "LARS") else None
-            return [bench.accuracy(batch, method, *choice, s, s == watched) for s in HELD_OUT]
-
-        for batch in options.batches:
-            if batch == SMALL and not full:
-                choice = (SMALL_RATE, 5)
-                report(batch, "SGD", choice, ", not tuned", held_out(batch, "SGD", choice))
-                continue
-            for method, rates in (FULL if full else SHORT)[batch].items():
-                choice = tune(bench, batch, method, rates, full)
-                note = f", ramp {choice[1]} epochs" if choice[1] != 5 else ""
-                report(batch, method, choice, note, held_out(batch, method, choice))
-            for name, (rate, tuned) in bench.scaled.items():
-                if name[0] == batch:
-                    found = held_out(batch, "SGD", (rate, 5)) if full else [tuned]
-                    note = ", scaled" + ("" if full else "; one tuning seed")
-                    report(batch, name[1], (rate, 5), note, found)
-        comm.barrier()
-    minutes = (time.perf_counter() - begun) / 60.0
-    say(
-        f"\n{len(bench.runs)} runs of 20 epochs in {minutes:.1f} minutes; seeds {HELD_OUT[0]} to "
-        f"{HELD_OUT[-1]} were held out."
-    )
-    if options.output is not None and comm.rank == 0:
-        result = {
-            "data": options.data,
-            "full": full,
-            "environment": facts,
-            "minutes": minutes,
-            "table": rows,
-            "runs": bench.runs,
-            "ratios": bench.ratios,
-        }
-        options.output.write_text(json.dumps(result) + "\n")
+    facts = environment_facts() | {"ranks": comm.size, "backend": comm.backend}
+    if comm.rank == 0:
+        print(f"# {options.case}, {options.epochs} epochs, {options.trials} trials a method, "
+              f"{options.seeds} held-out seeds\n")  # fmt: skip
+        print(f"{facts['processor']}, {facts['cores']} cores, {comm.size} ranks on {comm.backend}")
+        print(f"`horovodrun -np {comm.size} python {shlex.join(sys.argv)}`\n")
+        print("| batch | method | values | test accuracy, % |\n|---|---|---|---|", flush=True)
+    form = "full" if options.full else "short"
+    folder = options.folder / f"{options.case}-{form}-{options.epochs}"
+    bench, rows, reference = Bench(comm, case, folder, options), [], {}
+    with quiet():
+        for batch, name in cells(options, case):
+            rows.append(row := measure(bench, batch, name, reference))
+            if name == "SGD" and not reference:
+                reference = row["params"]
+            if comm.rank == 0:
+                say_row(row)
+                if options.output is not None:
+                    result = {"case": options.case, "full": options.full, "environment": facts,
+                              "epochs": options.epochs, "trials": options.trials,
+                              "rows": rows}  # fmt: skip
+                    options.output.write_text(json.dumps(result) + "\n")
     comm.close()
 
 

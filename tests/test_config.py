@@ -97,7 +97,10 @@ extra: 1
     ("change", "message"),
     [
         ("train.globl_batch=3", "train.globl_batch: unknown key; did you mean global_batch?"),
-        ("data.copis=3", "data.copis: unknown key; did you mean copies? allowed: name, copies"),
+        (
+            "data.copis=3",
+            "data.copis: unknown key; did you mean copies? allowed: val_fraction, name, copies",
+        ),
         (
             "data.name=imagenette",
             "data.name: found 'imagenette'; allowed: digits, glyphs, synthetic",

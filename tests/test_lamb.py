@@ -219,7 +219,7 @@ def test_over_ranks_it_is_one_device(comm, placed, tmp_path):
     verify_agreement(trainer.state.tensors(), comm)
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(1, 2, horovod=(2,))
 @pytest.mark.parametrize("placed", [Replicated, Sharded])
 def test_a_resumed_run_has_the_same_bits(comm, placed, tmp_path):
     folder = comm.broadcast_object(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 from commands import hvd_lars
 
 from hvd_lars.errors import UserError
+from hvd_lars.planning.comparison import Measured, compare
 from hvd_lars.planning.cost import Compute, Links, step_seconds
 from hvd_lars.planning.forecast import Work, forecast, worth_it_up_to, worth_of_a_sample
 from hvd_lars.planning.site import Site, read_site
@@ -147,3 +148,35 @@ def test_mistakes_are_one_line(arguments, message):
     assert code == 2
     assert message in output
     assert len(output.splitlines()) == 1
+
+
+AS_PLANNED = Measured(8, 0.289, 0.0, 0.0005, [0.0] * 8, [0.288] * 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "as planned; largest loss: the fixed cost of small micro-batches"),
+        ({"step": 0.4, "rank_data": [0.1] * 8}, "slower than planned; largest loss: waiting for"),
+        ({"step": 0.4, "communication": 0.1}, "largest loss: communication that backward does not"),
+        (
+            {"step": 0.4, "communication": 0.1, "rank_busy": [0.288] * 5 + [0.388] + [0.288] * 2},
+            "largest loss: rank 5, which is slower than the others, 100 ms a step (25%)",
+        ),
+        ({"step": 0.4, "rank_busy": [0.39] * 8}, "computing slower than in the site's"),
+        ({"step": 0.1, "rank_busy": [0.09] * 8}, "faster than planned"),
+    ],
+)
+def test_a_run_is_compared_with_its_plan_and_the_likeliest_cause_told(change, told):
+    found = compare(SITE, WORK, replace(AS_PLANNED, **change))
+    assert found.expected == forecast(SITE, WORK, 8)
+    assert told in found.sentence()
+    # 512 images of 36 ms / 64, over the step.
+    assert found.efficiency == pytest.approx(512 * 0.036 / 64 / change.get("step", 0.289))
+    assert found.expected_efficiency.low < found.expected_efficiency.high
+
+
+def test_one_rank_waits_for_no_other():
+    alone = Measured(1, 3.0, 0.6, 0.0, [], [])
+    found = compare(SITE, WORK, alone)
+    assert "largest loss: waiting for images, 600 ms a step (20%)" in found.sentence()

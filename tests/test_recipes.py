@@ -60,7 +60,7 @@ def _collected():
     gc.collect()
 
 
-@pytest.mark.ranks(2, mpi=())
+@pytest.mark.ranks(2, horovod=(2,), mpi=())
 @pytest.mark.parametrize("name", kinds())
 def test_takes_steps(comm, name, tmp_path_factory):
     folder = comm.broadcast_object(str(tmp_path_factory.mktemp("run") / "run"))

@@ -6,13 +6,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from commands import hvd_lars
 
 from hvd_lars.assemble.recorded import read_run
 from hvd_lars.config.file import dump_config, load_config
 from hvd_lars.data.identity import made_identity
 from hvd_lars.errors import UserError
+from hvd_lars.planning.site import Site
 from hvd_lars.report import write_report
 from hvd_lars.report.charts import Series, heat_map, line_chart
+from hvd_lars.report.page import make_page
 
 
 def make_run(folder, ranks=2, top1=0.9, **values):
@@ -208,3 +211,16 @@ def test_images_that_pack_made_smaller_are_told(tmp_path):
 def write(tmp_path, run):
     write_report([run], tmp_path / "page.html")
     return (tmp_path / "page.html").read_text()
+
+
+def test_a_run_is_compared_with_a_sites_plan(tmp_path):
+    compute = ((16.0, 0.01), (64.0, 0.04))
+    site = Site("digits", 2, 2, 1000, compute, ((4e3, 1e-4), (1e8, 1e-2)), None, 1.0)
+    page = make_page([read_run(make_run(tmp_path / "a", ranks=2))], site)
+    assert "Plan and run" in page
+    assert "measurements of digits on 2 ranks" in page
+    assert "faster than planned" in page
+    site.write(tmp_path / "site.json")
+    code, output = hvd_lars("report", str(tmp_path / "a"), "--site", str(tmp_path / "a"), "-o",
+                            str(tmp_path / "page.html"))  # fmt: skip
+    assert (code, "--site: " in output) == (2, True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd_lars.assemble.plan import make_plan
+from hvd_lars.assemble.plan import Plan, make_plan
 from hvd_lars.config.file import load_config
 from hvd_lars.config.schema import Config
 from hvd_lars.data.identity import DataIdentity
@@ -24,13 +24,38 @@ class Run:
     name: str
     folder: Path
     config: Record  # the resolved config, as a tree of plain values
+    plan: Plan | None  # with the epoch length of the records; None before one is known
     global_batch: int
     environment: Record
     train: list[Record]
     evaluations: list[Record]
     events: list[Record]
     layers: list[Record]
-    planned: list[tuple[float, float]]  # (step, learning rate)
+
+    @property
+    def planned(self) -> list[tuple[float, float]]:
+        """The config's schedule as (step, learning rate)."""
+        if self.plan is None:
+            return []
+        total = self.plan.intervals.total
+        steps = sorted({*range(0, total, max(1, total // 400)), total - 1})
+        return [(step + 1, self.plan.schedule(step)) for step in steps]
+
+    @property
+    def critical_batches(self) -> list[tuple[float, float]]:
+        """The noise scale S / |G|² by epoch, a ratio of averages over a tenth of the estimates."""
+        found = [
+            (r["epoch"], sum(r["noise_trace"].values()), sum(r["noise_signal"].values()))
+            for r in self.layers
+            if "noise_trace" in r and None not in (*r["noise_trace"].values(),)
+        ]
+        window = max(5, len(found) // 10)
+        points = []
+        for end in range(1, len(found) + 1):
+            trace, signal = (sum(e[i] for e in found[max(0, end - window) : end]) for i in (1, 2))
+            if trace > 0.0 and signal > 0.0:
+                points.append((found[end - 1][0], trace / signal))
+        return points
 
 
 def read_run(folder: Path) -> Run:
@@ -51,13 +76,13 @@ def read_run(folder: Path) -> Run:
         name=folder.absolute().name,
         folder=folder,
         config=config.model_dump(mode="json", exclude={"recipe", "extends"}),
+        plan=_plan(config, by_kind["train"][-1], by_kind["event"]),
         global_batch=config.train.global_batch,
         environment=_environment(folder / run_folder.ENVIRONMENT) | _prepared(folder),
         train=by_kind["train"],
         evaluations=by_kind["eval"],
         events=by_kind["event"],
         layers=_lines(folder / run_folder.LAYERS),
-        planned=_planned(config, by_kind["train"][-1], by_kind["event"]),
     )
 
 
@@ -100,14 +125,11 @@ def _prepared(folder: Path) -> Record:
     return {"images packed with": found} if found else {}
 
 
-def _planned(config: Config, last: Record, events: list[Record]) -> list[tuple[float, float]]:
-    """Return the config's schedule, with the epoch length of the run's records."""
+def _plan(config: Config, last: Record, events: list[Record]) -> Plan | None:
+    """Return the config's plan for the last world size and the records' epoch length."""
     if not last.get("epoch"):
-        return []
+        return None
     steps_per_epoch = round(last["step"] / last["epoch"])
     samples = steps_per_epoch * config.train.global_batch
     sizes = [event["world_size"] for event in events if "world_size" in event]
-    plan = make_plan(config, samples, sizes[-1] if sizes else 1)
-    total = plan.intervals.total
-    steps = sorted({*range(0, total, max(1, total // 400)), total - 1})
-    return [(step + 1, plan.schedule(step)) for step in steps]
+    return make_plan(config, samples, sizes[-1] if sizes else 1)

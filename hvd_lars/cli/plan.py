@@ -78,10 +78,10 @@ def facts(
     config: Config, plan: Plan, site: Site | None, ranks: list[int], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the whole forecast as plain values."""
+    from hvd_lars.assemble.compared import work_of
     from hvd_lars.planning.forecast import (
         IMAGENET_CRITICAL_BATCH,
         IMAGENET_IMAGES,
-        Work,
         efficiency,
         forecast,
         worth_it_up_to,
@@ -111,11 +111,7 @@ def facts(
             f"{options.config} --save site.json, under the launcher of the run, then --from it"
         )
         return found
-    bucket = 25.0 if config.comm.bucket_mb == "auto" else config.comm.bucket_mb
-    work = Work(
-        plan.global_batch, config.train.micro_batch, plan.steps_per_epoch, plan.intervals.total,
-        bucket * 2**20,
-    )  # fmt: skip
+    work = work_of(plan, config.train.micro_batch, config.comm.bucket_mb)
     forecasts = [forecast(site, work, n) for n in ranks if n <= plan.global_batch]
     if not forecasts:
         raise UserError(

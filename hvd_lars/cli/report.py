@@ -16,12 +16,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html"
     )
+    parser.add_argument(
+        "--site",
+        type=Path,
+        metavar="SITE",
+        help="of bench --save: compare each run's step with the plan",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the page."""
+    from hvd_lars.planning.site import read_site
     from hvd_lars.report import write_report
 
-    write_report(options.runs, options.output)
+    site = None if options.site is None else read_site(options.site, "--site")
+    write_report(options.runs, options.output, site)
     print(f"{options.output}: {len(options.runs)} run{'s' if len(options.runs) > 1 else ''}")
     return 0

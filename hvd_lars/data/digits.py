@@ -14,7 +14,7 @@ from hvd_lars.data.warps import WarpedImages
 NUM_TRAIN, NUM_EVAL = 897, 900
 
 
-def load_digits(copies: int, seed: int) -> WarpedImages:
+def load_digits(copies: int, seed: int, val_fraction: float | None = None) -> WarpedImages:
     """Load the 1,797 real 8×8 images of handwritten digits shipped with scikit-learn.
 
     The split is fixed: 897 training images, each seen ``copies`` times an epoch, and 900 for test.
@@ -26,9 +26,8 @@ def load_digits(copies: int, seed: int) -> WarpedImages:
     images = table[order, :64].view(-1, 1, 8, 8).float().div_(16.0)
     labels = table[order, 64].long()
     train, test = slice(None, NUM_TRAIN), slice(NUM_TRAIN, None)
-    return WarpedImages(
-        (images[train], labels[train]), (images[test], labels[test]), 10, copies, seed, "digits"
-    )
+    parts = (images[train], labels[train]), (images[test], labels[test])
+    return WarpedImages(*parts, 10, copies, seed, "digits", val_fraction)
 
 
 def _table() -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -17,7 +17,7 @@ _NOISE = 0.22  # deviation of a pixel's brightness
 _SEED = 16  # fixed: the data set does not depend on a run's seed
 
 
-def draw_glyphs(copies: int, seed: int) -> WarpedImages:
+def draw_glyphs(copies: int, seed: int, val_fraction: float | None = None) -> WarpedImages:
     """Draw 4,000 16×16 images of 40 glyphs, half for training, each seen ``copies`` times.
 
     A class is three random quadratic Bézier curves; images differ in control points, pen and noise.
@@ -25,7 +25,7 @@ def draw_glyphs(copies: int, seed: int) -> WarpedImages:
     generator = np.random.default_rng(_SEED)
     signs = generator.uniform(-0.75, 0.75, size=(NUM_CLASSES, _STROKES, 3, 2))
     train, test = _draw(signs, generator), _draw(signs, generator)
-    return WarpedImages(train, test, NUM_CLASSES, copies, seed, "glyphs")
+    return WarpedImages(train, test, NUM_CLASSES, copies, seed, "glyphs", val_fraction)
 
 
 def _draw(

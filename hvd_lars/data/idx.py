@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_lars.data.hold_out import choose
 from hvd_lars.data.identity import DataIdentity, SplitIdentity
 from hvd_lars.data.randomness import uniforms
 from hvd_lars.data.source import Batch, Indices, Request, Unreadable
@@ -122,6 +123,7 @@ class IdxImages:
         shift: most pixels that a training image is moved to any side; the border is paper (0).
         flip: mirror half of the training images.
         seed: of both, with epoch and sample.
+        val_fraction: of the training images to evaluate in place of the test images.
 
     Raises:
         UserError: images and labels do not fit together.
@@ -129,7 +131,14 @@ class IdxImages:
 
     mixes_pairs = False
 
-    def __init__(self, files: IdxFiles, shift: int, flip: bool, seed: int) -> None:
+    def __init__(
+        self,
+        files: IdxFiles,
+        shift: int,
+        flip: bool,
+        seed: int,
+        val_fraction: float | None = None,
+    ) -> None:
         self.unreadable: list[Unreadable] = []
         train, train_labels = _split(files.train_images, files.train_labels)
         val, val_labels = _split(files.val_images, files.val_labels)
@@ -142,6 +151,15 @@ class IdxImages:
         unknown = np.setdiff1d(val_labels, classes)
         if len(unknown):
             raise UserError(f"{files.val_labels}: label {unknown[0]}, which training has not")
+        self.identity = DataIdentity(
+            tuple(map(str, classes.tolist())),
+            SplitIdentity(len(train), _digest(train, train_labels)),
+            SplitIdentity(len(val), _digest(val, val_labels)),
+        )
+        if val_fraction is not None:
+            kept, held, self.identity = choose(len(train), self.identity, val_fraction)
+            val, val_labels = train[held], train_labels[held]
+            train, train_labels = train[kept], train_labels[kept]
         self._train = torch.from_numpy(train.copy()), _positions(classes, train_labels)
         self._val = torch.from_numpy(val.copy()), _positions(classes, val_labels)
         self.shape = (1, *train.shape[1:])
@@ -149,11 +167,6 @@ class IdxImages:
         self.mean, self.deviation = float(pixels.mean()), float(pixels.std()) or 1.0
         self._shift, self._flip, self._seed = shift, flip, seed
         self.num_train, self.num_eval, self.num_classes = len(train), len(val), len(classes)
-        self.identity = DataIdentity(
-            tuple(map(str, classes.tolist())),
-            SplitIdentity(len(train), _digest(train, train_labels)),
-            SplitIdentity(len(val), _digest(val, val_labels)),
-        )
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
         """Return images (n, 1, height, width), normalised, and labels (n,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import final
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hvd_lars.data.hold_out import choose
 from hvd_lars.data.identity import made_identity
 from hvd_lars.data.randomness import Matrix, uniforms
 from hvd_lars.data.source import Batch, Indices, Request, Unreadable
@@ -32,13 +34,28 @@ class WarpedImages:
         copies: warped copies of a training image in an epoch.
         seed: of the warps, with epoch and sample.
         name: of the data set.
+        val_fraction: of the training images to evaluate in place of ``evaluation``.
     """
 
     mixes_pairs = False
 
     def __init__(
-        self, train: Batch, evaluation: Batch, num_classes: int, copies: int, seed: int, name: str
+        self,
+        train: Batch,
+        evaluation: Batch,
+        num_classes: int,
+        copies: int,
+        seed: int,
+        name: str,
+        val_fraction: float | None = None,
     ) -> None:
+        self.identity = made_identity(name, len(train[1]) * copies, len(evaluation[1]), num_classes)
+        if val_fraction is not None:
+            kept, held, found = choose(len(train[1]), self.identity, val_fraction)
+            whole = dataclasses.replace(found.train, images=len(kept) * copies)
+            self.identity = dataclasses.replace(found, train=whole)
+            evaluation = train[0][torch.from_numpy(held)], train[1][torch.from_numpy(held)]
+            train = train[0][torch.from_numpy(kept)], train[1][torch.from_numpy(kept)]
         mean, std = train[0].mean(), train[0].std()
         self.unreadable: list[Unreadable] = []
         self.mean, self.deviation = mean.item(), std.item()  # of the raw pixels
@@ -48,7 +65,6 @@ class WarpedImages:
         self._seed, self._distinct = seed, len(train[1])
         self.num_train, self.num_eval = self._distinct * copies, len(evaluation[1])
         self.num_classes = num_classes
-        self.identity = made_identity(name, self.num_train, self.num_eval, num_classes)
 
     def train_batch(self, epoch: int, indices: Indices) -> Batch:
         """Return warped images (n, 1, side, side), normalised, and labels (n,)."""

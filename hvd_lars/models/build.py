@@ -30,6 +30,7 @@ def resnet18_cifar(num_classes: int) -> nn.Module:
 OWN: dict[str, Callable[..., nn.Module]] = {
     "digits_alexnet": partial(SmallAlexNet, image_size=8),
     "glyphs_alexnet": partial(SmallAlexNet, image_size=16),
+    "mnist_alexnet": partial(SmallAlexNet, image_size=28, stem=(5, 2), hidden=256),
     "alexnet_caffe": CaffeAlexNet,
     "alexnet_bn": partial(CaffeAlexNet, batch_norm=True),
     "resnet18_cifar": resnet18_cifar,

@@ -75,8 +75,8 @@ class Site:
         return latency * max(1.0, depth), transfer * share
 
 
-def read_site(path: Path) -> Site:
-    """Read what ``bench --save`` has written.
+def read_site(path: Path, option: str = "--from") -> Site:
+    """Read what ``bench --save`` has written; ``option`` is named in errors.
 
     Raises:
         UserError: it cannot be read or is something else.
@@ -84,17 +84,17 @@ def read_site(path: Path) -> Site:
     try:
         site = TypeAdapter(Site).validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"--from: {path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{option}: {path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"--from: {path}: {where}: {first['msg']}; it must be a file of bench --save"
+            f"{option}: {path}: {where}: {first['msg']}; it must be a file of bench --save"
         ) from None
     if site.format != FORMAT:
-        raise UserError(f"--from: {path}: format {site.format}; this version reads {FORMAT}")
+        raise UserError(f"{option}: {path}: format {site.format}; this version reads {FORMAT}")
     if site.compute[0][0] == site.compute[1][0] or min(map(min, site.compute)) <= 0.0:
-        raise UserError(f"--from: {path}: compute: two sizes above 0 are needed")
+        raise UserError(f"{option}: {path}: compute: two sizes above 0 are needed")
     return site
 
 

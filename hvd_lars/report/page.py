@@ -8,9 +8,11 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
+from hvd_lars.assemble.compared import compare_run
 from hvd_lars.assemble.recorded import Run, read_run
 from hvd_lars.assemble.studied import read_study
 from hvd_lars.errors import UserError
+from hvd_lars.planning.site import Site
 from hvd_lars.report.charts import Series, heat_map, line_chart, stacked_chart
 from hvd_lars.report.html import figure, page_of, table
 from hvd_lars.report.study import study_page
@@ -21,8 +23,10 @@ _PARTS = ("data", "forward", "backward", "communication", "optimizer")
 _COLUMNS = 60  # of a heat map
 
 
-def write_report(folders: Sequence[Path], output: Path) -> None:
+def write_report(folders: Sequence[Path], output: Path, site: Site | None = None) -> None:
     """Write one page about runs, or about one study; it opens without a network.
+
+    With ``site``, the runs are compared with its forecast.
 
     Raises:
         UserError: a folder holds no run, or the page cannot be written.
@@ -31,7 +35,9 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
     if studies and len(folders) > 1:
         raise UserError(f"{studies[0]}: is a study; a page is about runs, or about one study")
     page = (
-        study_page(read_study(folders[0])) if studies else make_page(list(map(read_run, folders)))
+        study_page(read_study(folders[0]))
+        if studies
+        else make_page([read_run(folder) for folder in folders], site)
     )
     try:
         output.write_text(page, encoding="utf-8")
@@ -39,15 +45,15 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
 
 
-def make_page(runs: Sequence[Run]) -> str:
-    """Return the whole page as HTML."""
+def make_page(runs: Sequence[Run], site: Site | None = None) -> str:
+    """Return the whole page as HTML; with ``site``, runs are compared with its forecast."""
     sections: list[tuple[str, str, str]] = [
         ("summary", "Summary", _summary(runs)),
         ("accuracy", "Loss and accuracy", _accuracy(runs)),
         ("rate", "Learning rate", _rate(runs)),
         ("batch", "Batch", _batch(runs)),
         ("layers", "Layers", "".join(map(_layers, runs))),
-        ("speed", "Speed", _speed(runs)),
+        ("speed", "Speed", _speed(runs) + ("" if site is None else _plans(runs, site))),
         ("ranks", "Ranks", "".join(map(_ranks, runs))),
         ("events", "Events", "".join(map(_events, runs))),
         ("config", "Config", _config(runs)),
@@ -122,7 +128,7 @@ def _batch(runs: Sequence[Run]) -> str:
     """The critical batch beside the batch used, and what a sample is worth there."""
     series, sentences = [], []
     for number, run in enumerate(runs):
-        known = _critical_batches(run)
+        known = run.critical_batches
         if not known:
             continue
         used = [(epoch, float(run.global_batch)) for epoch, _ in (known[0], known[-1])]
@@ -150,23 +156,6 @@ def _batch(runs: Sequence[Run]) -> str:
         "batch used"
     )
     return text + figure(chart, caption)
-
-
-def _critical_batches(run: Run) -> list[tuple[float, float]]:
-    """Return S / |G|² by epoch, each a ratio of averages over a tenth of the estimates."""
-    found = [
-        (r["epoch"], sum(r["noise_trace"].values()), sum(r["noise_signal"].values()))
-        for r in run.layers
-        if "noise_trace" in r and None not in (*r["noise_trace"].values(),)
-    ]
-    window = max(5, len(found) // 10)
-    points = []
-    for end in range(1, len(found) + 1):
-        epoch = found[end - 1][0]
-        trace, signal = (sum(e[i] for e in found[max(0, end - window) : end]) for i in (1, 2))
-        if trace > 0.0 and signal > 0.0:
-            points.append((epoch, trace / signal))
-    return points
 
 
 def _rounded(value: float) -> str:
@@ -208,6 +197,38 @@ def _speed(runs: Sequence[Run]) -> str:
         title = f"Where a step's time goes on rank 0, {run.name}"
         text += figure(stacked_chart(title, [r["step"] for r in run.train], split), title)
     return text
+
+
+def _plans(runs: Sequence[Run], site: Site) -> str:
+    """Compare each run with the forecast for its world size."""
+    rows = []
+    for run in runs:
+        found = compare_run(run, site)
+        if found is None:
+            rows.append([run.name, "–", "–", "–", "–", "–", "no epoch is known yet"])
+            continue
+        low, high = (1e3 * bound for bound in found.expected.step)
+        least, most = (100.0 * share for share in found.expected_efficiency)
+        rows.append(
+            [
+                run.name,
+                f"{found.expected.ranks:,}",
+                f"{low:,.4g}–{high:,.4g}",
+                f"{1e3 * found.step:,.4g}",
+                f"{least:.0f}–{most:.0f} %",
+                f"{100.0 * found.efficiency:.0f} %",
+                found.sentence(),
+            ]
+        )
+    head = [
+        "run", "ranks", "planned, ms a step", "measured", "planned efficiency", "measured", "",
+    ]  # fmt: skip
+    told = (
+        f"The plan is that of hvd-lars plan with measurements of {site.config} on {site.ranks} "
+        "ranks. Efficiency: the share of a step that its images take on a rank that waits for "
+        "nothing, at the site's larger micro-batch."
+    )
+    return f"<h3>Plan and run</h3>{table(head, rows)}<p>{escape(told)}</p>"
 
 
 def _ranks(run: Run) -> str:

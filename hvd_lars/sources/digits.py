@@ -31,7 +31,7 @@ class DigitsData(WarpedSettings):
         """See :meth:`WarpedSettings.load`."""
         from hvd_lars.data.digits import load_digits
 
-        return load_digits(self.copies, seed)
+        return load_digits(self.copies, seed, self.val_fraction)
 
 
 KINDS = (DigitsData,)

@@ -31,7 +31,7 @@ class GlyphsData(WarpedSettings):
         """See :meth:`WarpedSettings.load`."""
         from hvd_lars.data.glyphs import draw_glyphs
 
-        return draw_glyphs(self.copies, seed)
+        return draw_glyphs(self.copies, seed, self.val_fraction)
 
 
 KINDS = (GlyphsData,)

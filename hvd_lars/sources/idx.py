@@ -10,7 +10,15 @@ from pydantic import Field
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 from hvd_lars.settings.fields import Positive, key
-from hvd_lars.sources.settings import BuildContext, Expected, Shape, SourceSettings, Statistics
+from hvd_lars.sources.settings import (
+    BuildContext,
+    Expected,
+    Shape,
+    SourceSettings,
+    Statistics,
+    ValFraction,
+    val_fraction_key,
+)
 
 if TYPE_CHECKING:
     from hvd_lars.data.idx import IdxImages
@@ -32,6 +40,7 @@ class IdxData(SourceSettings):
     flip: bool = key(
         binds="run and recipe", default=False, description="mirror half of the training images"
     )
+    val_fraction: ValFraction = val_fraction_key()
     expect: Expected | None = key(
         binds="nothing", default=None, description="size of the data set; others are refused"
     )
@@ -71,7 +80,7 @@ class IdxData(SourceSettings):
         from hvd_lars.data.idx import IdxImages, find_idx
 
         files = find_idx(self.root)
-        found = IdxImages(files, self.shift, self.flip, seed)
+        found = IdxImages(files, self.shift, self.flip, seed, self.val_fraction)
         if found.shape != self.shapes[0]:
             sides = "×".join(map(str, found.shape[1:]))
             raise UserError(

@@ -13,7 +13,15 @@ from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.settings.fields import Positive, Rate, Section, key
-from hvd_lars.sources.settings import BuildContext, Expected, Shape, SourceSettings, Statistics
+from hvd_lars.sources.settings import (
+    BuildContext,
+    Expected,
+    Shape,
+    SourceSettings,
+    Statistics,
+    ValFraction,
+    val_fraction_key,
+)
 
 if TYPE_CHECKING:
     from hvd_lars.comm.base import Communicator
@@ -110,12 +118,7 @@ class ImageSettings(SourceSettings):
         default=0.001,
         description="share of the training, and of the test images, that may be unreadable",
     )
-
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = key(
-        binds="run",
-        default=None,
-        description="share of the training images to hold out and evaluate in place of val",
-    )
+    val_fraction: ValFraction = val_fraction_key()
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ImageSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -19,6 +19,17 @@ Shape = tuple[int, int, int]
 """(channels, height, width)."""
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation of each channel in [0, 1]."""
+ValFraction = Annotated[float, Field(gt=0, lt=1)] | None
+
+
+def val_fraction_key() -> Any:
+    """Return the field of the share of training images to hold out."""
+    return key(
+        binds="run",
+        default=None,
+        description="share of the training images to hold out and evaluate in place of the test "
+        "images",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvd_lars.sources.settings import BuildContext, SourceSettings, Statistics
+from hvd_lars.sources.settings import (
+    BuildContext,
+    SourceSettings,
+    Statistics,
+    ValFraction,
+    val_fraction_key,
+)
 
 if TYPE_CHECKING:
     from hvd_lars.data.warps import WarpedImages
@@ -12,6 +18,8 @@ if TYPE_CHECKING:
 
 class WarpedSettings(SourceSettings):
     """A few images of which each epoch holds randomly warped copies."""
+
+    val_fraction: ValFraction = val_fraction_key()
 
     def load(self, seed: int) -> WarpedImages:
         """Make the source without other ranks."""
