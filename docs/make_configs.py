@@ -48,6 +48,9 @@ def kind(field: dict[str, Any]) -> str:
         return " ".join(f"`{value}`" for value in field["enum"])
     if "examples" in field:
         return f"duration: `{field['examples'][-1]}`"
+    if "additionalProperties" in field:
+        inner = field["additionalProperties"]
+        return "mapping" if inner is True else f"mapping to {kind(inner)}"
     if field["type"] == "array":
         inner = field.get("items") or field["prefixItems"][0]
         return f"list of {kind(inner)}"
@@ -102,10 +105,11 @@ def page() -> str:
                 lines += [f"### {section}.name: {name}\n", f"{model['description']}\n"]
                 lines += [*table(model, f"{section}."), ""]
             continue
-        model = models[titled(field["$ref"])]
+        reference = field.get("$ref") or field["anyOf"][0]["$ref"]
+        model = models[titled(reference)]
         lines += [f"{model['description']}\n", *table(model, f"{section}."), ""]
     lines.append("## Parts\n")
-    for name in ("AugmentSettings", "CifarAugmentSettings", "Resize", "Expected"):
+    for name in ("AugmentSettings", "CifarAugmentSettings", "Resize", "Expected", "Range"):
         lines += [f"### {name}\n", f"{models[name]['description']}\n"]
         lines += [*table(models[name]), ""]
     return HEAD + "\n".join(lines).rstrip() + "\n"

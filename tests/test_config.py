@@ -99,7 +99,7 @@ extra: 1
         ("train.globl_batch=3", "train.globl_batch: unknown key; did you mean global_batch?"),
         (
             "data.copis=3",
-            "data.copis: unknown key; did you mean copies? allowed: val_fraction, name, copies",
+            "data.copis: unknown key; did you mean copies? allowed: name, val_fraction, copies",
         ),
         (
             "data.name=imagenette",

@@ -161,3 +161,38 @@ def test_other_sizes_than_the_config_says_are_refused(tmp_path):
         source_of(tmp_path, expect="{train: 41, eval: 12, classes: 4}")
     with pytest.raises(UserError, match="no such folder"):
         source_of(tmp_path / "absent")
+
+
+def test_training_images_are_held_out_in_place_of_the_test_images(tmp_path):
+    write(tmp_path)
+    whole, held = source_of(tmp_path, shift=0), source_of(tmp_path, shift=0, val_fraction=0.3)
+    again = source_of(tmp_path, shift=0, val_fraction=0.3)
+    assert held.num_eval == round(0.3 * whole.num_train)
+    assert held.num_train + held.num_eval == whole.num_train
+    assert held.identity == again.identity != whole.identity
+    assert (held.identity.train.images, held.identity.val.images) == (held.num_train, held.num_eval)
+
+    def pixels(source, count, batch):
+        images, labels = batch(np.arange(count))
+        images = (images * source.deviation + source.mean).flatten(1)
+        return [(*image.round(decimals=4).tolist(), label) for image, label in
+                zip(images, labels.tolist(), strict=True)]  # fmt: skip
+
+    kept = pixels(held, held.num_train, lambda indices: held.train_batch(0, indices))
+    out = pixels(held, held.num_eval, held.eval_batch)
+    every = pixels(whole, whole.num_train, lambda indices: whole.train_batch(0, indices))
+    assert sorted(kept + out) == sorted(every)
+
+
+@pytest.mark.parametrize("name", ["digits", "glyphs"])
+def test_held_out_images_are_never_trained_on_as_warped_copies(name):
+    config = load_config("digits", [f"data={{name: {name}, val_fraction: 0.25, copies: 3}}"])
+    whole = load_config("digits", [f"data={{name: {name}, copies: 3}}"])
+    held, every = (c.data.build(BuildContext(LocalCommunicator(), 0)) for c in (config, whole))
+    assert held.num_train == 3 * (every.num_train // 3 - held.num_eval)
+    assert held.num_eval == round(0.25 * (every.num_train // 3))
+    trained = held.train_batch(0, np.arange(held.num_train))[1].bincount()
+    out = held.eval_batch(np.arange(held.num_eval))[1].bincount()
+    of_all = every.train_batch(0, np.arange(every.num_train))[1].bincount()
+    assert (trained + 3 * out).equal(of_all)
+    assert held.identity.train.images == held.num_train
