@@ -15,6 +15,7 @@ from hvd_lars.optim.kernels import Block, Kernel, Scale, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold_all
 from hvd_lars.optim.layers import DeviceLayers
 from hvd_lars.optim.ratios import trust_ratios
+from hvd_lars.runtime.readback import constants
 from hvd_lars.runtime.torch_internals import versions_of
 
 
@@ -100,15 +101,15 @@ class DeviceStep:
 
     def measure(self, sums: Tensor, unscale: Scale) -> Measured:
         """Compute norms and every layer's λ from the sums over all ranks."""
-        one = torch.ones(1, dtype=torch.float64, device=self.layers.device)
-        if not self.layers.sources:
+        layers = self.layers
+        one = constants((1.0,), layers.device)
+        if not layers.sources:
             return Measured(one.expand(len(self._current)), one[:0], one[:0])
         weights, gradients = sums.sqrt().chunk(2)
-        if not self._is_combined():
+        if not self._is_combined() and not (isinstance(unscale, float) and unscale == 1.0):
             gradients = gradients * unscale
-        groups = [self.layers.layers[i].group for i in self.layers.sources]
-        ratios = torch.cat([trust_ratios(groups, weights, gradients), one])
-        return Measured(ratios[self.layers.ratio_of], weights, gradients)
+        own = trust_ratios(layers.groups, layers.group_of, weights, gradients)
+        return Measured(torch.cat([own, one])[layers.ratio_of], weights, gradients)
 
     def update(self, ratios: Tensor, unscale: Scale, live: Tensor | None) -> None:
         """Update every layer in place, or none if ``live``, a 0-dim bool, is False."""

@@ -33,6 +33,7 @@ class DeviceLayers:
             or all.
         adapted: the parameters of ``sources``.
         groups: the parameter groups of ``sources``, each once.
+        group_of: (sources,) int64, each source's index into ``groups``.
         places: ``sources`` as an int64 tensor (sources,) on the device.
         ratio_of: (layers,), each layer's index into the sources' ratios followed by a 1.
     """
@@ -41,6 +42,7 @@ class DeviceLayers:
     sources: list[int]
     adapted: list[Tensor]
     groups: list[dict[str, Any]]
+    group_of: Tensor
     places: Tensor
     ratio_of: Tensor
 
@@ -122,5 +124,9 @@ def _on_device(layers: list[Layer], device: torch.device, all_norms: bool) -> De
     adapted = [layers[i].param for i in sources]
     places = torch.tensor(sources, dtype=torch.int64, device=device)
     groups = {id(layer.group): layer.group for layer in (layers[i] for i in sources)}
+    numbers = {key: number for number, key in enumerate(groups)}
+    group_of = torch.tensor([numbers[id(layers[i].group)] for i in sources], device=device)
     ratio_of = torch.tensor(index, device=device)
-    return DeviceLayers(layers, sources, adapted, list(groups.values()), places, ratio_of)
+    return DeviceLayers(
+        layers, sources, adapted, list(groups.values()), group_of.long(), places, ratio_of
+    )

@@ -20,6 +20,13 @@ def choose_device(local_rank: int) -> torch.device:
     return device
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of ``device``; ``torch.manual_seed`` visits every one."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)  # the current device's
+
+
 def set_threads(wanted: int | None, launch: Launch) -> int:
     """Set and return this rank's CPU threads: ``wanted``, OMP_NUM_THREADS, or its share of cores.
 

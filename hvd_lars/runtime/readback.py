@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import final
+import functools
+from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +44,18 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=device.type != "cpu")
+
+
+@functools.lru_cache(maxsize=256)
+def constants(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Return int64 or float64 values on ``device``: the same tensor for the same values.
+
+    It must not be written to.
+    """
+    array = np.array(values)
+    return send(
+        torch.from_numpy(array if array.dtype == np.int64 else array.astype(np.float64)), device
+    )
 
 
 def on_host(tensor: Tensor) -> Tensor:

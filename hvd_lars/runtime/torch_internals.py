@@ -68,7 +68,13 @@ def uncompiled(method: _Function) -> _Function:
 
 
 def _disabled(method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return torch.compiler.disable(method)(*args, **kwargs)  # type: ignore[no-untyped-call]
+    return _made_disabled(method)(*args, **kwargs)
+
+
+@functools.cache  # making one takes as long as a third of a step
+def _made_disabled(method: Callable[..., Any]) -> Callable[..., Any]:
+    made: Callable[..., Any] = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+    return made
 
 
 # As torch.compiler.disable does, but without importing torch._dynamo.

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from hvd_lars.runtime.joined import by_kind, join, write
+from hvd_lars.runtime.joined import Joined, by_kind
 
 
 @final
@@ -15,23 +15,23 @@ class KeptBuffers:
     """Running statistics and other buffers of a model, as they were before a step.
 
     Args:
-        model: its buffers must not be replaced by others.  Expanded ones, of which several
-            elements share memory, are taken for constants.
+        model: neither its buffers nor their memory may be replaced.  Expanded ones, of which
+            several elements share memory, are taken for constants.
     """
 
     def __init__(self, model: nn.Module) -> None:
         buffers = [buffer for buffer in model.buffers() if not _is_expanded(buffer)]
-        self._groups = [[buffers[i] for i in positions] for positions in by_kind(buffers)]
+        self._groups = [Joined([buffers[i] for i in each]) for each in by_kind(buffers)]
         self._before: list[Tensor] = []
 
     def note(self) -> None:
         """Remember the present values."""
-        self._before = [join(group) for group in self._groups]
+        self._before = [group.read() for group in self._groups]
 
     def restore_unless(self, kept: Tensor) -> None:
         """Set all buffers back to the noted values, unless ``kept``, a 0-dim bool, is True."""
         for group, before in zip(self._groups, self._before, strict=True):
-            write(group, torch.where(kept.to(before.device), join(group), before))
+            group.write(torch.where(kept.to(before.device), group.read(), before))
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from hvd_lars.data.randomness import seed_of
 from hvd_lars.data.source import Batch
 from hvd_lars.optim import Placement
 from hvd_lars.optim.device_step import StepReport
+from hvd_lars.runtime.device import seed_generators
 from hvd_lars.runtime.readback import Readback
 from hvd_lars.state.run_state import RunState
 from hvd_lars.train.feed import Feed
@@ -150,7 +151,8 @@ class Trainer:
         if scale is not None and not self._unread:
             self._scale = scale.on(self.feed.device)
         share = torch.zeros((), dtype=torch.float64, device=self.feed.device)
-        torch.manual_seed(seed_of(self.options.seed, request.step, self.comm.rank))  # dropout's
+        seed = seed_of(self.options.seed, request.step, self.comm.rank)  # dropout's
+        seed_generators(seed, self.feed.device)
         while True:
             if len(labels):
                 share += self._accumulate(images, labels, request.last)

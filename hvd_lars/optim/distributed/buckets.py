@@ -26,6 +26,7 @@ _LATE = (
     "backward of a step in placement.gradients.no_sync(), and begin the next step with "
     "optimizer.zero_grad()"
 )
+_CACHED = 2**20  # bytes that stay in a core's cache
 _UNZEROED = (
     "backward() before optimizer.zero_grad(): it added to gradients that were summed over the "
     "ranks for the last step"
@@ -40,6 +41,7 @@ class Bucket:
     starts: list[int]  # of each parameter in flat
     flat: Tensor  # (numel,), padded with zeros
     views: list[Tensor]
+    together: bool  # gradients are copied when all are there, not one by one
     absent: list[AbsentGradient] = field(default_factory=list)  # if no rank has whole sums
     fresh: set[int] = field(default_factory=set)  # positions whose view belongs to this window
     missing: set[int] = field(default_factory=set)  # positions still without a gradient
@@ -186,7 +188,6 @@ class GradientBuckets:
         for bucket in self.buckets[self._next :]:
             for i, param in enumerate(bucket.params):
                 self._check_fresh(bucket, i, param)
-                _adopt(bucket, i, param)
         with self.watch.part("communication"):
             while self._next < len(self.buckets):
                 self._start_next()
@@ -247,7 +248,9 @@ class GradientBuckets:
         if b < self._next:
             raise RuntimeError(_LATE)
         self._used = self._reduced = False
-        _adopt(bucket, i, param)
+        bucket.fresh.add(i)
+        if not (self._synchronizing and bucket.together):
+            _adopt(bucket, (i,))
         if not self._synchronizing:
             return
         if not self._callback_queued:
@@ -272,6 +275,8 @@ class GradientBuckets:
 
     def _start_next(self) -> None:
         bucket = self.buckets[self._next]
+        with torch.no_grad():
+            _adopt(bucket, range(len(bucket.params)))
         self.local.note(self._next, bucket.views, range(len(bucket.views)))
         bucket.pending = self._reduction.start(self._next, bucket.flat)
         self._next += 1
@@ -325,22 +330,28 @@ def _is_new(gradient: Tensor | None) -> bool:
     return gradient is not None and not isinstance(gradient, AbsentGradient)
 
 
-def _adopt(bucket: Bucket, i: int, param: Tensor) -> None:
-    """Replace ``param.grad`` by the bucket's view, with the same contents."""
-    view = bucket.views[i]
-    bucket.fresh.add(i)
-    if param.grad is view:
-        return
-    if param.grad is None:
-        view.zero_()
-    elif param.grad.data_ptr() != view.data_ptr() or param.grad.stride() != view.stride():
-        if param.grad.is_sparse:
+def _adopt(bucket: Bucket, positions: Iterable[int]) -> None:
+    """Replace ``param.grad`` by the bucket's views, with the same contents."""
+    views, gradients = [], []
+    for i in positions:
+        param, view = bucket.params[i], bucket.views[i]
+        gradient = param.grad
+        bucket.fresh.add(i)
+        if gradient is view:
+            continue
+        if gradient is None:
+            view.zero_()
+        elif gradient.is_sparse:
             raise RuntimeError(
                 f"gradients are reduced dense; a parameter of shape {tuple(param.shape)} has a "
                 f"sparse one"
             )
-        view.copy_(param.grad)
-    param.grad = view
+        elif gradient.data_ptr() != view.data_ptr() or gradient.stride() != view.stride():
+            views.append(view)
+            gradients.append(gradient)
+        param.grad = view
+    if views:  # in one launch on a GPU
+        torch._foreach_copy_(views, gradients)
 
 
 def _make_buckets(params: list[nn.Parameter], bucket_bytes: int, multiple: int) -> Iterator[Bucket]:
@@ -359,4 +370,5 @@ def _make_buckets(params: list[nn.Parameter], bucket_bytes: int, multiple: int) 
                 views.append(flat.as_strided(param.shape, param.stride(), start))
                 starts.append(start)
                 start += param.numel()
-            yield Bucket(inside, starts, flat, views)
+            nbytes = flat.numel() * flat.element_size()
+            yield Bucket(inside, starts, flat, views, flat.is_cuda or nbytes <= _CACHED)

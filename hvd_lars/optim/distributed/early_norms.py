@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -19,11 +20,11 @@ class EarlyNorms:
 
     Args:
         parts: returns, for the bucket at a position, one tensor per parameter with the elements
-            whose squares this rank sums.
+            whose squares this rank sums: the same views in every step.
     """
 
     def __init__(self, parts: Callable[[int], list[Tensor]]) -> None:
-        self._parts = parts
+        self._parts = functools.cache(parts)
         self._kernel: Kernel | None = None
         self._sums: dict[int, tuple[Tensor, int]] = {}  # by bucket: sums, version of its memory
         self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order

@@ -27,8 +27,15 @@ class Block:
     group: dict[str, Any]
     state: dict[str, Any]
     norm_part: tuple[int, int]  # begin and end of the elements whose squares this rank sums
-    # The native kernel's Layer: addresses of the four tensors, sizes, …; None if out of date.
+    # Addresses of the four tensors, and what else the kernel needs; None if out of date.
     row: tuple[int, ...] | None = None
+    # A kernel's tables for the list of blocks that begins with this one.
+    tables: Any = None
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return the addresses of weight, gradient, buffer and copy; 0 for none."""
+        tensors = (self.weight, self.gradient, self.buffer, self.copy)
+        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
     @property
     def is_flat(self) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from operator import attrgetter, is_
 from types import ModuleType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 from hvd_lars.optim.kernels.block import Block, Scale
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.norms import sums_of_squares
+from hvd_lars.runtime.readback import constants, send
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WIDE = (16, 8)  # alignment that wide loads need: of addresses in bytes, of positions in elements
 
 Part = tuple[int, int]
+_dtype, _row = attrgetter("dtype"), attrgetter("row")
 
 
 def why_not_gpu() -> str:
@@ -74,21 +77,31 @@ class GpuKernel:
 
     def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the sums of squares."""
-        dtypes = {tensor.dtype for tensor in tensors}
-        if len(dtypes) != 1 or not all(map(_fits, tensors)):
+        dtypes = set(map(_dtype, tensors))
+        if (
+            len(dtypes) != 1
+            or not dtypes.issubset(_DTYPES)
+            or not all(map(Tensor.is_contiguous, tensors))
+        ):
             return sums_of_squares(tensors)
-        device, dtype = tensors[0].device, dtypes.pop()
-        rows = tuple((tensor.data_ptr(), 0, 0, 0) for tensor in tensors)
-        parts = tuple((tensor.numel(), (0, tensor.numel())) for tensor in tensors)
-        language = self._triton.tl
-        sums, programs, arguments = self._prepare(rows, parts, (0,) * len(rows), device)
-        if programs:
-            self._triton.sums_kernel[(programs,)](
-                *arguments,
+        dtype, language = dtypes.pop(), self._triton.tl
+        tables = _sums_tables(
+            tuple(map(Tensor.data_ptr, tensors)),
+            tuple(map(Tensor.numel, tensors)),
+            self._triton.CHUNK,
+            tensors[0].device,
+        )
+        sums = tables.new_sums()
+        if tables.programs:
+            self._triton.sums_kernel[(tables.programs,)](
+                tables.chunks,
+                tables.layers,
+                tables.partials,
+                tables.arrived,
                 sums,
                 DTYPE=_triton_type(language, dtype),
                 WIDE=language.float64 if dtype == torch.float64 else language.float32,
-                ALIGNED=_aligned(rows, parts),
+                ALIGNED=tables.aligned,
                 CHUNK=self._triton.CHUNK,
                 FOLD=self._triton.FOLD,
             )
@@ -102,85 +115,147 @@ class GpuKernel:
         live: Tensor | None = None,
     ) -> tuple[None, Tensor] | None:
         """Update in place; return no sums if a block was updated eagerly."""
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for i, block in enumerate(blocks):
-            kinds.setdefault(_kind(block), []).append(i)
-        factors = torch.ones(2, dtype=torch.float64, device=ratios.device)
-        factors[0] = unscale
-        if live is not None:
-            factors[1] = live
-        after = torch.zeros_like(ratios)
-        for kind, members in kinds.items():
-            chosen = [blocks[i] for i in members]
-            if len(members) == len(blocks):
-                index: Any = slice(None)
-            else:
-                index = _on_device(tuple(members), ratios.device)
-            if kind:
-                after[index] = self._launch(chosen, ratios[index], factors)
-            else:
-                _update_eagerly(chosen, ratios[index], factors)
-        return (None, after) if () not in kinds else None
+        plan = blocks[0].tables if blocks else None
+        if not isinstance(plan, _Plan) or not plan.is_for(blocks):
+            plan = _Plan(blocks, self._triton.CHUNK, ratios.device)
+            if blocks:
+                blocks[0].tables = plan
+        one = constants((1.0,), ratios.device)
+        factors = torch.cat(
+            [
+                unscale.reshape(1) if isinstance(unscale, Tensor)
+                else constants((float(unscale),), ratios.device),
+                one if live is None else live.reshape(1).double(),
+            ]
+        )  # fmt: skip
+        if len(plan.launches) == 1 and not plan.eager:
+            after = self._launch(plan.launches[0], ratios.contiguous(), factors)
+        else:
+            after = torch.zeros_like(ratios)
+            for launch in plan.launches:
+                after[launch.places] = self._launch(launch, ratios[launch.places], factors)
+        if plan.eager:
+            places = constants(tuple(plan.eager), ratios.device)
+            _update_eagerly([blocks[i] for i in plan.eager], ratios[places], factors)
+        torch.autograd.graph.increment_version(plan.written)  # autograd does not see Triton
+        return None if plan.eager else (None, after)
 
-    def _launch(self, blocks: Sequence[Block], ratios: Tensor, factors: Tensor) -> Tensor:
+    def _launch(self, launch: _Launch, ratios: Tensor, factors: Tensor) -> Tensor:
         """Update blocks of one kind and return the new weights' sums of squares."""
-        groups = {id(block.group): block.group for block in blocks}
-        numbers = {key: number for number, key in enumerate(groups)}
-        rows = tuple(
-            tuple(
-                0 if tensor is None else tensor.data_ptr()
-                for tensor in (block.weight, block.gradient, block.buffer, block.copy)
-            )
-            for block in blocks
-        )
-        parts = tuple((block.weight.numel(), block.norm_part) for block in blocks)
-        members = tuple(numbers[id(block.group)] for block in blocks)
-        sums, programs, arguments = self._prepare(rows, parts, members, ratios.device)
-        ratios = ratios.contiguous()
-        first, language = blocks[0], self._triton.tl
-        if programs:
-            self._triton.update_kernel[(programs,)](
-                *arguments[:2],
-                _rules(list(groups.values()), ratios.device),
+        language, tables, first = self._triton.tl, launch.tables, launch.first
+        sums = tables.new_sums()
+        if tables.programs:
+            self._triton.update_kernel[(tables.programs,)](
+                tables.chunks,
+                tables.layers,
+                _rules(launch.groups, ratios.device),
                 ratios,
                 factors,
-                *arguments[2:],
+                tables.partials,
+                tables.arrived,
                 sums,
                 WEIGHT=_triton_type(language, first.weight.dtype),
                 GRADIENT=_triton_type(language, first.gradient.dtype),
                 HAS_BUFFER=first.buffer is not None,
                 HAS_COPY=first.copy is not None,
-                NESTEROV=bool(first.group["nesterov"]),
-                ALIGNED=_aligned(rows, parts),
+                NESTEROV=launch.nesterov,
+                ALIGNED=tables.aligned,
                 CHUNK=self._triton.CHUNK,
                 FOLD=self._triton.FOLD,
             )
-        for block in blocks:  # autograd does not see Triton's writes
-            torch.autograd.graph.increment_version(block.weight)
-            if block.copy is not None:
-                torch.autograd.graph.increment_version(block.copy)
         return sums
 
-    def _prepare(
+
+@final
+class _Tables:
+    """A launch's tables and scratch on the device, valid as long as the tensors stay there."""
+
+    def __init__(
         self,
-        rows: tuple[tuple[int, ...], ...],
+        rows: Sequence[tuple[int, ...]],
         parts: tuple[tuple[int, Part], ...],
-        members: tuple[int, ...],
+        members: Sequence[int],
+        size: int,
         device: torch.device,
-    ) -> tuple[Tensor, int, list[Tensor]]:
-        """Return the output sums, the number of programs, and a launch's tables and scratch."""
-        chunks, slots, num_slots = _chunks(parts, self._triton.CHUNK, device)
-        layers = _on_device(
-            tuple(
-                (*row, *slot, member, 0)
-                for row, slot, member in zip(rows, slots, members, strict=True)
-            ),
-            device,
+    ) -> None:
+        self.chunks, slots, num_slots = _chunks(parts, size, device)
+        self.programs = len(self.chunks)
+        table = [
+            (*row, *slot, member, 0) for row, slot, member in zip(rows, slots, members, strict=True)
+        ]
+        self.layers = send(torch.from_numpy(np.array(table, dtype=np.int64)), device)
+        self.partials = torch.empty(num_slots, dtype=torch.float64, device=device)
+        self.arrived = torch.zeros(len(rows), dtype=torch.int32, device=device)  # also after use
+        self.aligned = _aligned(rows, parts)
+
+    def new_sums(self) -> Tensor:
+        """Return zeros, (layers,) float64."""
+        return torch.zeros(len(self.arrived), dtype=torch.float64, device=self.arrived.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _sums_tables(
+    addresses: tuple[int, ...], sizes: tuple[int, ...], size: int, device: torch.device
+) -> _Tables:
+    rows = [(address, 0, 0, 0) for address in addresses]
+    parts = tuple((numel, (0, numel)) for numel in sizes)
+    return _Tables(rows, parts, (0,) * len(rows), size, device)
+
+
+class _Launch(NamedTuple):
+    """Blocks of one kind, which share a launch; ``places`` are their indices on the device."""
+
+    places: Tensor
+    first: Block
+    groups: list[dict[str, Any]]
+    nesterov: bool
+    tables: _Tables
+
+
+@final
+class _Plan:
+    """The launches that update a list of blocks, while their memory stays where it is."""
+
+    def __init__(self, blocks: Sequence[Block], size: int, device: torch.device) -> None:
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for i, block in enumerate(blocks):
+            kinds.setdefault(_kind(block), []).append(i)
+        self.eager = kinds.pop((), [])
+        self.launches, self.written = [], list[Tensor]()
+        for kind, members in kinds.items():
+            chosen = [blocks[i] for i in members]
+            for block in chosen:
+                if block.row is None:
+                    block.row = (*block.addresses(), block.weight.numel(), 0, *block.norm_part)
+                self.written += [t for t in (block.weight, block.copy) if t is not None]
+            groups = {id(block.group): block.group for block in chosen}
+            numbers = {key: number for number, key in enumerate(groups)}
+            tables = _Tables(
+                [block.row[:4] for block in chosen if block.row is not None],
+                tuple((block.weight.numel(), block.norm_part) for block in chosen),
+                [numbers[id(block.group)] for block in chosen],
+                size,
+                device,
+            )
+            places = constants(tuple(members), device)
+            self.launches.append(
+                _Launch(places, chosen[0], list(groups.values()), bool(kind[-1]), tables)
+            )
+        self._blocks, self._rows = blocks, list(map(_row, blocks))
+
+    def is_for(self, blocks: Sequence[Block]) -> bool:
+        """Return whether these are the blocks, none has moved, and no group has another rule."""
+        rows = list(map(_row, blocks))
+        return (
+            blocks is self._blocks
+            and all(map(is_, rows, self._rows))
+            and None not in rows
+            and all(
+                bool(group["nesterov"]) == launch.nesterov
+                for launch in self.launches
+                for group in launch.groups
+            )
         )
-        sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        partials = torch.empty(num_slots, dtype=torch.float64, device=device)
-        arrived = torch.zeros(len(rows), dtype=torch.int32, device=device)
-        return sums, len(chunks), [chunks, layers, partials, arrived]
 
 
 def _kernels() -> ModuleType:
@@ -230,19 +305,12 @@ def _rules(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
         skip = float(group["zero_norm"] == "skip")
         both = (lr, 1.0) if inside else (1.0, lr)
         rows.append((float(group["momentum"]), float(group["weight_decay"]), *both, skip))
-    table = _on_device(tuple(rows), device)
+    table = constants(tuple(rows), device)
     if late:
         table = table.clone()
         for i, column, lr in late:
             table[i, column] = lr
     return table
-
-
-@functools.lru_cache(maxsize=256)
-def _on_device(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    array = np.array(values)
-    tensor = torch.from_numpy(array if array.dtype == np.int64 else array.astype(np.float64))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -266,10 +334,7 @@ def _chunks(
                 table[:, 3] = slot + np.arange(len(starts))
                 slot += len(starts)
             tables.append(table)
-    together = torch.from_numpy(np.concatenate(tables))
-    if device.type == "cuda":
-        together = together.pin_memory().to(device, non_blocking=True)
-    return together, slots, slot
+    return send(torch.from_numpy(np.concatenate(tables)), device), slots, slot
 
 
 def _update_eagerly(blocks: Sequence[Block], ratios: Tensor, factors: Tensor) -> None:

@@ -143,12 +143,8 @@ def _has_row(block: Block) -> bool:
     """Return whether the kernel can take the block; sets its row, ``Layer`` in native.cpp."""
     if block.row is None and _fits(block):
         block.check()  # C trusts the length
-        addresses = [
-            0 if tensor is None else tensor.data_ptr()
-            for tensor in (block.weight, block.gradient, block.buffer, block.copy)
-        ]
         size, kind = block.weight.numel(), _KINDS[block.gradient.dtype]
-        block.row = (*addresses, size, kind, *block.norm_part)
+        block.row = (*block.addresses(), size, kind, *block.norm_part)
     return block.row is not None
 
 
