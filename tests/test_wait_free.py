@@ -4,6 +4,7 @@ The stand-in for a device is ``meta``: it computes nothing, takes every operatio
 and any read of a value raises an error by itself.
 """
 
+import itertools
 import traceback
 from contextlib import nullcontext
 
@@ -15,6 +16,7 @@ from tiny import RATES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hvd_lars.comm.base import Then
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.data import Augment, GlobalBatches, Images
 from hvd_lars.data.cifar import ArrayImages
@@ -93,10 +95,10 @@ def images(augment):
     return Images(store, store, identity, Augment(**augment), Sizes(6, 6), 0, STATISTICS, ON_DEVICE)
 
 
-def trainer_on_device(placed, precision, augment, **options):
+def trainer_on(device, placed, precision, augment, comm=None, **options):
     layers = nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1)
-    model = nn.Sequential(*layers, nn.Linear(112, 13), nn.Linear(13, 5)).to(DEVICE)
-    comm = LocalCommunicator()
+    model = nn.Sequential(*layers, nn.Linear(112, 13), nn.Linear(13, 5)).to(device)
+    comm = comm or LocalCommunicator()
     placement = placed(model.parameters(), comm, bucket_bytes=700, early_norms=True)
     groups = parameter_groups(model, 5e-3, adapt="weights")
     optimizer = LARS(groups, placement=placement, **options)
@@ -104,7 +106,7 @@ def trainer_on_device(placed, precision, augment, **options):
     return Trainer(
         RunState(model, optimizer, MovingAverage(model, 0.9)),
         placement,
-        Feed(source, GlobalBatches(64, 32, seed=5, pairs=True), comm, DEVICE, 8, 100),
+        Feed(source, GlobalBatches(64, 32, seed=5, pairs=True), comm, device, 8, 100),
         lambda step: RATES[step % len(RATES)],
         comm,
         StepOptions(3, 0.1, precision, read_late=True),
@@ -131,7 +133,7 @@ PLAIN = [(placed, precision, AUGMENT, {}) for placed in PLACED for precision in 
 def test_a_steady_step_does_not_wait(monkeypatch, placed, precision, augment, options):
     monkeypatch.setattr(trainer_module, "Readback", Kept)
     monkeypatch.setattr(trainer_module, "autocast", lambda *_: nullcontext())  # meta has none
-    trainer = trainer_on_device(placed, precision, augment, **options)
+    trainer = trainer_on(DEVICE, placed, precision, augment, **options)
     trainer.state.average._begun = True  # as after a first good step
     batches = moved(trainer.feed.from_step(0))
     requests = torch.zeros(3, dtype=torch.float64)
@@ -145,3 +147,67 @@ def test_a_steady_step_does_not_wait(monkeypatch, placed, precision, augment, op
     assert waits.found == []
     assert Kept.sent == before + 3, "one copy to the host a step, read a step later"
     assert len(list(trainer.outcomes())) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("placed", "precision"), [*itertools.product(PLACED, PRECISIONS)])
+def test_a_steady_step_does_not_wait_on_a_gpu(placed, precision):
+    """As above, with torch's own watch over a real device."""
+    trainer = trainer_on(torch.device("cuda"), placed, precision, AUGMENT)
+    batches = trainer.feed.from_step(0)
+    for _ in range(4):  # tables and kernels are made, the allocator grows
+        trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(list(trainer.outcomes(wait=True))) > 0
+
+
+class Counted:
+    """A communicator that counts the collectives it starts, and the waits for them."""
+
+    def __init__(self, comm):
+        self._comm, self.started, self.waits = comm, [], 0
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+    def start_all_reduce_sum(self, tensor, name):
+        return self._count(name, self._comm.start_all_reduce_sum(tensor, name))
+
+    def start_reduce_scatter_sum(self, flat, shard, name):
+        return self._count(name, self._comm.start_reduce_scatter_sum(flat, shard, name))
+
+    def start_all_gather(self, flat, name):
+        return self._count(name, self._comm.start_all_gather(flat, name))
+
+    def _count(self, name, pending):
+        self.started.append(name)
+
+        def note():
+            self.waits += 1
+
+        return Then(pending, note)
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize(("placed", "more"), [(Replicated, 0), (Sharded, 1)])
+def test_a_steady_step_has_one_collective_a_bucket_and_one_for_its_scalars(comm, placed, more):
+    """Sharded parameters are gathered, too; with votes and noise no step has another."""
+    counted = Counted(comm)
+    trainer = trainer_on(torch.device("cpu"), placed, "fp32", {}, counted)
+    batches = trainer.feed.from_step(0)
+    trainer.train_step(batches)
+    trainer.placement.complete_parameters()
+    counted.started.clear()
+    counted.waits = 0
+    buckets = len(trainer.placement.gradients.buckets)
+    for _ in range(3):
+        trainer.placement.scalars.add(torch.zeros(3, dtype=torch.float64))
+        trainer.train_step(batches)
+    trainer.placement.complete_parameters()
+    assert buckets > 1
+    assert len(counted.started) == counted.waits == 3 * (buckets * (1 + more) + 1)
