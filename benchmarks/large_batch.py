@@ -98,9 +98,11 @@ class Bench:
         self.comm, self.case, self.folder, self.options = comm, case, folder, options
         self.launch = detect_launch(os.environ)
 
-    def search(self, batch: int, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return the best values for a method, and all its trials."""
-        config = load_config(self.case.config, self._overrides(batch, name))
+    def search(
+        self, batch: int, name: str, search: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the best values for a method, and all its trials; ``search`` is a tune section."""
+        config = load_config(self.case.config, self._overrides(batch, name, search))
         config = config.with_values("run", dir=str(self.folder / f"b{batch}-{name}/tune"))
 
         def note(trial: Any, seconds: float) -> None:
@@ -146,7 +148,7 @@ class Bench:
         ratios = [{key: record[key] for key in keep} for record in run.layers]
         return {"critical_batches": run.critical_batches, "ratios": ratios}
 
-    def _overrides(self, batch: int, name: str) -> list[str]:
+    def _overrides(self, batch: int, name: str, search: dict[str, Any] | None = None) -> list[str]:
         options, epochs, method = self.options, self.options.epochs, METHODS[name]
         low, high = method.rates
         space: dict[str, Any] = {"schedule.base_lr": {"log": [low, high]}}
@@ -154,7 +156,7 @@ class Bench:
             ramps = [f"{share * epochs:g} epochs" for share in (0.1, 0.25, 0.5)]
             space["schedule.warmup_duration"] = {"choices": ramps}
             space["optimizer.weight_decay"] = {"log": [5e-5, 5e-3]}
-        search = {"space": space, "trials": options.trials}
+        search = search or {"space": space, "trials": options.trials}
         return [
             *(text.format(root=options.root) if "root" in text else text
               for text in self.case.overrides),
@@ -226,6 +228,15 @@ def measure(bench: Bench, batch: int, name: str, reference: dict[str, Any]) -> d
     return row
 
 
+def search_of(options: argparse.Namespace) -> str:
+    """Say how the values were found."""
+    keys = "Rate, warmup and weight decay" if options.full else "The rate"
+    return (
+        f"{keys} of each method by {options.trials} trials of `tune` on {HELD_OUT_IMAGES:.0%} of "
+        f"the training images, held out; {options.seeds} runs with other seeds on all of them."
+    )
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """End with the exit code of a run that should be started again."""
@@ -270,9 +281,8 @@ def main() -> None:
             if comm.rank == 0:
                 say_row(row)
                 if options.output is not None:
-                    result = {"case": options.case, "full": options.full, "environment": facts,
-                              "epochs": options.epochs, "trials": options.trials,
-                              "rows": rows}  # fmt: skip
+                    result = {"case": options.case, "epochs": options.epochs, "rows": rows,
+                              "search": search_of(options), "environment": facts}  # fmt: skip
                     options.output.write_text(json.dumps(result) + "\n")
     comm.close()
 

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Draw what benchmarks/large_batch.py wrote: ``python benchmarks/plot_large_batch.py FILE…``.
 
-For each FILE.json two pictures in docs/pictures: accuracy against batch by method, and the trust
-ratio of every layer over the steps of one LARS run.  Then docs/reproduction.md is written with the
-tables.  Needs the extra ``plot``: ``pip install -e .[plot]``.
+For each FILE.json two pictures in docs/pictures: accuracy against batch by method beside the
+critical batch that the gradient noise tells, and the trust ratio of every layer over the steps of
+one LARS run.  Then docs/reproduction.md is written with the tables.  Needs the extra ``plot``:
+``pip install -e .[plot]``.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,73 +19,138 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Okabe and Ito's colours, told apart by every eye; markers tell them apart in grey.
 STYLES = {
     "LARS": ("#0072B2", "o", "-"),
+    "LAMB": ("#E69F00", "P", "-"),
     "Nesterov": ("#D55E00", "s", "-"),
     "SGD": ("#009E73", "^", "-"),
     "sqrt": ("#CC79A7", "v", "--"),
     "linear": ("#56B4E9", "D", "--"),
 }
 NAMES = {
-    "LARS": "LARS, rate chosen",
-    "Nesterov": "Nesterov, rate chosen",
-    "SGD": "SGD, rate chosen",
-    "sqrt": "SGD, rate scaled by √k",
-    "linear": "SGD, rate scaled by k",
+    "LARS": "LARS",
+    "LAMB": "LAMB",
+    "Nesterov": "Nesterov",
+    "SGD": "SGD",
+    "sqrt": "SGD, rate × √k",
+    "linear": "SGD, rate × k",
 }
 
 
-def draw_accuracy(result: dict[str, Any], path: Path) -> None:
+def mean(row: dict[str, Any]) -> float:
+    """Mean accuracy of the held-out runs."""
+    return statistics.mean(row["top1"])
+
+
+def spread(row: dict[str, Any]) -> float | None:
+    """Their standard deviation; None of one run."""
+    return statistics.stdev(row["top1"]) if len(row["top1"]) > 1 else None
+
+
+def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """The rows of a method that were measured, by batch."""
+    rows = [row for row in result["rows"] if row["method"] == method and row["top1"]]
+    return sorted(rows, key=lambda row: row["batch"])
+
+
+def draw_accuracy(result: dict[str, Any], axes: Axes) -> None:
     """Mean and standard deviation of the held-out seeds."""
-    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-    batches = sorted({row["batch"] for row in result["table"]})
-    small = next(row for row in result["table"] if row["batch"] == batches[0])
-    axes.axhline(small["mean"], color="0.6", linewidth=1, zorder=0)
+    batches = sorted({row["batch"] for row in result["rows"]})
+    small = rows_of(result, "SGD")[0]
+    axes.axhline(mean(small), color="0.6", linewidth=1, zorder=0)
     axes.annotate(
-        f"SGD at B = {batches[0]}: {small['mean']:.2f} %", (batches[0], small["mean"]),
+        f"SGD at B = {batches[0]}: {mean(small):.2f} %", (batches[0], mean(small)),
         xytext=(10, 5), textcoords="offset points", ha="left", color="0.35",
     )  # fmt: skip
     for offset, (method, (colour, marker, line)) in enumerate(STYLES.items()):
-        rows = [row for row in result["table"] if row["method"] == method]
+        rows = rows_of(result, method)
         if not rows:
             continue
         shift = 1.0 + 0.03 * (offset - 2)  # error bars of one batch stand side by side
-        seeds = "" if rows[0]["spread"] is not None else ", one seed"
         axes.errorbar(
-            [row["batch"] * shift for row in rows], [row["mean"] for row in rows],
-            [row["spread"] or 0.0 for row in rows], label=NAMES[method] + seeds, color=colour,
-            marker=marker, linestyle=line, capsize=3 if not seeds else 0, markersize=6,
-            markerfacecolor="white" if seeds else colour,
+            [row["batch"] * shift for row in rows], [mean(row) for row in rows],
+            [spread(row) or 0.0 for row in rows], label=NAMES[method], color=colour,
+            marker=marker, linestyle=line, capsize=3, markersize=6,
+        )  # fmt: skip
+    known = last_critical(result)
+    if known is not None:
+        axes.axvline(known, color="0.35", linestyle=":", linewidth=1.2)
+        axes.annotate(
+            f"critical batch {known:,.0f}", (known, 3.0), rotation=90, xytext=(-12, 0),
+            textcoords="offset points", color="0.35", fontsize="small",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
     axes.set_ylim(0, 106)
-    axes.set_xlabel("global batch B, 20 epochs each")
-    axes.set_ylabel("test accuracy, %; five held-out seeds where filled")
-    axes.set_title(f"{result['data']}: accuracy as the batch grows")
-    axes.legend(loc="lower left", frameon=False)
+    axes.set_xlabel(f"global batch B, {result['epochs']} epochs each")
+    axes.set_ylabel(f"test accuracy, %; {len(small['top1'])} held-out seeds")
+    axes.legend(loc="lower left", frameon=False, fontsize="small")
     axes.grid(axis="y", color="0.92")
+
+
+def last_critical(result: dict[str, Any]) -> float | None:
+    """The critical batch at the end of the watched run, with two digits."""
+    known = watched(result).get("critical_batches")
+    return float(f"{known[-1][1]:.2g}") if known else None
+
+
+def draw_critical(result: dict[str, Any], axes: Axes) -> None:
+    """The critical batch over the epochs of a run at every batch, and the batch itself."""
+    chosen = [row for row in rows_of(result, "LARS") if row.get("critical_batches")]
+    chosen = [row for row in rows_of(result, "SGD")[:1] if row.get("critical_batches")] + chosen
+    for number, row in enumerate(chosen):
+        epochs, values = zip(*row["critical_batches"], strict=True)
+        colour = plt.get_cmap("viridis")(number / max(1, len(chosen)))
+        axes.plot(epochs, values, color=colour, label=f"{row['method']} at {row['batch']:,}")
+        axes.axhline(row["batch"], color=colour, linestyle="--", linewidth=0.9)
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("critical batch; dashed: the batch used")
+    axes.legend(loc="lower right", frameon=False, fontsize="small")
+    axes.grid(color="0.92")
+
+
+def draw_result(result: dict[str, Any], path: Path) -> None:
+    """Accuracy, and beside it the critical batch if it was measured."""
+    noise = last_critical(result) is not None
+    width = 11.0 if noise else 7.0
+    figure, both = plt.subplots(
+        1, 1 + noise, figsize=(width, 4.2), layout="constrained", squeeze=False
+    )
+    draw_accuracy(result, both[0][0])
+    both[0][0].set_title(f"{result['case']}: accuracy as the batch grows")
+    if noise:
+        draw_critical(result, both[0][1])
+        both[0][1].set_title("how large a batch is worth it")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
+def watched(result: dict[str, Any]) -> dict[str, Any]:
+    """The row whose trust ratios are shown: LARS at 1,024, or at its largest batch below."""
+    rows = [row for row in rows_of(result, "LARS") if row.get("ratios") and row["batch"] <= 1024]
+    return (rows or rows_of(result, "LARS"))[-1]
+
+
 def draw_ratios(result: dict[str, Any], path: Path) -> None:
-    """λ of every weight over the steps."""
+    """λ of every layer over the steps."""
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-    steps = [row["step"] for row in result["ratios"]]
-    layers = [key for key in result["ratios"][0] if key != "step"]
+    row = watched(result)
+    steps = [record["step"] for record in row["ratios"]]
+    layers = list(row["ratios"][0]["trust_ratio"])
     colours = plt.get_cmap("viridis")
     for i, layer in enumerate(layers):
-        values = [row[layer] for row in result["ratios"]]
+        values = [record["trust_ratio"][layer] for record in row["ratios"]]
         axes.plot(steps, values, label=layer, color=colours(i / len(layers)), linewidth=1.4)
     axes.set_yscale("log")
-    axes.set_xlabel("step of 1,024 samples; warmup ends at a quarter")
-    axes.set_ylabel("λ = 0.001·‖w‖ / (‖g‖ + β‖w‖), w after the step")
-    axes.set_title(f"{result['data']}: every layer has its own rate")
+    axes.set_xlabel(f"step of {row['batch']:,} samples")
+    axes.set_ylabel("trust ratio λ")
+    axes.set_title(f"{result['case']}: every layer has its own rate")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
     axes.grid(color="0.92")
     figure.savefig(path, dpi=130)
@@ -91,55 +158,71 @@ def draw_ratios(result: dict[str, Any], path: Path) -> None:
 
 
 def spread_of_ratios(result: dict[str, Any]) -> float:
-    """Median over the steps of the largest λ over the smallest."""
-    quotients = []
-    for row in result["ratios"]:
-        values = [value for key, value in row.items() if key != "step"]
-        quotients.append(max(values) / min(values))
-    return sorted(quotients)[len(quotients) // 2]
+    """Median over the records of the largest λ over the smallest."""
+    records = [record["trust_ratio"].values() for record in watched(result)["ratios"]]
+    return statistics.median(max(values) / min(values) for values in records)
 
 
-def cell(row: dict[str, Any]) -> str:
-    """Accuracy and the rate that made it."""
-    spread = f" ± {row['spread']:.2f}" if row["spread"] is not None else " (one seed)"
-    return f"{row['mean']:.2f}{spread}, γ {row['rate']:.3g}"
+def cell(row: dict[str, Any] | None) -> str:
+    """Accuracy and the values that made it."""
+    if row is None:
+        return "–"
+    if not row["top1"]:
+        return "all trials diverged"
+    told = f" ± {spread(row):.2f}" if spread(row) is not None else " (one seed)"
+    values = {key.rpartition(".")[2]: value for key, value in row["params"].items()}
+    names = {"base_lr": "γ", "weight_decay": "β", "warmup_duration": "ramp"}
+    shown = ", ".join(
+        f"{names.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{value}"
+        for key, value in values.items()
+    )
+    return f"{mean(row):.2f}{told}, {shown}"
 
 
 def section(result: dict[str, Any]) -> str:
-    """One data set's part of the page."""
-    data, facts = result["data"], result["environment"]
-    form = "full" if result["full"] else "short"
-    text = f"## {data}\n\n"
-    text += (
-        f"{form.capitalize()} form, {len(result['runs'])} runs in {result['minutes']:.0f} minutes: "
-        f"{facts['processor']}, {facts['cores']} cores, 2 ranks, torch "
-        f"{facts['versions']['torch']}, commit `{facts['commit'][:12]}`\n"
-        f"(`horovodrun -np 2 python {' '.join(facts['command'])}`).\n\n"
+    """One case's part of the page."""
+    case, facts = result["case"], result["environment"]
+    rows = result["rows"]
+    trials = sum(len(row["trials"]) for row in rows)
+    runs = sum(len(row["top1"]) for row in rows)
+    text = (
+        f"## {case}\n\n{result['epochs']} epochs at every batch. {result['search']} "
+        f"{facts['processor']}, {facts['cores']} cores, {facts['ranks']} ranks on "
+        f"{facts['backend']}, torch {facts['versions']['torch']}, commit "
+        f"`{facts['commit'][:12]}`"
+        + (f"; {trials} trials and {runs} held-out runs" if trials else "")
+        + f"\n(`horovodrun -np 2 python {' '.join(facts['command'])}`).\n\n"
     )
-    methods = [m for m in STYLES if any(row["method"] == m for row in result["table"])]
-    text += f"| batch | {' | '.join(NAMES[m] for m in methods)} |\n|---|{'---|' * len(methods)}\n"
-    for batch in sorted({row["batch"] for row in result["table"]}):
-        cells = []
-        for method in methods:
-            rows = [r for r in result["table"] if (r["batch"], r["method"]) == (batch, method)]
-            cells.append(cell(rows[0]) if rows else "–")
-        text += f"| {batch:,} | {' | '.join(cells)} |\n"
-    text += (
-        f"\n![Accuracy against batch by method](pictures/large_batch-{data}.png)\n\n"
-        f"![Trust ratios by layer](pictures/trust_ratios-{data}.png)\n\n"
+    methods = [method for method in STYLES if rows_of(result, method)]
+    text += f"| batch | {' | '.join(NAMES[m] for m in methods)} | critical batch at the end |\n"
+    text += f"|---|{'---|' * len(methods)}---|\n"
+    for batch in sorted({row["batch"] for row in rows}):
+        here = {row["method"]: row for row in rows if row["batch"] == batch}
+        known = [
+            here[m]["critical_batches"][-1][1]
+            for m in ("LARS", "SGD")
+            if here.get(m, {}).get("critical_batches")
+        ]
+        critical = f"{float(f'{known[0]:.2g}'):,.0f}" if known else "–"
+        cells = [cell(here.get(method)) for method in methods]
+        text += f"| {batch:,} | {' | '.join(cells)} | {critical} |\n"
+    return text + (
+        f"\n![Accuracy against batch by method](pictures/large_batch-{case}.png)\n\n"
+        f"![Trust ratios by layer](pictures/trust_ratios-{case}.png)\n\n"
         f"In the LARS run of the second picture the largest trust ratio of a layer is "
-        f"{spread_of_ratios(result):.0f} times the smallest, the median over the steps.\n"
+        f"{spread_of_ratios(result):.0f} times the smallest, the median over the records.\n"
     )
-    return text
 
 
 HEAD = """# The paper's claim, small
 
 Made by `python benchmarks/plot_large_batch.py`; not to be edited by hand. One network shaped like
-AlexNet, without normalisation; 20 epochs at every batch, gradual warmup over 5 of them, poly decay
-of power 2, momentum 0.9, weight decay 5e-4, over two real ranks. A rate is chosen on other seeds
-than the five that are shown as mean ± standard deviation, in percent. The scaled rates are 0.04,
-the small batch's, times √k or k with k = B/32; SGD may choose them too.
+AlexNet; the same number of epochs at every batch, gradual warmup over a quarter of them unless it
+was searched, poly decay of power 2, momentum 0.9, weight decay 5e-4, over two real ranks. Values
+are chosen on other seeds than those that are shown as mean ± standard deviation, in percent. The
+scaled rates are SGD's best at the smallest batch times √k or k, with k how many times larger the
+batch is; they are not tuned. The critical batch is the gradient noise scale, averaged over the last
+records of one run ([algorithm](algorithm.md#how-large-a-batch-is-worth-it)).
 
 """
 
@@ -150,8 +233,8 @@ def main() -> None:
     page = HEAD
     for name in sys.argv[1:]:
         result = json.loads(Path(name).read_text(encoding="utf-8"))
-        draw_accuracy(result, DOCS / f"pictures/large_batch-{result['data']}.png")
-        draw_ratios(result, DOCS / f"pictures/trust_ratios-{result['data']}.png")
+        draw_result(result, DOCS / f"pictures/large_batch-{result['case']}.png")
+        draw_ratios(result, DOCS / f"pictures/trust_ratios-{result['case']}.png")
         page += section(result) + "\n"
     (DOCS / "reproduction.md").write_text(page.rstrip() + "\n", encoding="utf-8")
 
