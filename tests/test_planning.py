@@ -161,7 +161,7 @@ AS_PLANNED = Measured(8, 0.289, 0.0, 0.0005, [0.0] * 8, [0.288] * 8)
         ({"step": 0.4, "communication": 0.1}, "largest loss: communication that backward does not"),
         (
             {"step": 0.4, "communication": 0.1, "rank_busy": [0.288] * 5 + [0.388] + [0.288] * 2},
-            "largest loss: rank 5, which is slower than the others, 100 ms a step (25%)",
+            "largest loss: rank 5, which is slower than the others, 100 ms a step (25 %)",
         ),
         ({"step": 0.4, "rank_busy": [0.39] * 8}, "computing slower than in the site's"),
         ({"step": 0.1, "rank_busy": [0.09] * 8}, "faster than planned"),
@@ -179,4 +179,4 @@ def test_a_run_is_compared_with_its_plan_and_the_likeliest_cause_told(change, to
 def test_one_rank_waits_for_no_other():
     alone = Measured(1, 3.0, 0.6, 0.0, [], [])
     found = compare(SITE, WORK, alone)
-    assert "largest loss: waiting for images, 600 ms a step (20%)" in found.sentence()
+    assert "largest loss: waiting for images, 600 ms a step (20 %)" in found.sentence()

@@ -56,16 +56,16 @@ class Comparison:
         """Return how the step compares with the plan, and the likeliest cause of its losses."""
         low, high = self.expected.step
         if self.step > high:
-            found = f"{self.step / high - 1:.0%} slower than planned"
+            found = f"{100.0 * (self.step / high - 1.0):.0f} % slower than planned"
         elif self.step < low:
-            found = f"{1 - self.step / low:.0%} faster than planned"
+            found = f"{100.0 * (1.0 - self.step / low):.0f} % faster than planned"
         else:
             found = "as planned"
         cause, seconds = next(iter(self.losses.items()))
         if seconds < 0.01 * self.step:
             return f"{found}; no loss of 1 % or more"
-        share = seconds / self.step
-        return f"{found}; largest loss: {cause}, {1e3 * seconds:.3g} ms a step ({share:.0%})"
+        share = 100.0 * seconds / self.step
+        return f"{found}; largest loss: {cause}, {1e3 * seconds:.3g} ms a step ({share:.0f} %)"
 
 
 def compare(site: Site, work: Work, found: Measured) -> Comparison:

@@ -201,12 +201,13 @@ def _speed(runs: Sequence[Run]) -> str:
 
 def _plans(runs: Sequence[Run], site: Site) -> str:
     """Compare each run with the forecast for its world size."""
-    rows = []
+    rows, told = [], ""
     for run in runs:
         found = compare_run(run, site)
         if found is None:
-            rows.append([run.name, "–", "–", "–", "–", "–", "no epoch is known yet"])
+            told += f"<p>{escape(run.name)}: too short to compare.</p>"
             continue
+        told += f"<p>{escape(f'{run.name}: {found.sentence()}')}.</p>"
         low, high = (1e3 * bound for bound in found.expected.step)
         least, most = (100.0 * share for share in found.expected_efficiency)
         rows.append(
@@ -217,18 +218,17 @@ def _plans(runs: Sequence[Run], site: Site) -> str:
                 f"{1e3 * found.step:,.4g}",
                 f"{least:.0f}–{most:.0f} %",
                 f"{100.0 * found.efficiency:.0f} %",
-                found.sentence(),
             ]
         )
     head = [
-        "run", "ranks", "planned, ms a step", "measured", "planned efficiency", "measured", "",
+        "run", "ranks", "ms a step, planned", "ms a step", "efficiency, planned", "efficiency",
     ]  # fmt: skip
-    told = (
+    note = (
         f"The plan is that of hvd-lars plan with measurements of {site.config} on {site.ranks} "
         "ranks. Efficiency: the share of a step that its images take on a rank that waits for "
         "nothing, at the site's larger micro-batch."
     )
-    return f"<h3>Plan and run</h3>{table(head, rows)}<p>{escape(told)}</p>"
+    return f"<h3>Plan and run</h3>{told}{table(head, rows)}<p class=none>{escape(note)}</p>"
 
 
 def _ranks(run: Run) -> str:
