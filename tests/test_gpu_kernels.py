@@ -1,9 +1,11 @@
 """What the GPU's kernels have of their own; their steps are in test_lars.py and test_kernels.py."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -172,3 +174,69 @@ def test_steps_on_a_gpu_also_in_a_cuda_graph(dtype, nesterov):
         ends.append(torch.cat([param.detach().cpu().float() for param in params]))
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
     torch.testing.assert_close(*ends, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64, torch.float32),
+    ],
+)
+def test_blocks_of_several_kinds_take_the_steps_of_plain_torch(take_kernel, dtypes):
+    """The tables hold indices 1 and factors 1.0, which are one key to a dictionary."""
+    ends = []
+    for name in ("eager", "gpu"):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(40).to(dtype)) for dtype in dtypes]
+        optimizer = LARS(params, lr=2.0, weight_decay=1e-3, kernel=take_kernel(name))
+        for _ in range(4):
+            for param in params:
+                param.grad = torch.cos(param.detach() * 3)
+            optimizer.step(loss_scale=1.0)
+        ends.append(torch.cat([param.detach().double() for param in params]))
+    torch.testing.assert_close(*ends, rtol=1e-2 if torch.bfloat16 in dtypes else 1e-5, atol=1e-6)
+
+
+def test_the_tables_keep_no_memory_of_an_edited_or_dropped_optimizer(take_kernel):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(100)) for _ in range(3)]
+    optimizer = LARS(params, lr=2.0, kernel=take_kernel("gpu"))
+    gradients = weakref.WeakSet()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(6):
+            optimizer.zero_grad()
+            for param in params:
+                param.grad = torch.cos(param.detach() * 3)
+                gradients.add(param.grad)
+            optimizer.step()
+            with torch.no_grad():
+                params[0].clamp_(-1.0, 1.0)  # the blocks are made again
+        del param
+        assert len(gradients) <= 2 * len(params)
+        momentum = [weakref.ref(optimizer.state[param]["momentum_buffer"]) for param in params]
+        del optimizer
+        assert [reference() for reference in momentum] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_tables_are_made_again_only_for_what_moved(take_kernel, monkeypatch):
+    made, renewed = [], []
+    make, renew = gpu._Plan.__init__, gpu._Launch.renew
+    monkeypatch.setattr(gpu._Plan, "__init__", lambda *a: made.append(1) or make(*a))
+    monkeypatch.setattr(gpu._Launch, "renew", lambda *a: renewed.append(1) or renew(*a))
+    optimizer, _ = with_the_gpus_kernel(take_kernel, 2.0, (64, 8))
+    assert len(made) <= 2  # the first step creates the momentum
+    count = len(renewed)
+    params = optimizer.param_groups[0]["params"]
+    kept = [torch.ones_like(param) for param in params]
+    for _ in range(3):
+        for param, gradient in zip(params, kept, strict=True):
+            param.grad = gradient
+        optimizer.step()
+    assert len(made) <= 2
+    assert len(renewed) == count + 1

@@ -8,9 +8,11 @@ import optuna
 import pytest
 from commands import hvd_lars
 
-from hvd_lars.config.file import load_config
+from hvd_lars.assemble.studied import read_study
+from hvd_lars.config.file import dump_config, load_config
 from hvd_lars.config.trials import check_space, trial_config, tuned_config
 from hvd_lars.errors import UserError
+from hvd_lars.report.study import study_page
 from hvd_lars.tuning import TuneSettings
 from hvd_lars.tuning.settings import Range
 from hvd_lars.tuning.study import JOURNAL, Study, best_of, read_trials
@@ -62,6 +64,7 @@ def test_a_range_has_one_kind_and_a_grid_its_ends():
     [
         ("{space: {}}", "tune: space is empty"),
         ("{space: {base_lr: {log: [1, 2]}}}", "space has 'base_lr'; must be a section's key"),
+        ("{space: {'schedule.base lr': {log: [1, 2]}}}", "space has 'schedule.base lr'; must be a"),
         ("{space: {schedule.base_lr: {log: [0, 2]}}}", "must be two numbers above 0"),
         ("{space: {schedule.base_lr: {uniform: [2, 1]}}}", "must be two numbers, lower one first"),
         ("{space: {schedule.base_lr: {}}}", "found none of them; give one of log, uniform"),
@@ -94,6 +97,10 @@ def test_a_trial_is_the_run_made_shorter_with_its_schedule():
     assert found.train.duration.value == 5.0
     assert found.schedule.warmup_duration.value == share * warmup
     assert (found.run.seed, found.run.dir) == (config.run.seed + 2, "/there")
+    short = load_config("digits", [
+        "train.duration=4 steps", "schedule.warmup_duration=1 steps",
+        f"tune={{space: {json.dumps(SPACE)}, duration: 1 steps}}"])  # fmt: skip
+    assert trial_config(short, params, 0, "/there").schedule.warmup_duration.value == 1.0
     whole = tuned_config(config, params)
     assert whole.train.duration == config.train.duration
     assert whole.schedule.warmup_duration.value == warmup
@@ -218,8 +225,45 @@ def test_a_study_runs_reports_and_goes_on(tmp_path):
     code, output = hvd_lars("tune", *options[:-1], options[-1].replace("seeds: 2", "seeds: 3"),
                             "--resume")  # fmt: skip
     assert code == 2
-    assert "tune.seeds: differs from that of the study" in output
+    assert "tune.seeds: found 3, the study has 2" in output
+    kept = [(folder / name).read_bytes() for name in ("config.yaml", "best.yaml")]
+    code, output = hvd_lars("tune", *options, "optimizer.momentum=0.5", "--resume")
+    assert code == 2
+    assert "optimizer.momentum: found 0.5, the study has 0.9" in output
+    assert kept == [(folder / name).read_bytes() for name in ("config.yaml", "best.yaml")]
     code, output = hvd_lars("tune", *options, "--resume")  # nothing is left to do
     assert code == 0, output
     assert "best: trial 1" in output
     assert read_trials(folder) == before
+
+
+def test_values_that_cannot_be_run_are_a_trial_and_what_else_fails_does_not_end_the_study(tmp_path):
+    folder = tmp_path / "study"
+    space = "{train.global_batch: {choices: [1024, 20000, 512]}}"
+    options = ["digits", f"run.dir={folder}", *STEPS, f"tune={{space: {space}, sampler: grid}}"]
+    code, output = hvd_lars("tune", *options)
+    assert code == 0, output
+    assert "trial 2: train.global_batch: found 20000; an epoch of digits has 10764" in output
+    assert [trial.ended for trial in read_trials(folder)][:2] == ["finished", "impossible"]
+
+    other = tmp_path / "other"
+    space = "{model.name: {choices: [digits_alexnet, nothing, glyphs_alexnet]}}"
+    options = ["digits", f"run.dir={other}", *STEPS, f"tune={{space: {space}, sampler: grid}}"]
+    code, output = hvd_lars("tune", *options)
+    assert code == 2
+    assert "trial with model.name=nothing: model.name: " in output
+    assert [trial.ended for trial in read_trials(other)] == ["finished", "impossible"]
+    code, output = hvd_lars("tune", *options, "--resume")  # the third network is for 16×16
+    assert code == 2
+    assert "trial with model.name=glyphs_alexnet" in output
+
+
+def test_a_trial_without_its_values_yet_is_not_reported(tmp_path):
+    config = load_config("digits", [f"tune={{space: {json.dumps(SPACE)}, trials: 3}}"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    wanted = config.tune
+    finish(tmp_path, wanted)
+    journal = (tmp_path / JOURNAL).read_bytes()
+    for cut in [place + 1 for place, byte in enumerate(journal) if byte == ord("\n")][1:]:
+        (tmp_path / JOURNAL).write_bytes(journal[:cut])
+        assert study_page(read_study(tmp_path)).count("<section") == 4

@@ -22,14 +22,14 @@ def work_of(plan: Plan, micro_batch: int, bucket_mb: float | str) -> Work:
 def compare_run(run: Run, site: Site) -> Comparison | None:
     """Compare a run's median step with the site's forecast for its last world size.
 
-    Returns None before the run has recorded how long an epoch is.
+    Returns None if no record tells yet how long an epoch is, or a step on that world size.
     """
     if run.plan is None:
         return None
     ranks, micro_batch = run.plan.ranks, run.config["train"]["micro_batch"]
-    records = [
-        record for record in run.train if len(record.get("rank_busy_seconds", [0])) == ranks
-    ] or run.train
+    records = [record for record in run.train if len(record.get("rank_busy_seconds", [0])) == ranks]
+    if not records:
+        return None
 
     def usual(key: str) -> float:
         return float(median(record.get(key, 0.0) for record in records))

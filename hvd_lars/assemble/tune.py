@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from hvd_lars.assemble.resuming import Resume, as_before
+from hvd_lars.assemble.plan import make_plan
+from hvd_lars.assemble.resuming import Resume
 from hvd_lars.assemble.run import build_run
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
+from hvd_lars.config.binding import changes
 from hvd_lars.config.file import dump_config, load_config
 from hvd_lars.config.schema import Config
 from hvd_lars.config.trials import check_space, trial_config, tuned_config
@@ -24,7 +26,9 @@ from hvd_lars.health.stop_requests import PRUNED, StopRequests
 from hvd_lars.health.watchdog import Watchdog
 from hvd_lars.launchers.environment import Launch
 from hvd_lars.runtime.files import expand_user, replace_text
+from hvd_lars.runtime.terminal import warn
 from hvd_lars.state import run_folder
+from hvd_lars.train.loop import Loop
 from hvd_lars.tuning import TuneSettings
 from hvd_lars.tuning.study import Ended, Study, Trial, best_of
 
@@ -37,7 +41,7 @@ class Tuned:
 
     Attributes:
         folder: of the study.
-        trials: all that were started, on rank 0 only.
+        trials: all that were started.
         best: the best finished trial; None if none finished.
         stopped: reason for ending before the last trial; None otherwise.
     """
@@ -94,9 +98,7 @@ def _prepare_folder(config: Config, resume: Resume | None) -> Path:
     if resume is not None:
         stored = expand_user(str(config.run.dir), "run.dir") / run_folder.CONFIG
         if stored.is_file() and stored.stat().st_size:  # empty if the job died at its start
-            before = load_config(str(stored), run_folder.ANYWHERE)
-            _check_same_search(config.tune, before.tune, stored)
-            as_before(config, before, resume.given, stored)
+            _check_same_study(config, load_config(str(stored), run_folder.ANYWHERE), stored)
     name = f"{config.run.name}-tune"
     folder = run_folder.create_run_folder(config.run.dir, name, resume is not None, TRIALS)
     (folder / run_folder.STOP).unlink(missing_ok=True)
@@ -104,18 +106,31 @@ def _prepare_folder(config: Config, resume: Resume | None) -> Path:
     return folder
 
 
-def _check_same_search(now: TuneSettings | None, then: TuneSettings | None, where: Path) -> None:
-    """Raise UserError if anything but the number of trials differs."""
-    if then is None:
+def _check_same_study(now: Config, then: Config, where: Path) -> None:
+    """Raise UserError if a resumed study differs in anything but its number of trials."""
+    if then.tune is None:
         raise UserError(f"run.dir: {where.parent} holds a run, not a study")
-    assert now is not None
+
+    def describe(key: str, before: object, after: object) -> str:
+        return (
+            f"{key}: found {after!r}, the study has {before!r} ({where}); only tune.trials may "
+            f"change, or start another study"
+        )
+
+    lines = changes(then, now, "run", describe)
     for name in TuneSettings.model_fields:
-        before, after = getattr(then, name), getattr(now, name)
+        before, after = getattr(then.tune, name), getattr(now.tune, name)
         if name != "trials" and before != after:
-            raise UserError(
-                f"tune.{name}: differs from that of the study ({where}); only tune.trials may "
-                f"change, or start another study"
-            )
+            lines.append(describe(f"tune.{name}", _plain(before), _plain(after)))
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def _plain(value: object) -> object:
+    """Return a range of values as it is written, and other values as they are."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, int | float | None) else str(value)
+    return {key: each.model_dump(exclude_defaults=True) for key, each in value.items()}
 
 
 @final
@@ -135,6 +150,7 @@ class _Job:
         stop_file = folder / run_folder.STOP if comm.rank == 0 else None
         self.stops = StopRequests.within(config.run.max_hours).with_file(stop_file)
         self._study: Study | None = None
+        self._num_train: int | None = None  # once a run has read the data
         on_root(comm, self._open)
 
     def _open(self) -> None:
@@ -149,7 +165,11 @@ class _Job:
         """Run a trial's seeds; return how it ended, or None and why it was interrupted."""
         values = list(trial.values)
         for seed in range(len(values), self._settings.seeds):
-            value, stopped = self._run_one(trial, seed)
+            try:
+                value, stopped = self._run_one(trial, seed)
+            except _ImpossibleError:
+                return self._end(values, "impossible"), None
+            gc.collect()  # ends the run's image loaders
             if stopped == PRUNED:
                 return self._end(values, "pruned"), None
             if stopped is not None:
@@ -163,17 +183,9 @@ class _Job:
     def _run_one(self, trial: Trial, seed: int) -> tuple[float | None, str | None]:
         """Run one seed; return its metric, None if it diverged, and why it stopped early."""
         folder = self._folder_of(trial.number) / f"seed-{seed}"
-        config, comm = trial_config(self._config, trial.params, seed, str(folder)), self._comm
-        study = self._study if seed == 0 else None  # prunes by the first run's curve
+        comm, study = self._comm, self._study if seed == 0 else None  # prunes by the first run
         watcher = _Watcher(self._settings.metric, study, self.stops)
-        loop, _ = build_run(
-            config,
-            comm,
-            self._launch,
-            Resume(None, ()),
-            stops=self.stops,
-            sinks=(watcher,) if comm.rank == 0 else (),
-        )
+        config, loop = self._build(trial, seed, folder, watcher)
         evaluations = -(-loop.intervals.total // loop.intervals.evaluate)
         on_root(comm, lambda: watcher.begin(folder, evaluations))
         run = config.run
@@ -185,9 +197,44 @@ class _Job:
             return None, None
         finally:
             self.stops.withdraw(PRUNED)
-            del loop
-            gc.collect()  # ends the run's image loaders
         return comm.broadcast_object(watcher.metric), stopped
+
+    def _build(
+        self, trial: Trial, seed: int, folder: Path, watcher: _Watcher
+    ) -> tuple[Config, Loop]:
+        """Build a run of a trial.
+
+        Raises:
+            _ImpossibleError: the trial's values cannot be run, alone or together.
+            UserError: it cannot be built for another reason.  A later job goes on with the next
+                trial, unless this was the first.
+        """
+        comm = self._comm
+        values = ", ".join(f"{key}={value}" for key, value in trial.params.items())
+        try:
+            config = trial_config(self._config, trial.params, seed, str(folder))
+            if self._num_train is not None:
+                make_plan(config, self._num_train, comm.size)
+        except UserError as error:
+            if comm.rank == 0:
+                warn(f"trial {trial.number + 1}: {error}")
+            raise _ImpossibleError from None
+        try:
+            loop, _ = build_run(
+                config,
+                comm,
+                self._launch,
+                Resume(None, ()),
+                stops=self.stops,
+                sinks=(watcher,) if comm.rank == 0 else (),
+            )
+        except UserError as error:
+            if trial.number > 0 and seed == 0:
+                self._end((), "impossible")
+            lines = str(error).splitlines()
+            raise UserError("\n".join(f"trial with {values}: {line}" for line in lines)) from None
+        self._num_train = loop.trainer.feed.source.num_train
+        return config, loop
 
     def _folder_of(self, number: int) -> Path:
         return self._folder / TRIALS / f"{number:04d}"
@@ -227,6 +274,10 @@ class _Job:
 
         trials, best = on_root(self._comm, write)
         return Tuned(self._folder, trials, best, stopped)
+
+
+class _ImpossibleError(Exception):
+    """A trial's values cannot be run."""
 
 
 @final

@@ -28,8 +28,10 @@ def run(options: argparse.Namespace) -> int:
     """Write the page."""
     from hvd_lars.planning.site import read_site
     from hvd_lars.report import write_report
+    from hvd_lars.tuning.study import is_study
 
     site = None if options.site is None else read_site(options.site, "--site")
     write_report(options.runs, options.output, site)
-    print(f"{options.output}: {len(options.runs)} run{'s' if len(options.runs) > 1 else ''}")
+    runs = f"{len(options.runs)} run{'s' if len(options.runs) > 1 else ''}"
+    print(f"{options.output}: {'1 study' if is_study(options.runs[0]) else runs}")
     return 0

@@ -76,7 +76,8 @@ def _tell_end(found: Tuned, settings: TuneSettings) -> None:
             f"stopped by {found.stopped} after {ended} trials; --resume run.dir={folder} continues"
         )
     if found.best is None:
-        tell(f"{folder}: no trial finished: all diverged or were pruned")
+        if found.stopped is None:
+            tell(f"{folder}: no trial finished: see the lines above")
         return
     tell(f"best: trial {found.best.number + 1}: {describe(found.best, settings)}")
     tell(f"hvd-lars train {folder}/best.yaml trains with it; hvd-lars report {folder} shows all")

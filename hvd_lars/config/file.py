@@ -148,7 +148,7 @@ def with_keys(config: Config, values: Mapping[str, object], source: str) -> Conf
     """
     tree = config.model_dump(mode="json")
     for key in sorted(values, key=lambda key: not key.endswith(".name")):
-        _override(tree, f"{key}={json.dumps(values[key])}")
+        _override(tree, f"{key}={json.dumps(values[key])}", source)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -204,20 +204,20 @@ def _holds(tree: dict[Any, Any], key: str) -> bool:
     return True
 
 
-def _override(tree: dict[Any, Any], text: str) -> str:
+def _override(tree: dict[Any, Any], text: str, source: str = "command line") -> str:
     """Set one ``key.sub=value`` in the tree; return the key."""
     key, equals, value = text.partition("=")
     names = key.split(".")
     if not equals or not all(map(str.isidentifier, names)):
-        raise UserError(f"command line: {text!r} is not an override; write key.sub=value")
+        raise UserError(f"{source}: {text!r} is not an override; write key.sub=value")
     node = tree
     for name in names[:-1]:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            raise UserError(f"command line: {key}: {name} is a value, not a section")
-    found = parse_yaml(value, f"command line: {key}")
+            raise UserError(f"{source}: {key}: {name} is a value, not a section")
+    found = parse_yaml(value, f"{source}: {key}")
     if key == "extends":
-        raise UserError("command line: extends: only a file can extend another")
+        raise UserError(f"{source}: extends: only a file can extend another")
     if names[1:] == ["name"] and names[0] in KINDS and node.get("name") != found:
         kept = _kept(names[0], node, found)
         node.clear()

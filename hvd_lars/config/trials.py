@@ -83,9 +83,16 @@ def _shortened(config: Config, duration: Duration) -> Config:
         warmup_duration=_scaled(schedule.warmup_duration, share),
         milestones=tuple(_scaled(each, share) for each in schedule.milestones),
     )
+    resizes = getattr(config.data, "progressive", ())
+    if resizes:
+        sizes = {round(each.epoch * share): each for each in resizes}  # the last of one epoch
+        changed = [each.model_copy(update={"epoch": epoch}) for epoch, each in sizes.items()]
+        config = config.with_values("data", progressive=tuple(changed))
     return config.with_values("train", duration=duration)
 
 
 def _scaled(duration: Duration, share: float) -> Duration:
     value = duration.value * share
-    return Duration(value if duration.unit == "epochs" else float(round(value)), duration.unit)
+    if duration.unit != "epochs" and value > 0.0:  # whole, and still there
+        value = max(1.0, float(round(value)))
+    return Duration(value, duration.unit)

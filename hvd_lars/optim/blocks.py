@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.kernels import Block
+from hvd_lars.optim.kernels.block import Tabled
 from hvd_lars.optim.layers import Layer
 from hvd_lars.optim.norms import flat, in_layout_of, is_dense
 
@@ -47,7 +48,7 @@ class Blocks:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
         self._params = [layer.param for layer in layers]
-        self._blocks: list[Block] = []
+        self._blocks: Tabled[Block] = Tabled()
         self._param_places: list[_Place] = []
         self._kept: list[_KeptState] = []
         self._gradients: list[Tensor] = []
@@ -90,7 +91,7 @@ class Blocks:
         )
 
     def _make(self, states: States, placement: Placement | None) -> None:
-        self._blocks = []  # until all are made
+        self._blocks = Tabled()  # until all are made
         blocks = [_make_block(layer, states, placement) for layer in self._layers]
         self._param_places = _places_of(self._params)
         self._kept = [
@@ -105,7 +106,7 @@ class Blocks:
                 for i, (block, place) in enumerate(zip(blocks, self._gradient_places, strict=True))
                 if place is None or place[0] != block.gradient.data_ptr()
             }
-        self._blocks = blocks
+        self._blocks = Tabled(blocks)
 
     def _renew_gradients(self) -> None:
         """Point the blocks at the gradients of this step."""

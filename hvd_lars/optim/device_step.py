@@ -15,7 +15,7 @@ from hvd_lars.optim.kernels import Block, Kernel, Scale, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold_all
 from hvd_lars.optim.layers import DeviceLayers
 from hvd_lars.optim.ratios import trust_ratios
-from hvd_lars.runtime.readback import constants
+from hvd_lars.runtime.readback import Constant
 from hvd_lars.runtime.torch_internals import versions_of
 
 
@@ -44,8 +44,9 @@ class DeviceStep:
         self.layers = layers
         self._params = [layer.param for layer in layers.layers]
         self._blocks = Blocks(layers.layers)
-        self._current: list[Block] = []
+        self._current: Sequence[Block] = []
         self._kernel: Kernel | None = None  # of the last step
+        self._one, self._trust = Constant(), Constant()
         # Sums of squares of this rank's parts, (layers,) float64; None if unknown.
         self.weight_sums: Tensor | None = None
         self._known: Tensor | None = None  # the same, if still valid in this step
@@ -102,13 +103,13 @@ class DeviceStep:
     def measure(self, sums: Tensor, unscale: Scale) -> Measured:
         """Compute norms and every layer's λ from the sums over all ranks."""
         layers = self.layers
-        one = constants((1.0,), layers.device)
+        one = self._one.of((1.0,), layers.device)
         if not layers.sources:
             return Measured(one.expand(len(self._current)), one[:0], one[:0])
         weights, gradients = sums.sqrt().chunk(2)
         if not self._is_combined() and not (isinstance(unscale, float) and unscale == 1.0):
             gradients = gradients * unscale
-        own = trust_ratios(layers.groups, layers.group_of, weights, gradients)
+        own = trust_ratios(layers.groups, layers.group_of, weights, gradients, self._trust)
         return Measured(torch.cat([own, one])[layers.ratio_of], weights, gradients)
 
     def update(self, ratios: Tensor, unscale: Scale, live: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_lars.runtime.readback import constants
+from hvd_lars.runtime.readback import Constant
 
 
 def trust_ratios(
@@ -16,6 +16,7 @@ def trust_ratios(
     group_of: Tensor,
     weight_norms: Tensor,
     gradient_norms: Tensor,
+    kept: Constant,
 ) -> Tensor:
     """Return λ of every layer that has its own, (layers,) float64.
 
@@ -28,12 +29,13 @@ def trust_ratios(
         group_of: index of each layer's group, (layers,) int64.
         weight_norms: (layers,) float64, all on one device.
         gradient_norms: of the same layers.
+        kept: keeps the groups' constants on the device from step to step.
 
     Source:
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1; LARC for the clip.
     """
     device = weight_norms.device
-    table = constants(tuple(map(_constants_of, groups)), device)[group_of]
+    table = kept.of(tuple(map(_constants_of, groups)), device)[group_of]
     trust, decay, eps, at_zero = table.unbind(1)
     ratio = trust * weight_norms / (gradient_norms + decay * weight_norms + eps)
     for number, group in enumerate(groups):

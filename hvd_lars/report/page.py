@@ -205,7 +205,7 @@ def _plans(runs: Sequence[Run], site: Site) -> str:
     for run in runs:
         found = compare_run(run, site)
         if found is None:
-            told += f"<p>{escape(run.name)}: too short to compare.</p>"
+            told += f"<p>{escape(run.name)}: no step to compare is recorded yet.</p>"
             continue
         told += f"<p>{escape(f'{run.name}: {found.sentence()}')}.</p>"
         low, high = (1e3 * bound for bound in found.expected.step)

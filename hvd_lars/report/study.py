@@ -12,7 +12,7 @@ from hvd_lars.report.html import figure, page_of, table
 from hvd_lars.tuning.study import Trial, best_of
 
 # Colours of trials by how they ended; the best has its own.
-_COLOURS = {"best": 1, "finished": 0, "pruned": 7, "running": 2, "diverged": 4}
+_COLOURS = {"best": 1, "finished": 0, "pruned": 7, "running": 2, "diverged": 4, "impossible": 3}
 
 
 def study_page(study: StudyRecord) -> str:
@@ -32,7 +32,7 @@ def study_page(study: StudyRecord) -> str:
 def _best(study: StudyRecord, best: Trial | None) -> str:
     counts = {
         ended: sum(trial.ended == ended for trial in study.trials)
-        for ended in ("finished", "pruned", "diverged", "running")
+        for ended in ("finished", "pruned", "diverged", "impossible", "running")
     }
     told = ", ".join(f"{count} {ended}" for ended, count in counts.items() if count)
     text = (
@@ -59,7 +59,7 @@ def _key(study: StudyRecord, best: Trial | None, key: str) -> str:
     dots, scale = [], _percents(study)
     for trial in study.trials:
         found = _seen(trial)
-        if not found:
+        if not found or key not in trial.params:
             continue
         name = _kind(trial, best)
         here = trial.params[key]
@@ -96,7 +96,7 @@ def _all(study: StudyRecord, best: Trial | None) -> str:
     rows = [
         [
             trial.number + 1,
-            *(_shown(trial.params[key]) for key in keys),
+            *(_shown(trial.params.get(key, "–")) for key in keys),
             "–" if trial.value is None else f"{scale * trial.value:.4g}{_spread(study, trial)}",
             _kind(trial, best),
             len(trial.curve or {}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
@@ -46,16 +46,27 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=device.type != "cpu")
 
 
-@functools.lru_cache(maxsize=256)
-def constants(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """Return int64 or float64 values on ``device``: the same tensor for the same values.
+def table_of(values: Sequence[Any], dtype: Any, device: torch.device) -> Tensor:
+    """Return numbers, or rows of them, in NumPy's ``dtype`` on ``device``."""
+    return send(torch.from_numpy(np.array(values, dtype=dtype)), device)
 
-    It must not be written to.
+
+@final
+class Constant:
+    """Numbers on a device, copied there again when they change.
+
+    The owner keeps the tensor alive: a captured CUDA graph reads it without a reference of its own.
     """
-    array = np.array(values)
-    return send(
-        torch.from_numpy(array if array.dtype == np.int64 else array.astype(np.float64)), device
-    )
+
+    def __init__(self) -> None:
+        self._values: object = None
+        self._tensor: Tensor | None = None
+
+    def of(self, values: tuple[Any, ...], device: torch.device) -> Tensor:
+        """Return ``values``, or rows of them, as float64 on ``device``; not to be written to."""
+        if self._tensor is None or self._values != values or self._tensor.device != device:
+            self._values, self._tensor = values, table_of(values, np.float64, device)
+        return self._tensor
 
 
 def on_host(tensor: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class TuneSettings(Section):
         if not self.space:
             raise ValueError("space is empty; it must have a key, such as schedule.base_lr")
         for name in self.space:
-            if "." not in name:
+            if not all(map(str.isidentifier, name.split("."))) or "." not in name:
                 raise ValueError(f"space has {name!r}; must be a section's key: schedule.base_lr")
         return self
 

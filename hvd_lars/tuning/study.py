@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.log"
 _VALUES, _ENDED = "values", "ended"  # attributes of Optuna's trials
-Ended = Literal["finished", "pruned", "diverged", "running"]
+Ended = Literal["finished", "pruned", "diverged", "impossible", "running"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Trial:
         number: in order of the proposals, from 0.
         params: values by key.
         values: the metric of each finished run, one a seed.
-        ended: how it ended.
+        ended: how it ended; impossible if its values cannot be run.
         value: the mean of ``values``; None unless it finished.
         curve: the first run's metric by evaluation, counted from 1.
     """
@@ -151,7 +151,7 @@ class Study:
         self._current.set_user_attr(_VALUES, list(values))
 
     def tell(self, values: Sequence[float], ended: Ended) -> Trial:
-        """End the current trial and return it; a diverged one has the worst value there is."""
+        """End the current trial and return it; without a metric it has the worst value there is."""
         assert self._current is not None
         from optuna.trial import TrialState
 
@@ -162,7 +162,7 @@ class Study:
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
             worst = 0.0 if self._settings.maximize else math.inf
-            value = worst if ended == "diverged" else sum(values) / len(values)
+            value = sum(values) / len(values) if ended == "finished" else worst
             self._study.tell(trial, value)
         self._current = None
         return self.trials()[trial.number]
@@ -242,7 +242,7 @@ def _trials_of(study: optuna.Study) -> list[Trial]:
 
     found = []
     for each in study.get_trials(deepcopy=False):
-        if each.state == TrialState.WAITING:
+        if each.state == TrialState.WAITING or not each.params:  # or about to start
             continue
         ended: Ended = each.user_attrs.get(_ENDED, "running")
         finished = each.state == TrialState.COMPLETE and ended == "finished"

@@ -7,6 +7,7 @@ from reference import lars_oracle
 
 from hvd_lars import LARS
 from hvd_lars.optim.ratios import trust_ratios
+from hvd_lars.runtime.readback import Constant
 
 KERNELS = ("native", "fused", "eager", "elsewhere", "gpu")
 
@@ -67,7 +68,7 @@ def test_a_zero_norm_is_not_clipped():
         "trust_clip": True, "lr": 4.0, "zero_norm": "unit",
     }  # fmt: skip
     norms = torch.tensor([1.0, 0.0, 50.0]).double(), torch.tensor([1.0, 1.0, 1.0]).double()
-    found = trust_ratios([group], torch.zeros(3, dtype=torch.int64), *norms)
+    found = trust_ratios([group], torch.zeros(3, dtype=torch.int64), *norms, Constant())
     assert found.tolist() == pytest.approx([0.1 / 4.0, 1.0, 1.0])
 
 

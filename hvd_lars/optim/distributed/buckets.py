@@ -26,7 +26,9 @@ _LATE = (
     "backward of a step in placement.gradients.no_sync(), and begin the next step with "
     "optimizer.zero_grad()"
 )
-_CACHED = 2**20  # bytes that stay in a core's cache
+# Bytes of gradients that are copied in one call: on a GPU, whose launches cost the host, they need
+# memory beside the bucket; on a CPU as long as they stay in a core's cache.
+_TOGETHER, _CACHED = 16 * 2**20, 2**20
 _UNZEROED = (
     "backward() before optimizer.zero_grad(): it added to gradients that were summed over the "
     "ranks for the last step"
@@ -41,10 +43,12 @@ class Bucket:
     starts: list[int]  # of each parameter in flat
     flat: Tensor  # (numel,), padded with zeros
     views: list[Tensor]
-    together: bool  # gradients are copied when all are there, not one by one
+    together: int  # bytes of gradients that wait to be copied at once
     absent: list[AbsentGradient] = field(default_factory=list)  # if no rank has whole sums
     fresh: set[int] = field(default_factory=set)  # positions whose view belongs to this window
     missing: set[int] = field(default_factory=set)  # positions still without a gradient
+    waiting: list[int] = field(default_factory=list)  # positions whose gradient is to be copied
+    waiting_bytes: int = 0
     pending: Pending | None = None
 
 
@@ -239,6 +243,7 @@ class GradientBuckets:
         for bucket in self.buckets:
             bucket.missing = set(range(len(bucket.params)))
             bucket.fresh.clear()
+            bucket.waiting, bucket.waiting_bytes = [], 0
 
     def _on_gradient(self, param: Tensor) -> None:
         """Take the gradient of ``param``, complete for this backward pass; autograd's hook."""
@@ -249,8 +254,10 @@ class GradientBuckets:
             raise RuntimeError(_LATE)
         self._used = self._reduced = False
         bucket.fresh.add(i)
-        if not (self._synchronizing and bucket.together):
-            _adopt(bucket, (i,))
+        bucket.waiting.append(i)
+        bucket.waiting_bytes += param.numel() * param.element_size()
+        if bucket.waiting_bytes > bucket.together or not self._synchronizing:
+            _adopt(bucket, bucket.waiting)
         if not self._synchronizing:
             return
         if not self._callback_queued:
@@ -350,7 +357,8 @@ def _adopt(bucket: Bucket, positions: Iterable[int]) -> None:
             views.append(view)
             gradients.append(gradient)
         param.grad = view
-    if views:  # in one launch on a GPU
+    bucket.waiting, bucket.waiting_bytes = [], 0
+    if views:
         torch._foreach_copy_(views, gradients)
 
 
@@ -370,5 +378,4 @@ def _make_buckets(params: list[nn.Parameter], bucket_bytes: int, multiple: int) 
                 views.append(flat.as_strided(param.shape, param.stride(), start))
                 starts.append(start)
                 start += param.numel()
-            nbytes = flat.numel() * flat.element_size()
-            yield Bucket(inside, starts, flat, views, flat.is_cuda or nbytes <= _CACHED)
+            yield Bucket(inside, starts, flat, views, _TOGETHER if flat.is_cuda else _CACHED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from hvd_lars.optim.distributed.buckets import GradientBuckets
 from hvd_lars.optim.kernels import Kernel
+from hvd_lars.optim.kernels.block import Tabled
 from hvd_lars.runtime.torch_internals import versions_of
 
 
@@ -24,7 +24,7 @@ class EarlyNorms:
     """
 
     def __init__(self, parts: Callable[[int], list[Tensor]]) -> None:
-        self._parts = functools.cache(parts)
+        self._parts, self._kept = parts, dict[int, Tabled[Tensor]]()
         self._kernel: Kernel | None = None
         self._sums: dict[int, tuple[Tensor, int]] = {}  # by bucket: sums, version of its memory
         self._asked: tuple[Sequence[Tensor], Tensor] | None = None  # parameters, their order
@@ -33,7 +33,9 @@ class EarlyNorms:
     def on_reduced(self, b: int, flat: Tensor) -> None:
         """Sum the squares of the bucket at position ``b``, which is now summed over the ranks."""
         if self._kernel is not None:
-            sums = self._kernel.sums_of_squares(self._parts(b))
+            if b not in self._kept:
+                self._kept[b] = Tabled(self._parts(b))
+            sums = self._kernel.sums_of_squares(self._kept[b])
             self._sums[b] = (sums, versions_of([flat])[0])
 
     def take(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+T = TypeVar("T")
 Scale = float | Tensor
 """A factor: a number, or a 0-dim float64 tensor on the device of what it multiplies."""
 
@@ -29,8 +30,6 @@ class Block:
     norm_part: tuple[int, int]  # begin and end of the elements whose squares this rank sums
     # Addresses of the four tensors, and what else the kernel needs; None if out of date.
     row: tuple[int, ...] | None = None
-    # A kernel's tables for the list of blocks that begins with this one.
-    tables: Any = None
 
     def addresses(self) -> tuple[int, ...]:
         """Return the addresses of weight, gradient, buffer and copy; 0 for none."""
@@ -56,6 +55,15 @@ class Block:
         begin, end = self.norm_part
         if not 0 <= begin <= end <= size:
             raise RuntimeError(f"LARS: norm of [{begin}, {end}) of a weight of {size} elements")
+
+
+class Tabled(list[T]):
+    """Blocks or tensors that are the same in many steps, and a kernel's tables for them.
+
+    The tables go with the list, and must not refer to it.
+    """
+
+    tables: Any = None
 
 
 class Kernel(Protocol):

@@ -1,25 +1,25 @@
 """The Triton kernels over lists of tensors.
 
-Nothing here waits for the device: tables of addresses are copied to it once and stay valid as long
-as the tensors, so a step can be captured in a CUDA graph after one or two uncaptured steps.
+Nothing here waits for the device: tables of addresses are copied to it, and again only when a
+tensor has moved, so a step can be captured in a CUDA graph after one or two uncaptured steps.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block, Scale
+from hvd_lars.optim.kernels.block import Block, Scale, Tabled
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.norms import sums_of_squares
-from hvd_lars.runtime.readback import constants, send
+from hvd_lars.runtime.readback import Constant, send, table_of
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WIDE = (16, 8)  # alignment that wide loads need: of addresses in bytes, of positions in elements
@@ -85,12 +85,15 @@ class GpuKernel:
         ):
             return sums_of_squares(tensors)
         dtype, language = dtypes.pop(), self._triton.tl
-        tables = _sums_tables(
-            tuple(map(Tensor.data_ptr, tensors)),
-            tuple(map(Tensor.numel, tensors)),
-            self._triton.CHUNK,
-            tensors[0].device,
-        )
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+        place = (addresses, tuple(map(Tensor.numel, tensors)), tensors[0].device)
+        if not isinstance(tensors, Tabled):
+            tables = _sums_tables(place, self._triton.CHUNK)
+        elif tensors.tables is None or tensors.tables[0] != place:
+            tables = _sums_tables(place, self._triton.CHUNK)
+            tensors.tables = (place, tables)
+        else:
+            tables = tensors.tables[1]
         sums = tables.new_sums()
         if tables.programs:
             self._triton.sums_kernel[(tables.programs,)](
@@ -115,17 +118,18 @@ class GpuKernel:
         live: Tensor | None = None,
     ) -> tuple[None, Tensor] | None:
         """Update in place; return no sums if a block was updated eagerly."""
-        plan = blocks[0].tables if blocks else None
+        device = ratios.device
+        plan = blocks.tables if isinstance(blocks, Tabled) else None
         if not isinstance(plan, _Plan) or not plan.is_for(blocks):
-            plan = _Plan(blocks, self._triton.CHUNK, ratios.device)
-            if blocks:
-                blocks[0].tables = plan
-        one = constants((1.0,), ratios.device)
+            plan = _Plan(blocks, self._triton.CHUNK, device)
+            if isinstance(blocks, Tabled):
+                blocks.tables = plan
+        one = plan.one.of((1.0,), device)
         factors = torch.cat(
             [
-                unscale.reshape(1) if isinstance(unscale, Tensor)
-                else constants((float(unscale),), ratios.device),
-                one if live is None else live.reshape(1).double(),
+                unscale.reshape(1).to(device) if isinstance(unscale, Tensor)
+                else plan.unscale.of((float(unscale),), device),
+                one if live is None else live.reshape(1).to(device, torch.float64),
             ]
         )  # fmt: skip
         if len(plan.launches) == 1 and not plan.eager:
@@ -135,8 +139,7 @@ class GpuKernel:
             for launch in plan.launches:
                 after[launch.places] = self._launch(launch, ratios[launch.places], factors)
         if plan.eager:
-            places = constants(tuple(plan.eager), ratios.device)
-            _update_eagerly([blocks[i] for i in plan.eager], ratios[places], factors)
+            _update_eagerly([blocks[i] for i in plan.eager], ratios[plan.eager], factors)
         torch.autograd.graph.increment_version(plan.written)  # autograd does not see Triton
         return None if plan.eager else (None, after)
 
@@ -148,7 +151,7 @@ class GpuKernel:
             self._triton.update_kernel[(tables.programs,)](
                 tables.chunks,
                 tables.layers,
-                _rules(launch.groups, ratios.device),
+                _rules(launch, ratios.device),
                 ratios,
                 factors,
                 tables.partials,
@@ -183,7 +186,7 @@ class _Tables:
         table = [
             (*row, *slot, member, 0) for row, slot, member in zip(rows, slots, members, strict=True)
         ]
-        self.layers = send(torch.from_numpy(np.array(table, dtype=np.int64)), device)
+        self.layers = table_of(table, np.int64, device)
         self.partials = torch.empty(num_slots, dtype=torch.float64, device=device)
         self.arrived = torch.zeros(len(rows), dtype=torch.int32, device=device)  # also after use
         self.aligned = _aligned(rows, parts)
@@ -193,69 +196,86 @@ class _Tables:
         return torch.zeros(len(self.arrived), dtype=torch.float64, device=self.arrived.device)
 
 
-@functools.lru_cache(maxsize=64)
-def _sums_tables(
-    addresses: tuple[int, ...], sizes: tuple[int, ...], size: int, device: torch.device
-) -> _Tables:
+_Place = tuple[tuple[int, ...], tuple[int, ...], torch.device]
+
+
+@functools.lru_cache(maxsize=256)
+def _sums_tables(place: _Place, size: int) -> _Tables:
+    """Return the tables for tensors by their addresses, sizes and device."""
+    addresses, sizes, device = place
     rows = [(address, 0, 0, 0) for address in addresses]
     parts = tuple((numel, (0, numel)) for numel in sizes)
     return _Tables(rows, parts, (0,) * len(rows), size, device)
 
 
-class _Launch(NamedTuple):
-    """Blocks of one kind, which share a launch; ``places`` are their indices on the device."""
+@final
+class _Launch:
+    """Blocks of one kind, which share a launch."""
 
-    places: Tensor
-    first: Block
-    groups: list[dict[str, Any]]
-    nesterov: bool
-    tables: _Tables
+    def __init__(
+        self, blocks: Sequence[Block], members: list[int], size: int, device: torch.device
+    ) -> None:
+        self.members = members
+        self.places = table_of(members, np.int64, device)
+        chosen = [blocks[i] for i in members]
+        groups = {id(block.group): block.group for block in chosen}
+        numbers = {key: number for number, key in enumerate(groups)}
+        self.first, self.groups = chosen[0], list(groups.values())
+        self.nesterov = bool(self.first.group["nesterov"])
+        self.rules = Constant()
+        self._size, self._device = size, device
+        self._parts = tuple((block.weight.numel(), block.norm_part) for block in chosen)
+        self._numbers = [numbers[id(block.group)] for block in chosen]
+        self.renew([block.addresses() for block in chosen])
+
+    def renew(self, addresses: Sequence[tuple[int, ...]]) -> None:
+        """Take other addresses of the same blocks."""
+        self.tables = _Tables(addresses, self._parts, self._numbers, self._size, self._device)
 
 
 @final
 class _Plan:
-    """The launches that update a list of blocks, while their memory stays where it is."""
+    """The launches that update a list of blocks."""
 
     def __init__(self, blocks: Sequence[Block], size: int, device: torch.device) -> None:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, block in enumerate(blocks):
             kinds.setdefault(_kind(block), []).append(i)
         self.eager = kinds.pop((), [])
-        self.launches, self.written = [], list[Tensor]()
-        for kind, members in kinds.items():
-            chosen = [blocks[i] for i in members]
-            for block in chosen:
-                if block.row is None:
-                    block.row = (*block.addresses(), block.weight.numel(), 0, *block.norm_part)
-                self.written += [t for t in (block.weight, block.copy) if t is not None]
-            groups = {id(block.group): block.group for block in chosen}
-            numbers = {key: number for number, key in enumerate(groups)}
-            tables = _Tables(
-                [block.row[:4] for block in chosen if block.row is not None],
-                tuple((block.weight.numel(), block.norm_part) for block in chosen),
-                [numbers[id(block.group)] for block in chosen],
-                size,
-                device,
-            )
-            places = constants(tuple(members), device)
-            self.launches.append(
-                _Launch(places, chosen[0], list(groups.values()), bool(kind[-1]), tables)
-            )
-        self._blocks, self._rows = blocks, list(map(_row, blocks))
+        self.launches = [_Launch(blocks, each, size, device) for each in kinds.values()]
+        self.one, self.unscale = Constant(), Constant()
+        taken = [blocks[i] for launch in self.launches for i in launch.members]
+        for block in taken:
+            if block.row is None:
+                block.row = (*block.addresses(), block.weight.numel(), 0, *block.norm_part)
+        written = [tensor for block in taken for tensor in (block.weight, block.copy)]
+        self.written = [tensor for tensor in written if tensor is not None]
+        self._rows = list(map(_row, blocks))
 
     def is_for(self, blocks: Sequence[Block]) -> bool:
-        """Return whether these are the blocks, none has moved, and no group has another rule."""
+        """Return whether the plan holds for these blocks; takes other gradients of the same size.
+
+        Blocks that changed otherwise have lost their row.
+        """
         rows = list(map(_row, blocks))
-        return (
-            blocks is self._blocks
-            and all(map(is_, rows, self._rows))
-            and None not in rows
-            and all(
-                bool(group["nesterov"]) == launch.nesterov
-                for launch in self.launches
-                for group in launch.groups
-            )
+        if rows != self._rows:
+            if not all(map(_differ_in_gradient, rows, self._rows)):
+                return False
+            for launch in self.launches:
+                launch.renew([rows[i][:4] for i in launch.members])
+            self._rows = rows
+        return all(
+            bool(group["nesterov"]) == launch.nesterov
+            for launch in self.launches
+            for group in launch.groups
         )
+
+
+def _differ_in_gradient(now: tuple[int, ...] | None, then: tuple[int, ...] | None) -> bool:
+    """Return whether two rows are of one block, whose gradient alone may have moved."""
+    if now is None or then is None:
+        return now is then
+    return now[0] == then[0] and now[2:] == then[2:]
 
 
 def _kernels() -> ModuleType:
@@ -294,10 +314,10 @@ def _kind(block: Block) -> tuple[Any, ...]:
     return block.weight.dtype, block.gradient.dtype, buffered, copied, block.group["nesterov"]
 
 
-def _rules(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
+def _rules(launch: _Launch, device: torch.device) -> Tensor:
     """Return the (groups, 5) float64 table of triton_kernels; γ may be a device tensor."""
     rows, late = [], []
-    for i, group in enumerate(groups):
+    for i, group in enumerate(launch.groups):
         lr, inside = group["lr"], group["lr_position"] == "momentum"
         if isinstance(lr, Tensor):
             late.append((i, 2 if inside else 3, lr))
@@ -305,7 +325,7 @@ def _rules(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
         skip = float(group["zero_norm"] == "skip")
         both = (lr, 1.0) if inside else (1.0, lr)
         rows.append((float(group["momentum"]), float(group["weight_decay"]), *both, skip))
-    table = constants(tuple(rows), device)
+    table = launch.rules.of(tuple(rows), device)
     if late:
         table = table.clone()
         for i, column, lr in late:
