@@ -4,9 +4,9 @@
     horovodrun -np 2 python benchmarks/tune_against_grid.py [--folder DIR] [-o FILE]
 
 LARS on digits at B = 1,024.  The grid trains every one of seven rates to the end; ``tune`` proposes
-and prunes.  Both see the same held-out part of the training images.  Then each one's rate is run
-with five other seeds on all training images and tested.  A stopped job continues by the same
-command.
+and prunes, with four seeds of its own.  Both see the same held-out part of the training images.
+Then each one's rate is run with five other seeds on all training images and tested.  A stopped job
+continues by the same command.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ RATES = [4.0, 8.0, 16.0, 24.0, 32.0, 40.0, 56.0]
 SEARCHES: dict[str, dict[str, Any]] = {
     "grid": {"sampler": "grid", "pruning": "none",
              "space": {"schedule.base_lr": {"choices": RATES}}},
-    "tune": {"trials": TRIALS, "space": {"schedule.base_lr": {"log": [2.0, 64.0]}}},
+} | {
+    f"tune, sampler seed {seed}": {
+        "trials": TRIALS, "sampler_seed": seed, "space": {"schedule.base_lr": {"log": [2.0, 64.0]}}
+    }
+    for seed in range(4)
 }  # fmt: skip
 
 
@@ -52,7 +56,9 @@ def main() -> None:
     ]
     with quiet():
         for name, search in SEARCHES.items():
-            bench = Bench(comm, CASES["digits"], options.folder / name, options)
+            bench = Bench(
+                comm, CASES["digits"], options.folder / name.replace(", sampler seed ", ""), options
+            )
             values, trials = bench.search(BATCH, "LARS", search)
             seeds = range(FIRST_HELD_OUT, FIRST_HELD_OUT + SEEDS)
             top1 = [bench.held_out(BATCH, "LARS", values, seed) for seed in seeds]

@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, default="resnet50-lars-b8192")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks on this machine")
     parser.add_argument("--megabytes", type=int, default=64, help="MiB of the test all-reduce")
+    parser.add_argument(
+        "--no-ranks",
+        action="store_true",
+        help="start no ranks, as on a login node where MPI may not run",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,14 +82,15 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     train = config.train
     needed = config.data.shared_bytes(train.micro_batch, train.eval_batch) * options.ranks
-    return diagnose(options.megabytes, options.config, options.ranks, needed)
+    megabytes = None if options.no_ranks else options.megabytes
+    return diagnose(megabytes, options.config, options.ranks, needed)
 
 
-def diagnose(megabytes: int, config: str, ranks: int, shared_bytes: int) -> int:
+def diagnose(megabytes: int | None, config: str, ranks: int, shared_bytes: int) -> int:
     """Print the state of the installation; return 0 if training works here, else 1.
 
     Args:
-        megabytes: size of the test all-reduce, in MiB.
+        megabytes: size of the test all-reduce, in MiB; None to start no ranks.
         config: name of the config to run.
         ranks: its ranks on this machine.
         shared_bytes: bytes of /dev/shm that their batches need.
@@ -97,8 +103,10 @@ def diagnose(megabytes: int, config: str, ranks: int, shared_bytes: int) -> int:
     torch_version, has_gpu = _diagnose_torch(problems)
     has_horovod = _diagnose_horovod(problems, torch_version, has_gpu)
     has_mpi4py = _diagnose_mpi(problems)
-    works = _diagnose_launchers(problems, megabytes, has_horovod, has_mpi4py)
-    if not works:
+    works: list[str] = []
+    if megabytes is not None:
+        works = _diagnose_launchers(problems, megabytes, has_horovod, has_mpi4py)
+    if not works and not (megabytes is None and (has_horovod or has_mpi4py)):
         what = "no launcher could run 2 ranks" if has_horovod or has_mpi4py else "no MPI or Horovod"
         problems.append(
             Problem(what, "fix the problems above; one process still trains", fatal=True)
@@ -107,8 +115,11 @@ def diagnose(megabytes: int, config: str, ranks: int, shared_bytes: int) -> int:
     for problem in problems:
         print(f"{'ERROR' if problem.fatal else 'warning'}: {problem.what}: {problem.mend}")
     fatal = any(problem.fatal for problem in problems)
-    verdict = "training over several ranks does not work" if fatal else "ready to train"
-    print(f"verdict: {verdict}{'' if fatal else ' with ' + works[0]}")
+    if fatal:
+        verdict = "training over several ranks does not work"
+    else:
+        verdict = f"ready to train with {works[0]}" if works else "no fault found; no ranks started"
+    print(f"verdict: {verdict}")
     return 1 if fatal else 0
 
 
