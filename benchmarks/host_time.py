@@ -131,8 +131,8 @@ def measure(trainer: Trainer, steps: int) -> dict[str, float]:
     rows: list[dict[str, float]] = []
     hook, step = Timed(GradientBuckets._on_gradient), Timed(trainer.optimizer.step)
 
-    def on_gradient(buckets: GradientBuckets, param: torch.Tensor) -> None:
-        hook(buckets, param)
+    def on_gradient(buckets: GradientBuckets, *arguments: Any) -> None:
+        hook(buckets, *arguments)
 
     given = batches()
     with (

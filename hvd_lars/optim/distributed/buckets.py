@@ -41,6 +41,7 @@ class Bucket:
 
     params: list[nn.Parameter]
     starts: list[int]  # of each parameter in flat
+    sizes: list[int]  # of each parameter, in bytes
     flat: Tensor  # (numel,), padded with zeros
     views: list[Tensor]
     together: int  # bytes of gradients that wait to be copied at once
@@ -120,11 +121,12 @@ class GradientBuckets:
         check_same_layout(trained, comm)
         self.buckets = list(_make_buckets(trained, bucket_bytes, reduction.multiple))
         self.place: dict[Tensor, tuple[int, int]] = {}  # bucket and position in it
-        hook, handles = _hook_of(self), []
+        handles = []
         for b, bucket in enumerate(self.buckets):
             check_reducible(bucket.flat, "gradients")
             for i, param in enumerate(bucket.params):
                 self.place[param] = (b, i)
+                hook = _hook_of(self, b, i)
                 handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             if not reduction.in_place:
                 bucket.absent = [view.as_subclass(AbsentGradient) for view in bucket.views]
@@ -245,9 +247,14 @@ class GradientBuckets:
             bucket.fresh.clear()
             bucket.waiting, bucket.waiting_bytes = [], 0
 
-    def _on_gradient(self, param: Tensor) -> None:
-        """Take the gradient of ``param``, complete for this backward pass; autograd's hook."""
-        b, i = self.place[param]
+    def _on_gradient(self, b: int, i: int, param: Tensor) -> None:
+        """Take the gradient of ``param``, complete for this backward pass; autograd's hook.
+
+        Args:
+            b: position of its bucket.
+            i: position in the bucket.
+            param: the parameter.
+        """
         bucket = self.buckets[b]
         self._check_fresh(bucket, i, param)
         if b < self._next:
@@ -255,7 +262,7 @@ class GradientBuckets:
         self._used = self._reduced = False
         bucket.fresh.add(i)
         bucket.waiting.append(i)
-        bucket.waiting_bytes += param.numel() * param.element_size()
+        bucket.waiting_bytes += bucket.sizes[i]
         if bucket.waiting_bytes > bucket.together or not self._synchronizing:
             _adopt(bucket, bucket.waiting)
         if not self._synchronizing:
@@ -271,7 +278,8 @@ class GradientBuckets:
 
     def _check_fresh(self, bucket: Bucket, i: int, param: Tensor) -> None:
         """Raise RuntimeError if ``param.grad`` contains sums of an earlier window."""
-        stale = param.grad is bucket.views[i] or isinstance(param.grad, AbsentGradient)
+        gradient = param.grad
+        stale = gradient is bucket.views[i] or type(gradient) is AbsentGradient
         if stale and i not in bucket.fresh:
             raise RuntimeError(_UNZEROED if self._spent else _LATE)
 
@@ -316,14 +324,14 @@ def _placed(params: Sequence[Tensor]) -> Tensor | None:
     return next((p for p in params for place in places if p in place), None)
 
 
-def _hook_of(buckets: GradientBuckets) -> Callable[[Tensor], None]:
-    """Return the hook for autograd, which does not keep an unused placement alive."""
+def _hook_of(buckets: GradientBuckets, b: int, i: int) -> Callable[[Tensor], None]:
+    """Return a parameter's hook for autograd, which does not keep an unused placement alive."""
     reference = weakref.ref(buckets)
 
     def hook(param: Tensor) -> None:
         alive = reference()
         if alive is not None:
-            alive._on_gradient(param)
+            alive._on_gradient(b, i, param)
 
     return hook
 
@@ -378,4 +386,6 @@ def _make_buckets(params: list[nn.Parameter], bucket_bytes: int, multiple: int) 
                 views.append(flat.as_strided(param.shape, param.stride(), start))
                 starts.append(start)
                 start += param.numel()
-            yield Bucket(inside, starts, flat, views, _TOGETHER if flat.is_cuda else _CACHED)
+            nbytes = [param.numel() * param.element_size() for param in inside]
+            together = _TOGETHER if flat.is_cuda else _CACHED
+            yield Bucket(inside, starts, nbytes, flat, views, together)
