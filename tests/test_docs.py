@@ -1,12 +1,15 @@
-"""The documentation as a site, and links that lead somewhere."""
+"""The documentation as a site, links that lead somewhere, and examples in the help."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hvd_lars.cli.parser import ON_RANKS, TOOLS, parse
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)]*)?\)")
@@ -33,3 +36,14 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_links_of_pages_outside_the_site_lead_to_files(page):
     links = [link for link, _ in LINK.findall((ROOT / page).read_text()) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", [*ON_RANKS, *TOOLS])
+def test_the_example_in_a_commands_help_is_a_command_line(name):
+    """What follows hvd-lars in it is parsed; files and run folders need not exist."""
+    command = (ON_RANKS | TOOLS)[name]
+    examples = command.EPILOG.partition("Example: ")[2].split("; ")
+    assert name in {shlex.split(each.partition("hvd-lars ")[2])[0] for each in examples}
+    for each in examples:
+        options = parse(shlex.split(each.partition("hvd-lars ")[2]))
+        assert options.command in each

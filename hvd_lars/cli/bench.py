@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hvd_lars.config.schema import Config
 
 NAME, HELP = "bench", "measure images/s on made-up images, and where a step's time goes"
+EPILOG = "Example: mpirun -np 4 hvd-lars bench my.yaml --save site.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

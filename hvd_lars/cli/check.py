@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hvd_lars.train.schedules import Schedule
 
 NAME, HELP = "check", "print the plans of configs without training"
+EPILOG = "Example: hvd-lars check my.yaml --ranks 64 --device-memory 80GB"
 _UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BARS = "▁▂▃▄▅▆▇█"
 

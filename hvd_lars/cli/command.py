@@ -17,6 +17,7 @@ class Command(Protocol):
 
     NAME: str
     HELP: str  # one line
+    EPILOG: str  # an example
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments of the command."""

@@ -29,6 +29,7 @@ from hvd_lars.launchers.local import (
 from hvd_lars.state.run_folder import environment_facts
 
 NAME, HELP = "doctor", "check the installation; exit 1 if it cannot train"
+EPILOG = "Example: hvd-lars doctor my.yaml --ranks 8"
 BUILD = "python launch/build_horovod.py --install"
 
 _HOROVOD_FACTS = """

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hvd_lars.config.schema import Config
 
 NAME, HELP = "eval", "evaluate a checkpoint of a run"
+EPILOG = "Example: mpirun -np 4 hvd-lars eval runs/a --checkpoint best"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.state.run_folder import ANYWHERE, config_of
 
 NAME, HELP = "export", "write a run's weights for other programs"
+EPILOG = "Example: hvd-lars export runs/a -o weights.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

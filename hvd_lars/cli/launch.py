@@ -12,7 +12,10 @@ from hvd_lars.launchers.start import Request
 from hvd_lars.launchers.submit import submit
 
 NAME, HELP = "launch", "start training on this machine, on hosts or in a scheduler's queue"
-EPILOG = "CONFIG, overrides and --resume are as for train."
+EPILOG = (
+    "CONFIG, overrides and --resume are as for train.  "
+    "Example: hvd-lars launch --on slurm -np 32 my.yaml"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.runtime.terminal import progress_bar, warn
 
 NAME, HELP = "pack", "write a data set as tar shards; run again to resume"
+EPILOG = "Example: hvd-lars pack /data/imagenet /scratch/shards --shorter-side 320"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

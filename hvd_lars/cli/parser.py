@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     every: tuple[Command, ...] = (*_ON_RANKS, *_TOOLS)
     for command in every:
-        epilog = getattr(command, "EPILOG", None)
-        command.add_arguments(commands.add_parser(command.NAME, help=command.HELP, epilog=epilog))
+        own = commands.add_parser(
+            command.NAME, help=command.HELP, description=command.HELP, epilog=command.EPILOG
+        )
+        command.add_arguments(own)
     return parser

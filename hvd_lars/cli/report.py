@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 NAME, HELP = "report", "write an HTML page about runs, or about a study of tune"
+EPILOG = "Example: hvd-lars report runs/a runs/b -o report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

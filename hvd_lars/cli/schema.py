@@ -9,6 +9,7 @@ from pathlib import Path
 from hvd_lars.errors import UserError
 
 NAME, HELP = "schema", "write the JSON schema of configs, for editors"
+EPILOG = "Example: hvd-lars schema -o schema.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hvd_lars.state.snapshots import Snapshots
 
 NAME, HELP = "train", "train, on every rank that the launcher starts"
+EPILOG = "Example: horovodrun -np 4 hvd-lars train digits schedule.base_lr=16 run.dir=runs/a"
 _REQUEUE = 75  # EX_TEMPFAIL
 
 
