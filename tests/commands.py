@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import warm
@@ -92,9 +94,12 @@ def wait_for_step(process, folder, step, checkpoint=None):
 
 def kill_everything(process):
     """SIGKILL to the launcher and every rank at once."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+    victims = [*psutil.Process(process.pid).children(recursive=True), process]
+    for victim in victims:
         victim.kill()
     process.communicate(timeout=HANG_GUARD)
+    for victim in victims:  # Open MPI's: a later launcher with the same pid would trip over it
+        shutil.rmtree(Path(tempfile.gettempdir()) / f"ompi.{victim.pid}", ignore_errors=True)
 
 
 def rank_of(process):

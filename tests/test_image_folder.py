@@ -11,7 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from hvd_lars.data import Augment, FolderImages, GlobalBatches, Images, Request, list_folder, stream
+from hvd_lars.data import (
+    Augment,
+    FolderImages,
+    GlobalBatches,
+    Images,
+    Request,
+    WorkerLostError,
+    list_folder,
+    loader,
+    stream,
+)
 from hvd_lars.data.images import Sizes
 from hvd_lars.errors import UserError
 from hvd_lars.sources.images import IMAGENET_STATISTICS as STATISTICS
@@ -161,6 +171,33 @@ def test_workers_end_with_an_owner_that_is_killed(folder, tmp_path):
     owner.kill()
     owner.communicate()
     assert psutil.wait_procs(family, timeout=60)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), WorkerLostError),
+        (EOFError(), WorkerLostError),
+        (ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."),
+         ConnectionResetError),
+    ],
+)  # fmt: skip
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_lost(folder, monkeypatch, error, seen):
+    """Not so an error of the user's own data set, which torch repeats here."""
+
+    class Broken:
+        def __init__(self, *_, **options):
+            assert options["num_workers"] == 1
+
+        def __iter__(self):
+            raise error
+            yield
+
+    monkeypatch.setattr(loader, "DataLoader", Broken)
+    with pytest.raises(seen) as told:
+        next(stream(source_of(folder), [Request(0, np.array([1]))], workers=1))
+    if seen is WorkerLostError:
+        assert "(one of data.workers=1) has ended: out of memory?" in str(told.value)
 
 
 def test_workers_leave_the_random_state_alone(folder):

@@ -175,11 +175,19 @@ def _guarded(made: Iterator[_Answer], workers: int) -> Iterator[_Answer]:
             if "DataLoader worker" not in text or text.startswith("Caught "):
                 raise  # an error in the user's own data set, with its traceback
             signal = re.search(r"killed by signal: (\w+)", text)
-            raise WorkerLostError(
-                f"a process that loads images (one of data.workers={workers}) "
-                f"{f'got signal {signal.group(1)}' if signal else 'has ended'}: out of memory? "
-                f"use fewer data.workers, or ask for more memory"
-            ) from None
+            ended = f"got signal {signal.group(1)}" if signal else "has ended"
+            raise WorkerLostError(_lost(workers, ended)) from None
+        except (ConnectionError, EOFError) as error:  # it died while it handed a batch over
+            if str(error).startswith("Caught "):
+                raise  # of the user's own data set
+            raise WorkerLostError(_lost(workers, "has ended")) from None
+
+
+def _lost(workers: int, ended: str) -> str:
+    return (
+        f"a process that loads images (one of data.workers={workers}) {ended}: out of memory? use "
+        f"fewer data.workers, or ask for more memory"
+    )
 
 
 def shared_bytes(batch_bytes: int, workers: int) -> int:
