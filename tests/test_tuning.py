@@ -267,3 +267,15 @@ def test_a_trial_without_its_values_yet_is_not_reported(tmp_path):
     for cut in [place + 1 for place, byte in enumerate(journal) if byte == ord("\n")][1:]:
         (tmp_path / JOURNAL).write_bytes(journal[:cut])
         assert study_page(read_study(tmp_path)).count("<section") == 4
+
+
+def test_a_trial_that_ends_every_job_is_given_up(tmp_path):
+    wanted = settings(trials=2)
+    numbers = [Study(tmp_path, wanted).ask().number for _ in range(4)]  # each job is killed
+    assert numbers == [0, 0, 0, 1]
+    assert read_trials(tmp_path)[0].ended == "impossible"
+    study = Study(tmp_path, wanted)
+    study.ask()
+    study.report(1, 4, 0.5)
+    for _ in range(4):  # it gets as far as an evaluation, and may go on as often as it must
+        assert Study(tmp_path, wanted).ask().number == 1

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "journal.log"
-_VALUES, _ENDED = "values", "ended"  # attributes of Optuna's trials
+_VALUES, _ENDED, _STARTS = "values", "ended", "starts"  # attributes of Optuna's trials
+_MOST_STARTS = 3  # of a trial whose job ends before its first evaluation
 Ended = Literal["finished", "pruned", "diverged", "impossible", "running"]
 
 
@@ -73,7 +74,8 @@ class Study:
     def ask(self) -> Trial | None:
         """Return the next trial to run, or None if none is left.
 
-        It is first one that a killed job left half done, with the metrics of its finished runs.
+        It is first one that a killed job left half done, with the metrics of its finished runs; but
+        not a fourth time if the job always ended before the first evaluation.
         """
         from optuna.trial import Trial as Optunas
         from optuna.trial import TrialState
@@ -94,7 +96,20 @@ class Study:
             self._study.sampler = self._sampler(len(self._settings.space) * trial.number + place)
             params[name] = _suggest(trial, name, each)
         self._current = trial
-        return Trial(trial.number, params, trial.user_attrs.get(_VALUES, []), "running")
+        starts = trial.user_attrs.get(_STARTS, 0) + 1
+        trial.set_user_attr(_STARTS, starts)
+        values = trial.user_attrs.get(_VALUES, [])
+        if starts > _MOST_STARTS and not values and not self._curve():
+            self.tell([], "impossible")  # such as for want of memory, which ends the job
+            return self.ask()
+        return Trial(trial.number, params, values, "running")
+
+    def _curve(self) -> dict[int, float]:
+        """Return what the current trial has reported, by evaluation."""
+        curve: dict[int, float] = self._study.get_trials(deepcopy=False)[
+            self._current_number()
+        ].intermediate_values
+        return curve
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Return a sampler for one value, seeded by its number in the study."""
@@ -116,8 +131,7 @@ class Study:
             value: the metric.
         """
         assert self._current is not None
-        known = self._study.get_trials(deepcopy=False)[self._current.number]
-        if evaluation not in known.intermediate_values:  # a killed job may have reported it
+        if evaluation not in self._curve():  # a killed job may have reported it
             self._current.report(value, evaluation)
         if self._settings.pruning == "none":
             return False
