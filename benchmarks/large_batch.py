@@ -11,8 +11,9 @@ noise scale and trust ratios of a run are kept.  Everything lies in ``--folder``
 stopped or killed goes on where it was, in any number of pieces, with the same command.
 ``benchmarks/plot_large_batch.py`` draws FILE, which is written after every method.
 
-The short form searches the rate only, with 8 trials; ``--full`` searches the warmup and the weight
-decay too, with 20.
+The short form searches the rate only, with 8 trials of one seed; ``--full`` searches the warmup and
+the weight decay too, with 20 trials of three seeds: of one seed, a search may choose a rate at the
+edge where training diverges.
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ class Bench:
             ramps = [f"{share * epochs:g} epochs" for share in (0.1, 0.25, 0.5)]
             space["schedule.warmup_duration"] = {"choices": ramps}
             space["optimizer.weight_decay"] = {"log": [5e-5, 5e-3]}
-        search = search or {"space": space, "trials": options.trials}
+        search = search or {
+            "space": space, "trials": options.trials, "seeds": options.search_seeds
+        }  # fmt: skip
         return [
             *(text.format(root=options.root) if "root" in text else text
               for text in self.case.overrides),
@@ -195,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=sorted(METHODS))
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--trials", type=int)
+    parser.add_argument("--search-seeds", type=int, help="runs of a trial that finishes")
     parser.add_argument("--seeds", type=int, help="held-out runs of each method")
     parser.add_argument("--folder", type=Path, default=Path("runs/large_batch"))
     parser.add_argument("-o", "--output", type=Path)
@@ -206,6 +210,7 @@ def parse() -> argparse.Namespace:
     options.methods = options.methods or list(METHODS if full else SHORT_METHODS)
     options.epochs = options.epochs or case.epochs
     options.trials = options.trials or (20 if full else 8)
+    options.search_seeds = options.search_seeds or (3 if full else 1)
     options.seeds = options.seeds or (5 if full else 3)
     return options
 

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     options.epochs, options.root, options.full = CASES["digits"].epochs, None, False
-    options.trials, options.seeds = TRIALS, SEEDS
+    options.trials, options.seeds, options.search_seeds = TRIALS, SEEDS, 1
     comm = connect()
     facts = environment_facts()
     lines = [
