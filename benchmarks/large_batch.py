@@ -110,7 +110,7 @@ class Bench:
             print(f"  {batch} {name} trial {trial.number}: {dict(trial.params)} {trial.ended} "
                   f"{trial.value} {seconds:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
 
-        found = tune(config, self.comm, self.launch, Resume(None, ()), note)
+        found = tune(config, self.comm, self.launch, True, note)
         if found.stopped is not None:
             raise Stopped(found.stopped)
         if found.best is None:

@@ -20,7 +20,7 @@ from hvd_lars.comm.base import Communicator
 from hvd_lars.config.binding import changes
 from hvd_lars.config.file import dump_config, load_config
 from hvd_lars.config.schema import Config
-from hvd_lars.config.trials import check_space, trial_config, tuned_config
+from hvd_lars.config.trials import check_space, trial_config, trial_with, tuned_config
 from hvd_lars.errors import DivergedError, UserError
 from hvd_lars.health.stop_requests import PRUNED, StopRequests
 from hvd_lars.health.watchdog import Watchdog
@@ -56,7 +56,7 @@ def tune(
     config: Config,
     comm: Communicator,
     launch: Launch,
-    resume: Resume | None = None,
+    resume: bool = False,
     note: Callable[[Trial, float], None] = lambda trial, seconds: None,
 ) -> Tuned:
     """Run the trials of ``config.tune``, and write the best config; collective.
@@ -68,7 +68,7 @@ def tune(
         config: ``run.dir`` is the folder of the study.
         comm: the ranks.
         launch: how they were started.
-        resume: continue the study in ``run.dir``, or start it there; None for a new one.
+        resume: continue the study in ``run.dir``, or start it there if there is none.
         note: called on rank 0 with each trial that ended, and its seconds.
 
     Raises:
@@ -91,16 +91,16 @@ def tune(
     return job.result(stopped)
 
 
-def _prepare_folder(config: Config, resume: Resume | None) -> Path:
+def _prepare_folder(config: Config, resume: bool) -> Path:
     """Create the study's folder, or check that a resumed study is the same; on rank 0."""
-    if resume is not None and config.run.dir is None:
+    if resume and config.run.dir is None:
         raise UserError("--resume: which study? name its folder with run.dir=…")
-    if resume is not None:
+    if resume:
         stored = expand_user(str(config.run.dir), "run.dir") / run_folder.CONFIG
         if stored.is_file() and stored.stat().st_size:  # empty if the job died at its start
             _check_same_study(config, load_config(str(stored), run_folder.ANYWHERE), stored)
     name = f"{config.run.name}-tune"
-    folder = run_folder.create_run_folder(config.run.dir, name, resume is not None, TRIALS)
+    folder = run_folder.create_run_folder(config.run.dir, name, resume, TRIALS)
     (folder / run_folder.STOP).unlink(missing_ok=True)
     replace_text(folder / run_folder.CONFIG, dump_config(config))
     return folder
@@ -210,7 +210,6 @@ class _Job:
                 trial, unless this was the first.
         """
         comm = self._comm
-        values = ", ".join(f"{key}={value}" for key, value in trial.params.items())
         try:
             config = trial_config(self._config, trial.params, seed, str(folder))
             if self._num_train is not None:
@@ -231,8 +230,8 @@ class _Job:
         except UserError as error:
             if trial.number > 0 and seed == 0:
                 self._end((), "impossible")
-            lines = str(error).splitlines()
-            raise UserError("\n".join(f"trial with {values}: {line}" for line in lines)) from None
+            name, lines = trial_with(trial.params), str(error).splitlines()
+            raise UserError("\n".join(f"{name}: {line}" for line in lines)) from None
         self._num_train = loop.trainer.feed.source.num_train
         return config, loop
 

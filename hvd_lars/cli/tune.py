@@ -46,13 +46,9 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def run(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
     """Run the trials; rank 0 prints a line after each."""
-    from hvd_lars.assemble.resuming import Resume
     from hvd_lars.assemble.tune import tune
     from hvd_lars.health.stop_requests import STOP_FILE
 
-    resume = None
-    if options.resume:
-        resume = Resume(None, tuple(text.partition("=")[0] for text in options.overrides))
     settings = config.tune
     assert settings is not None
     total = len(settings.grid()) if settings.sampler == "grid" else settings.trials
@@ -60,7 +56,7 @@ def run(options: argparse.Namespace, config: Config, comm: Communicator, launch:
     def note(trial: Trial, seconds: float) -> None:
         tell(f"trial {trial.number + 1} of {total}: {describe(trial, settings)}, {seconds:.1f} s")
 
-    found = tune(config, comm, launch, resume, note)
+    found = tune(config, comm, launch, options.resume, note)
     if comm.rank == 0:
         _tell_end(found, settings)
     if found.stopped is None or found.stopped == STOP_FILE:
@@ -85,6 +81,8 @@ def _tell_end(found: Tuned, settings: TuneSettings) -> None:
 
 def describe(trial: Trial, settings: TuneSettings) -> str:
     """Return a trial's values and how it ended, on one line."""
+    from hvd_lars.tuning.study import shown
+
     values = ", ".join(f"{name} {shown(value)}" for name, value in named(trial.params).items())
     if trial.ended == "pruned":
         curve = trial.curve or {}
@@ -104,8 +102,3 @@ def named(params: Mapping[str, Any]) -> dict[str, Any]:
         part if last.count(part) == 1 else key: value
         for (key, value), part in zip(params.items(), last, strict=True)
     }
-
-
-def shown(value: object) -> str:
-    """Return a value with at most four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

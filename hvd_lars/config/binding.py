@@ -38,26 +38,21 @@ def changes(
         describe(key, was.get(key), now.get(key))
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
-        and bound in _binding_of(key, binds).split(" and ")
+        and bound in (_binding_of(key, binds) or "").split(" and ")
         and not any(_overlap(key, other) for other in allowed)
     ]
 
 
 def binding_of(config: Config, key: str) -> str | None:
     """Return what a key of the config binds; None if there is no such key."""
-    binds = dict(_binds(config))
-    while key not in binds:
-        key, dot, _ = key.rpartition(".")
-        if not dot:
-            return None
-    return binds[key]
+    return _binding_of(key, dict(_binds(config)))
 
 
-def _binding_of(key: str, binds: dict[str, str]) -> str:
+def _binding_of(key: str, binds: dict[str, str]) -> str | None:
     """Return what a key binds; one of a mapping of options binds as the mapping does."""
-    while key not in binds:
+    while key and key not in binds:
         key = key.rpartition(".")[0]
-    return binds[key]
+    return binds.get(key)
 
 
 def _overlap(key: str, other: str) -> bool:

@@ -58,8 +58,8 @@ def trial_config(config: Config, params: Mapping[str, Any], seed: int, folder: s
     """
     assert config.tune is not None
     found = tuned_config(config, params)
-    found = found.with_values("run", dir=folder, seed=(config.run.seed + seed) % 2**32)
-    found = found.with_values("run", console="none", loggers=())
+    own_seed = (config.run.seed + seed) % 2**32
+    found = found.with_values("run", dir=folder, seed=own_seed, console="none", loggers=())
     return found if config.tune.duration is None else _shortened(found, config.tune.duration)
 
 
@@ -69,9 +69,13 @@ def tuned_config(config: Config, params: Mapping[str, Any]) -> Config:
     Raises:
         UserError: the values do not go together.
     """
-    values = ", ".join(f"{key}={value}" for key, value in params.items())
-    found = with_keys(config, params, f"trial with {values}")
+    found = with_keys(config, params, trial_with(params))
     return found.model_copy(update={"tune": None}).with_values("run", dir=None)
+
+
+def trial_with(params: Mapping[str, Any]) -> str:
+    """Return a trial's name in errors: its values by key."""
+    return f"trial with {', '.join(f'{key}={value}' for key, value in params.items())}"
 
 
 def _shortened(config: Config, duration: Duration) -> Config:

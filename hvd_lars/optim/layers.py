@@ -125,8 +125,9 @@ def _on_device(layers: list[Layer], device: torch.device, all_norms: bool) -> De
     places = torch.tensor(sources, dtype=torch.int64, device=device)
     groups = {id(layer.group): layer.group for layer in (layers[i] for i in sources)}
     numbers = {key: number for number, key in enumerate(groups)}
-    group_of = torch.tensor([numbers[id(layers[i].group)] for i in sources], device=device)
+    group_of = [numbers[id(layers[i].group)] for i in sources]
     ratio_of = torch.tensor(index, device=device)
+    of_groups = torch.tensor(group_of, dtype=torch.int64, device=device)
     return DeviceLayers(
-        layers, sources, adapted, list(groups.values()), group_of.long(), places, ratio_of
+        layers, sources, adapted, list(groups.values()), of_groups, places, ratio_of
     )

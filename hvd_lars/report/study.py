@@ -9,7 +9,7 @@ from statistics import stdev
 from hvd_lars.assemble.studied import StudyRecord
 from hvd_lars.report.charts import Dot, Series, line_chart, scatter_chart
 from hvd_lars.report.html import figure, page_of, table
-from hvd_lars.tuning.study import Trial, best_of
+from hvd_lars.tuning.study import Trial, best_of, shown
 
 # Colours of trials by how they ended; the best has its own.
 _COLOURS = {"best": 1, "finished": 0, "pruned": 7, "running": 2, "diverged": 4, "impossible": 3}
@@ -41,7 +41,7 @@ def _best(study: StudyRecord, best: Trial | None) -> str:
     )
     if best is None:
         return text + '<p class="none">No trial has finished yet.</p>'
-    rows = [[key, _shown(value)] for key, value in best.params.items()]
+    rows = [[key, shown(value)] for key, value in best.params.items()]
     name, _, unit = _label(study).partition(", ")
     value = f"{name} {_percents(study) * (best.value or 0.0):.4g}{_spread(study, best)} {unit}"
     return (
@@ -96,7 +96,7 @@ def _all(study: StudyRecord, best: Trial | None) -> str:
     rows = [
         [
             trial.number + 1,
-            *(_shown(trial.params.get(key, "–")) for key in keys),
+            *(shown(trial.params.get(key, "–")) for key in keys),
             "–" if trial.value is None else f"{scale * trial.value:.4g}{_spread(study, trial)}",
             _kind(trial, best),
             len(trial.curve or {}),
@@ -130,7 +130,3 @@ def _percents(study: StudyRecord) -> float:
 
 def _label(study: StudyRecord) -> str:
     return {"top1": "top-1, %", "top5": "top-5, %", "loss": "test loss"}[study.settings.metric]
-
-
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

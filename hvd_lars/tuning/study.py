@@ -193,6 +193,11 @@ def best_of(trials: Sequence[Trial], maximize: bool) -> Trial | None:
     return min(finished, key=lambda each: sign * (each.value or 0.0), default=None)
 
 
+def shown(value: object) -> str:
+    """Return a trial's value with at most four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def is_study(folder: Path) -> bool:
     """Return whether a folder holds a study."""
     return (folder / JOURNAL).is_file()

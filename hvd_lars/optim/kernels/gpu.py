@@ -120,7 +120,7 @@ class GpuKernel:
         """Update in place; return no sums if a block was updated eagerly."""
         device = ratios.device
         plan = blocks.tables if isinstance(blocks, Tabled) else None
-        if not isinstance(plan, _Plan) or not plan.is_for(blocks):
+        if not isinstance(plan, _Plan) or not plan.renewed_for(blocks):
             plan = _Plan(blocks, self._triton.CHUNK, device)
             if isinstance(blocks, Tabled):
                 blocks.tables = plan
@@ -252,8 +252,8 @@ class _Plan:
         self.written = [tensor for tensor in written if tensor is not None]
         self._rows = list(map(_row, blocks))
 
-    def is_for(self, blocks: Sequence[Block]) -> bool:
-        """Return whether the plan holds for these blocks; takes other gradients of the same size.
+    def renewed_for(self, blocks: Sequence[Block]) -> bool:
+        """Take moved gradients of the same blocks; return whether the plan holds for these blocks.
 
         Blocks that changed otherwise have lost their row.
         """
