@@ -9,7 +9,7 @@ PyTorch is a CUDA build and nvcc is there) NCCL, and keeps the wheel under
 
 Run it with the Python that has torch:  ``python launch/build_horovod.py [--install]``.
 Exit codes: 0 done, 1 the compilation failed (its log is named), 2 something is missing.
-Imports horovod_edits, toolchain and the standard library; torch is queried in a subprocess.
+torch is asked for its version in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,9 @@ import sysconfig
 import tarfile
 import tempfile
 from pathlib import Path
+
+# `python -m hvd_lars.launch.build_horovod`, of an installed wheel, does not look here by itself.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from horovod_edits import EDITS
 from toolchain import Mpi, Nccl, check_tools, fail, find_mpi, find_nccl
@@ -135,11 +139,28 @@ def compile_wheel(work: Path, mpi: Mpi, nccl: Nccl | None, log_path: Path) -> Pa
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     command += ["--no-cache-dir", "--wheel-dir", str(work / "wheel"), "--verbose", str(source)]
     with log_path.open("w") as log:
-        result = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        build = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        watch(build, log_path)
     wheels = list((work / "wheel").glob("horovod-*.whl"))
-    if result.returncode != 0 or not wheels:
+    if build.returncode != 0 or not wheels:
         fail(f"Horovod did not compile; the log is {log_path}", 1)
     return wheels[0]
+
+
+def watch(build: subprocess.Popen[bytes], log_path: Path) -> None:
+    """Wait for the build, and say once a minute how many of its compilations are done."""
+    try:
+        while True:
+            try:
+                build.wait(timeout=60)
+                return
+            except subprocess.TimeoutExpired:
+                done = re.findall(r"^\s*\[(\d+/\d+)\]", log_path.read_text(errors="replace"), re.M)
+                print(f"compiling: {done[-1] if done else 'configuring'}", flush=True)
+    except BaseException:
+        build.terminate()
+        build.wait()
+        raise
 
 
 def finish_wheel(wheel: Path, work: Path, built_from: dict[str, object], relocate: bool) -> Path:

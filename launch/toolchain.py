@@ -1,7 +1,4 @@
-"""Find a machine's build tools: compiler, MPI, and CUDA with NCCL; report missing ones.
-
-Imports the standard library only.
-"""
+"""Find a machine's build tools: compiler, MPI, and CUDA with NCCL; report missing ones."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ many ranks as tests/sessions.py says.  To run some by hand:
     HVD_LARS_TEST_BACKEND=horovod mpirun -np 3 python -m pytest tests/contract
 """
 
+import itertools
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and thr
 
 import pytest
 import torch
+from parts import PARTS, lines
 from sessions import SESSIONS, sizes_of
 
 from hvd_lars.comm import connect, detect_launch
@@ -54,10 +56,29 @@ def pytest_collection_modifyitems(config, items):
         else:
             taken = mark is None
         (kept if taken else dropped).append(item)
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        parts = [name for each in item.iter_markers("part") for name in each.args]
+        for name in [*parts, *(["GPU"] if item.get_closest_marker("gpu") else [])]:
+            item.user_properties.append(("part", name))
+            if (missing := PARTS[name].missing()) is not None:
+                item.add_marker(pytest.mark.skip(reason=f"{name}: {missing}"))
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Count the real parts that ran, so that nobody takes a skipped one for a tested one."""
+    counts = {}
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        ran = getattr(report, "when", None) == "call" and not report.skipped
+        for key, name in getattr(report, "user_properties", ()):
+            if key == "part":
+                kept = counts.setdefault(name, [0, 0])
+                kept[0] += ran
+                kept[1] += report.skipped
+    if counts:
+        terminalreporter.section("real parts")
+        for line in lines(counts):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -85,9 +85,14 @@ def test_tensorboard_holds_scalars_and_histograms(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "file"), [("mlflow", "mlflow.db"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        pytest.param("mlflow", "mlflow.db", marks=pytest.mark.part("MLflow")),
+        pytest.param("wandb", "wandb", marks=pytest.mark.part("Weights & Biases")),
+    ],
+)
 def test_mlflow_and_wandb_write_into_the_run_folder(tmp_path, capsys, monkeypatch, name, file):
-    pytest.importorskip(name, reason="an extra of its own, and large")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = make_logger(name, tmp_path, {"a.b": 1})
     for record in (TRAIN, LAYERS):

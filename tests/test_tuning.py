@@ -13,6 +13,7 @@ from hvd_lars.config.file import dump_config, load_config
 from hvd_lars.config.trials import check_space, trial_config, tuned_config
 from hvd_lars.errors import UserError
 from hvd_lars.report.study import study_page
+from hvd_lars.settings.durations import Duration
 from hvd_lars.tuning import TuneSettings
 from hvd_lars.tuning.settings import Range
 from hvd_lars.tuning.study import JOURNAL, Study, best_of, read_trials
@@ -101,6 +102,8 @@ def test_a_trial_is_the_run_made_shorter_with_its_schedule():
         "train.duration=4 steps", "schedule.warmup_duration=1 steps",
         f"tune={{space: {json.dumps(SPACE)}, duration: 1 steps}}"])  # fmt: skip
     assert trial_config(short, params, 0, "/there").schedule.warmup_duration.value == 1.0
+    half = config.model_copy(update={"tune": settings()})
+    assert trial_config(half, params, 0, "/there").train.duration == Duration(10.0, "epochs")
     whole = tuned_config(config, params)
     assert whole.train.duration == config.train.duration
     assert whole.schedule.warmup_duration.value == warmup
@@ -111,12 +114,14 @@ def test_values_that_do_not_go_together_name_the_trial():
         tuned_config(load_config("digits"), {"schedule.warmup": "none"})
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
-def test_a_study_killed_at_any_byte_goes_on_as_it_would_have(tmp_path, sampler):
+@pytest.mark.parametrize(
+    ("sampler", "pruning"), [("tpe", "halving"), ("random", "median"), ("grid", "halving")]
+)
+def test_a_study_killed_at_any_byte_goes_on_as_it_would_have(tmp_path, sampler, pruning):
     space = {"schedule.base_lr": {"log": [1.0, 64.0], "points": 3}} | {
         key: value for key, value in SPACE.items() if key != "schedule.base_lr"
     }
-    wanted = settings(space=space, sampler=sampler, seeds=2, trials=6, first=1)
+    wanted = settings(space=space, sampler=sampler, seeds=2, trials=6, first=1, pruning=pruning)
     whole = tmp_path / "whole"
     whole.mkdir()
     trials = finish(whole, wanted)
@@ -136,7 +141,7 @@ def test_a_study_killed_at_any_byte_goes_on_as_it_would_have(tmp_path, sampler):
 
 
 def test_pruning_is_optunas_successive_halving(tmp_path):
-    wanted = settings(trials=40, first=2, reduction=3, sampler="random")
+    wanted = settings(trials=40, first=2, pruning="halving", sampler="random")
     study, random_ = Study(tmp_path, wanted), random.Random(0)
     pruner = optuna.pruners.SuccessiveHalvingPruner(2, 3)
     peer = optuna.create_study(direction="maximize", pruner=pruner)
@@ -155,6 +160,22 @@ def test_pruning_is_optunas_successive_halving(tmp_path):
         peer.tell(trial, None if pruned else value, state=optuna.trial.TrialState.PRUNED if pruned
                   else None)  # fmt: skip
     assert 20 < sum(decisions) < 40
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("top1", 1.0), ("loss", -1.0)])
+def test_a_trial_below_the_median_ends_after_half_of_its_evaluations(tmp_path, metric, sign):
+    study = Study(tmp_path, settings(trials=9, metric=metric))
+    for value, expected in (
+        (0.1, False), (0.9, False),  # too few before them
+        (0.49, True), (0.5, False),  # medians 0.5 and 0.49, of pruned trials too
+        (0.48, True), (0.49, False), (0.0, True),
+    ):  # fmt: skip
+        study.ask()
+        found = [study.report(evaluation, 7, sign * value) for evaluation in range(1, 8)]
+        assert found == [False, False, expected, *4 * [False]]
+        study.tell([value], "pruned" if expected else "finished")
+    study.ask()
+    assert not study.report(1, 1, sign * -1.0)  # it is done
 
 
 def test_tpe_finds_a_better_value_than_chance_in_the_same_trials(tmp_path):
@@ -195,7 +216,8 @@ def test_a_study_runs_reports_and_goes_on(tmp_path):
     )
     options = [
         "digits", f"run.dir={folder}", *STEPS, "train.max_skipped_steps=0",
-        f"tune={{space: {space}, sampler: grid, seeds: 2, pruning: none}}",
+        f"tune={{space: {space}, sampler: grid, seeds: 2, pruning: none, "
+        "duration: 4 steps}",
     ]  # fmt: skip
     code, output = hvd_lars("tune", *options)
     assert code == 0, output

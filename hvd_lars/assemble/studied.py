@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_lars.config.file import load_config
+from hvd_lars.config.trials import trial_duration
 from hvd_lars.errors import UserError
 from hvd_lars.state import run_folder
 from hvd_lars.tuning import TuneSettings
@@ -38,7 +39,7 @@ def read_study(folder: Path) -> StudyRecord:
     return StudyRecord(
         name=folder.absolute().name,
         settings=config.tune,
-        duration=str(config.tune.duration or config.train.duration),
+        duration=str(trial_duration(config)),
         global_batch=config.train.global_batch,
         trials=read_trials(folder),
     )

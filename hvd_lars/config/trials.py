@@ -60,7 +60,13 @@ def trial_config(config: Config, params: Mapping[str, Any], seed: int, folder: s
     found = tuned_config(config, params)
     own_seed = (config.run.seed + seed) % 2**32
     found = found.with_values("run", dir=folder, seed=own_seed, console="none", loggers=())
-    return found if config.tune.duration is None else _shortened(found, config.tune.duration)
+    return _shortened(found, trial_duration(config))
+
+
+def trial_duration(config: Config) -> Duration:
+    """Return the length of a study's trials: ``tune.duration``, or half of a run."""
+    assert config.tune is not None
+    return config.tune.duration or _scaled(config.train.duration, 0.5)
 
 
 def tuned_config(config: Config, params: Mapping[str, Any]) -> Config:

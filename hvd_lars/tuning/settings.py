@@ -97,7 +97,8 @@ class TuneSettings(Section):
     duration: DurationField | None = key(
         binds="nothing",
         default=None,
-        description="length of a trial, in train.duration's unit; the schedule is scaled to it",
+        description="length of a trial, in train.duration's unit, by default half of it; the "
+        "schedule is scaled to it",
     )
     metric: Literal["top1", "top5", "loss"] = key(
         binds="nothing", default="top1", description="of a trial's last evaluation"
@@ -107,20 +108,21 @@ class TuneSettings(Section):
         default=1,
         description="runs of a trial, with seeds from run.seed on; their mean counts",
     )
-    pruning: Literal["halving", "none"] = key(
+    pruning: Literal["median", "halving", "none"] = key(
         binds="nothing",
-        default="halving",
-        description="halving: end all but the best 1/reduction at evaluations first, "
+        default="median",
+        description="median: at evaluation first, end a trial that is below the median of those "
+        "before it; halving: end all but the best 1/reduction at evaluations first, "
         "first·reduction, … (asynchronous successive halving, Li et al. 2020)",
     )
     first: Positive | None = key(
         binds="nothing",
         default=None,
-        description="evaluation at which trials are first pruned; by default, after a quarter of "
-        "them, as a rate that suits the end may look bad at the beginning",
+        description="evaluation at which trials are first pruned; by default that after half of "
+        "a trial for median, after a quarter for halving",
     )
     reduction: Annotated[int, Field(ge=2)] = key(
-        binds="nothing", default=3, description="of the trials, one in this many goes on"
+        binds="nothing", default=3, description="of the trials, halving lets one in this many go on"
     )
     sampler_seed: Annotated[int, Field(ge=0, lt=2**31)] = key(
         binds="nothing", default=0, description="seeds the proposals"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from hvd_lars.errors import UserError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.log"
 _VALUES, _ENDED, _STARTS = "values", "ended", "starts"  # attributes of Optuna's trials
+_FEWEST_FOR_MEDIAN = 2  # earlier trials
 _MOST_STARTS = 3  # of a trial whose job ends before its first evaluation
 Ended = Literal["finished", "pruned", "diverged", "impossible", "running"]
 
@@ -133,12 +135,21 @@ class Study:
         assert self._current is not None
         if evaluation not in self._curve():  # a killed job may have reported it
             self._current.report(value, evaluation)
-        if self._settings.pruning == "none":
+        if self._settings.pruning == "none" or evaluation == last:
             return False
+        if self._settings.pruning == "median":
+            rung = self._settings.first or max(1, last // 2)
+            return rung == evaluation and self._is_below_median(rung, value)
         reduction, rung = self._settings.reduction, self._settings.first or max(1, last // 4)
         while rung < evaluation:
             rung *= reduction
-        return rung == evaluation and not self._is_promoted(evaluation, value, reduction)
+        return rung == evaluation and not self._is_promoted(rung, value, reduction)
+
+    def _is_below_median(self, rung: int, value: float) -> bool:
+        """Return whether a value is worse than the median of the earlier trials at a rung."""
+        others = self._reached(rung)
+        sign = 1.0 if self._settings.maximize else -1.0
+        return len(others) >= _FEWEST_FOR_MEDIAN and sign * value < median(others)
 
     def _is_promoted(self, rung: int, value: float, reduction: int) -> bool:
         """Return whether a value is among the best of those that reached a rung so far.
@@ -147,13 +158,17 @@ class Study:
         Optuna sets in its journal would let a trial pass that was killed just after its decision.
         """
         sign = 1.0 if self._settings.maximize else -1.0
-        others = [
+        reached = sorted([*self._reached(rung), sign * value], reverse=True)
+        return sign * value >= reached[max(len(reached) // reduction, 1) - 1]
+
+    def _reached(self, rung: int) -> list[float]:
+        """Return the metrics at a rung of the trials before this one; greater ones are better."""
+        sign = 1.0 if self._settings.maximize else -1.0
+        return [
             sign * each.intermediate_values[rung]
             for each in self._study.get_trials(deepcopy=False)[: self._current_number()]
             if rung in each.intermediate_values
         ]
-        reached = sorted([*others, sign * value], reverse=True)
-        return sign * value >= reached[max(len(reached) // reduction, 1) - 1]
 
     def _current_number(self) -> int:
         assert self._current is not None

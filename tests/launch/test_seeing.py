@@ -1,7 +1,6 @@
 """What one sees of a run: the bar, quiet, a profile, the page, in a browser where there is one."""
 
 import json
-import shutil
 import subprocess
 
 import pytest
@@ -11,7 +10,6 @@ from hvd_lars.launchers.local import run_here, run_in_terminal
 
 SHORT = ["train.duration=40 steps", "schedule.warmup_duration=10 steps",
          "train.eval_every=20 steps"]  # fmt: skip
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 
 def test_a_bar_in_a_terminal(tmp_path):
@@ -59,17 +57,21 @@ def test_layers_are_recorded_once_an_epoch(run):
     assert len(records[0]["trust_ratio"]) == 16
 
 
-def test_a_page_in_a_browser_has_nothing_to_complain_of(run, tmp_path):
-    page = tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory):
+    page = tmp_path_factory.mktemp("page") / "report.html"
     code, output = hvd_lars("report", run, "-o", page)
     assert code == 0, output
     assert output == f"{page}: 1 run\n"
-    if BROWSER is None:
-        pytest.skip("no Chromium on this machine")
+    return page
+
+
+@pytest.mark.part("Chromium")
+def test_a_browser_has_nothing_to_complain_of(page, tmp_path):
     for width, scheme in ((1200, "light"), (390, "dark")):
         picture = tmp_path / f"{width}.png"
         shown = subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
              "--hide-scrollbars", f"--window-size={width},2400", f"--screenshot={picture}",
              *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []),
              page.as_uri()],

@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -97,12 +100,12 @@ def test_apt_is_refused_where_there_is_none(bare_machine):
     assert "there is no apt-get" in result.stderr
 
 
-def test_system_torch_without_torch_is_told(bare_machine):
+def test_keeping_a_torch_that_is_not_there_is_told(bare_machine):
     checkout, programs = bare_machine
     # -S: the base Python without its site packages surely has no torch
     base = Path(sys.base_prefix) / "bin/python3"
     (programs / "python3").write_text(f'#!/bin/sh\nexec {base} -S "$@"\n')
-    result = run_script(checkout, programs, "setup.sh", "--system-torch")
+    result = run_script(checkout, programs, "setup.sh", "--torch", "keep")
     assert result.returncode == 2
     assert "has no torch" in result.stderr
 
@@ -149,16 +152,176 @@ def test_a_python_that_the_user_named_is_not_replaced(bare_machine):
 
 
 def test_an_environments_own_torch_is_kept(monkeypatch):
-    install = load("install")
+    install, packages = load("install"), load("packages")
     monkeypatch.setattr(
         install, "installed_versions", lambda _: {"torch": "2.6.0+cpu", "pyyaml": "6.0.1"}
     )
-    text = install.constraints_for(Path("python"), keep_installed=True)
+    keep = packages.Torch("keep", None, True, "")
+    text = install.constraints_for(Path("python"), keep, keep_installed=True)
     lines = text.splitlines()
     assert "torch==2.6.0+cpu" in lines
     assert not [line for line in lines if line.startswith(("torch==2.11", "torchvision", "PyYAML"))]
     assert any(line.startswith("numpy==") for line in lines)
-    assert "torch==2.11.0" in install.constraints_for(Path("python"), keep_installed=False)
+    assert "torch==2.11.0" in install.constraints_for(Path("python"), keep, keep_installed=False)
+    other = packages.Torch("cuda", None, True, "--torch cuda")
+    lines = install.constraints_for(Path("python"), other, keep_installed=True).splitlines()
+    assert "torch==2.11.0" in lines
+    assert not [line for line in lines if line.startswith("PyYAML")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "index", "installed", "sign", "expected"),
+    [
+        (None, None, None, None, ("cpu", "CPU")),
+        (None, None, None, "nvidia-smi", ("cuda", None)),
+        (None, None, None, "nvcc", ("cuda", None)),
+        (None, None, None, "sbatch", ("cuda", None)),  # a login node without a GPU
+        (None, None, "2.11.0+cpu", "nvcc", ("cpu", "CPU")),
+        (None, None, "2.11.0", None, ("cuda", None)),
+        (None, "https://wheels/cu126", "2.11.0", None, ("cuda", "https://wheels/cu126")),
+        ("cuda", None, "2.11.0+cpu", None, ("cuda", None)),
+        ("cpu", None, None, "nvcc", ("cpu", "CPU")),
+        ("cpu", "https://mirror/cpu", None, None, ("cpu", "https://mirror/cpu")),
+        ("keep", None, "2.6.0", None, ("keep", None)),
+    ],
+)
+def test_which_torch(tmp_path, monkeypatch, asked, index, installed, sign, expected):
+    packages = load("packages")
+    if Path("/proc/driver/nvidia/version").exists():
+        pytest.skip("this machine has an NVIDIA driver")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    if sign:
+        (tmp_path / sign).write_text("#!/bin/sh\n")
+        (tmp_path / sign).chmod(0o755)
+    torch = packages.choose_torch(asked, index, installed)
+    build, where = expected
+    assert (torch.build, torch.index) == (build, packages.CPU_INDEX if where == "CPU" else where)
+    assert torch.asked == (asked is not None or index is not None)
+
+
+def test_an_index_with_keep_is_refused(capsys):
+    packages = load("packages")
+    with pytest.raises(SystemExit) as caught:
+        packages.choose_torch("keep", "https://wheels", "2.11.0")
+    assert caught.value.code == 2
+    assert "--torch-index" in capsys.readouterr().err
+
+
+def package_index(folder, *wheels):
+    """A package index on disk, of wheels with nothing in them."""
+    for name, version in wheels:
+        files = folder / name
+        files.mkdir(parents=True, exist_ok=True)
+        info = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(files / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            )
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+        listed = "".join(
+            f'<a href="{quote(each.name)}">{each.name}</a>\n' for each in files.glob("*.whl")
+        )
+        (files / "index.html").write_text(f"<!DOCTYPE html><html><body>{listed}</body></html>")
+    return folder.as_uri()
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An empty environment's Python."""
+    venv.create(tmp_path / "env", with_pip=True)
+    return tmp_path / "env/bin/python"
+
+
+PINNED = [("torch", "2.11.0"), ("torchvision", "0.26.0")]
+CPU = [(name, f"{version}+cpu") for name, version in PINNED]
+
+
+@pytest.mark.parametrize("program", ["pip", pytest.param("uv", marks=pytest.mark.part("uv"))])
+def test_the_build_of_torch_is_changed(tmp_path, environment, monkeypatch, capfd, program):
+    install, packages = load("install"), load("packages")
+    if program == "uv":
+        monkeypatch.setenv("UV_NO_CACHE", "1")
+        command = ["uv", "pip", "install", "--python", str(environment)]
+    else:
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        for name in [name for name in os.environ if name.startswith("PIP_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        command = [str(environment), "-m", "pip", "install"]
+    constraints = (LAUNCH / "constraints.txt").read_text()
+    cuda = package_index(tmp_path / "cuda", *PINNED, ("nvidia-nccl-cu13", "2.28.9"))
+    cpu = package_index(tmp_path / "cpu", *CPU)
+    broken = (tmp_path / "nothing").as_uri()
+
+    def installed(build, index, asked=True):
+        torch = packages.Torch(build, index, asked, "test")
+        plan = install.Plan(environment, torch, constraints, False, None, False)
+        install.install_torch(plan, command)
+        return packages.installed_versions(environment).get("torch")
+
+    assert installed("cpu", cpu) == "2.11.0+cpu"
+    assert (
+        "torch==2.11.0 for CPUs (test; --torch cuda for the other build)" in capfd.readouterr().err
+    )
+    assert installed("cpu", broken) == "2.11.0+cpu"  # nothing to do
+    assert capfd.readouterr().err == ""
+    assert installed("cuda", cuda) == "2.11.0"
+    assert installed("cpu", cpu) == "2.11.0+cpu"
+    with pytest.raises(SystemExit) as caught:
+        installed("cuda", broken)
+    assert caught.value.code == 1
+    error = capfd.readouterr().err
+    assert f"cannot be installed from {broken}" in error
+    assert "--torch-index URL" in error
+
+
+def test_an_index_for_cpus_that_cannot_be_reached_is_no_failure(
+    tmp_path, environment, monkeypatch, capfd
+):
+    """Unless the user asked for it, the package index's build will do."""
+    install, packages = load("install"), load("packages")
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    usual = package_index(tmp_path / "usual", *PINNED)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", usual)
+    torch = packages.Torch("cpu", (tmp_path / "nothing").as_uri(), False, "found no GPU")
+    constraints = (LAUNCH / "constraints.txt").read_text()
+    plan = install.Plan(environment, torch, constraints, False, None, False)
+    install.install_torch(plan, [str(environment), "-m", "pip", "install"])
+    assert packages.installed_versions(environment)["torch"] == "2.11.0"
+    assert "nothing cannot be used: taking the build of the package index" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_told_before_the_download(tmp_path, monkeypatch, capsys):
+    packages = load("packages")
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * 10**9)
+    monkeypatch.setattr(packages.shutil, "disk_usage", lambda _: usage)
+    torch = packages.Torch("cuda", None, False, "found a CUDA toolkit")
+    with pytest.raises(SystemExit) as caught:
+        packages.announce(torch, "torch==2.11.0", tmp_path / "not/there")
+    assert caught.value.code == 2
+    assert "2.0 GB free" in capsys.readouterr().err
+
+
+def test_uv_is_not_used_where_only_pip_knows_the_sites_index(tmp_path, monkeypatch):
+    packages = load("packages")
+    (tmp_path / "uv").write_text("#!/bin/sh\n")
+    (tmp_path / "uv").chmod(0o755)
+    python = Path(sys.executable)
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert packages.installer(python)[0][:2] == [str(tmp_path / "uv"), "pip"]
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
+    command, why = packages.installer(python)
+    assert command[0] == str(python)
+    assert "index-url" in why
+    monkeypatch.setenv("UV_INDEX_URL", "https://mirror.example/simple")
+    assert packages.installer(python)[0][0] == str(tmp_path / "uv")
 
 
 def test_constraints_cover_what_setup_py_asks_for():

@@ -19,11 +19,8 @@ from commands import HANG_GUARD, records_of
 from hvd_lars.launchers.local import launcher_environment
 
 SCRIPT = Path(__file__).parents[2] / "launch/slurm.sbatch"
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)), reason="no SLURM on this machine"
-)
+pytestmark = pytest.mark.part("SLURM")
 
 CONFIG = """
 ClusterName=one
