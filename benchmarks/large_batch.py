@@ -13,7 +13,7 @@ stopped or killed goes on where it was, in any number of pieces, with the same c
 
 The short form searches the rate only, with 8 trials of one seed; ``--full`` searches the warmup and
 the weight decay too, with 20 trials of three seeds: of one seed, a search may choose a rate at the
-edge where training diverges.
+edge where training diverges.  A trial is half as long as a run, with its whole schedule.
 """
 
 from __future__ import annotations
@@ -177,12 +177,13 @@ class Bench:
 
 
 def cells(options: argparse.Namespace, case: Case) -> Iterator[tuple[int, str]]:
-    """Yield batches and methods, the reference first."""
+    """Yield batches and methods: the reference first, the untuned rates last."""
     reference = min(options.batches)
     for batch in sorted(options.batches):
         for name in options.methods:
             if batch != reference or name == "SGD" or options.full:
                 yield batch, name
+    for batch in sorted(options.batches):
         if batch != reference and "SGD" in options.methods:
             yield batch, "sqrt"
             yield batch, "linear"
@@ -240,7 +241,8 @@ def search_of(options: argparse.Namespace) -> str:
     keys = "Rate, warmup and weight decay" if options.full else "The rate"
     return (
         f"{keys} of each method by {options.trials} trials of `tune` on {HELD_OUT_IMAGES:.0%} of "
-        f"the training images, held out; {options.seeds} runs with other seeds on all of them."
+        f"the training images, held out, in runs half as long with {options.search_seeds} seeds; "
+        f"{options.seeds} runs with other seeds on all images."
     )
 
 

@@ -4,9 +4,9 @@
     horovodrun -np 2 python benchmarks/tune_against_grid.py [--folder DIR] [-o FILE]
 
 LARS on digits at B = 1,024.  The grid trains every one of seven rates to the end; ``tune`` tries as
-many as it does by default, in runs half as long, with four seeds of its own.  Both see the same held-out part of the training images.
-Then each one's rate is run with five other seeds on all training images and tested.  A stopped job
-continues by the same command.
+many, by its defaults: in runs half as long, with four seeds of its own.  Both see the same held-out
+part of the training images.  Then each one's rate is run with five other seeds on all training
+images and tested.  A stopped job continues by the same command.
 """
 
 from __future__ import annotations
