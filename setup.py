@@ -53,6 +53,7 @@ setup(
         "hvd_lars.report": ["page.css"],
     },
     install_requires=[
+        "argcomplete>=3.1",
         "numpy>=1.24",
         "pydantic>=2.7",
         "pyyaml>=6.0",

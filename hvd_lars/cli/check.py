@@ -11,7 +11,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from hvd_lars.cli.command import load_config
+from hvd_lars.cli import completion
+from hvd_lars.cli.command import completed, load_config
 from hvd_lars.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +28,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add configs, overrides for all of them, and the machine to plan for."""
-    parser.add_argument(
+    configs = parser.add_argument(
         "configs",
         metavar="CONFIG",
         nargs="+",
         help="a YAML file, a bundled config's name, or key.sub=value for all of them",
     )
+    completed(configs, completion.configs_and_overrides)
     parser.set_defaults(overrides=[])
     parser.add_argument(
         "--device-memory", metavar="80GB", help="warn if a rank would need more than this"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from hvd_lars.cli import completion
 
 if TYPE_CHECKING:
     from hvd_lars.comm import Communicator, Launch
@@ -57,17 +59,26 @@ def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> N
     """Add CONFIG and overrides of its keys."""
     text = "a YAML file or a bundled config's name"
     if default is None:
-        parser.add_argument("config", metavar="CONFIG", help=text)
+        config = parser.add_argument("config", metavar="CONFIG", help=text)
     else:
         text += f"; default {default}"
-        parser.add_argument("config", metavar="CONFIG", nargs="?", default=default, help=text)
+        config = parser.add_argument(
+            "config", metavar="CONFIG", nargs="?", default=default, help=text
+        )
+    completed(config, completion.configs)
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add ``key.sub=value`` arguments."""
     text = "replace a value of the config"
-    parser.add_argument("overrides", metavar="key.sub=value", nargs="*", help=text)
+    action = parser.add_argument("overrides", metavar="key.sub=value", nargs="*", help=text)
+    completed(action, completion.overrides)
+
+
+def completed(action: argparse.Action, completer: Callable[..., list[str]]) -> None:
+    """Let a shell complete an argument."""
+    action.completer = completer  # type: ignore[attr-defined]  # where argcomplete looks for it
 
 
 def add_run_folder(parser: argparse.ArgumentParser) -> None:

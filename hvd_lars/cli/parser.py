@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import hvd_lars
 from hvd_lars.cli import (
     bench,
     check,
+    completion,
     doctor,
     evaluate,
     export,
@@ -30,6 +32,8 @@ TOOLS = {command.NAME: command for command in _TOOLS}
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse a command line with overrides and options in any order."""
     parser = _parser()
+    if completion.VARIABLE in os.environ:
+        completion.complete(parser)
     options, rest = parser.parse_known_args(arguments)
     late = [text for text in rest if "=" in text and not text.startswith("-")]
     if len(late) < len(rest) or (late and "overrides" not in options):
