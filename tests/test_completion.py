@@ -36,7 +36,7 @@ def complete(line, folder):
         ("hvd-lars tra", {"train"}, {"tune"}),
         ("hvd-lars train res", {"resnet50-lars-b32768"}, {"digits"}),
         ("hvd-lars train m", {"mine.yaml"}, {"notes.txt"}),
-        ("hvd-lars train digits schedule.warmup_", {"schedule.warmup_duration="}, {"schedule.policy="}),
+        ("hvd-lars train digits schedule.warmup_", {"schedule.warmup_duration="}, set()),
         ("hvd-lars train digits data.decode", {"data.decode="}, {"train.duration="}),
         ("hvd-lars check digits optimizer.n", {"optimizer.name=", "optimizer.nesterov="}, set()),
         ("hvd-lars launch --on s", {"slurm"}, {"mpirun"}),

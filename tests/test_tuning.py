@@ -1,6 +1,8 @@
 """Studies: their settings, their trials after a kill at any byte, and their runs."""
 
+import itertools
 import json
+import math
 import random
 import shutil
 
@@ -138,6 +140,26 @@ def test_a_study_killed_at_any_byte_goes_on_as_it_would_have(tmp_path, sampler, 
         (folder / f"{JOURNAL}.lock").touch()  # as a killed job may leave it
         assert finish(folder, wanted) == trials
         shutil.rmtree(folder)
+
+
+def test_the_first_trials_leave_no_large_gap(tmp_path):
+    wanted = settings(trials=10, sampler_seed=3, space={
+        "schedule.base_lr": {"log": [1.0, 1024.0]}, "train.warmup": {"uniform": [2.0, 3.0]},
+        "train.global_batch": {"integers": [1, 5]}, "optimizer.name": {"choices": ["a", "b"]},
+    })  # fmt: skip
+    study = Study(tmp_path, wanted)
+    found = []
+    while (trial := study.ask()) is not None:
+        found.append(trial.params)
+        study.tell([0.5], "finished")
+    for low, high, shares in (
+        (0.0, 1.0, [math.log2(each["schedule.base_lr"]) / 10.0 for each in found]),
+        (2.0, 3.0, [each["train.warmup"] for each in found]),
+    ):
+        places = [low, *sorted(shares), high]
+        assert max(b - a for a, b in itertools.pairwise(places)) < 0.25
+    assert {each["train.global_batch"] for each in found} == {1, 2, 3, 4, 5}
+    assert {each["optimizer.name"] for each in found} == {"a", "b"}
 
 
 def test_pruning_is_optunas_successive_halving(tmp_path):

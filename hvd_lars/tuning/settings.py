@@ -89,7 +89,8 @@ class TuneSettings(Section):
     sampler: Literal["tpe", "random", "grid"] = key(
         binds="nothing",
         default="tpe",
-        description="tpe: tree-structured Parzen estimator (Bergstra et al. 2011)",
+        description="tpe: ten trials spread evenly over the space, then a tree-structured Parzen "
+        "estimator (Bergstra et al. 2011)",
     )
     trials: Positive = key(
         binds="nothing", default=20, description="trials of tpe and random; a grid tries all"

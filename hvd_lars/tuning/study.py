@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.log"
 _VALUES, _ENDED, _STARTS = "values", "ended", "starts"  # attributes of Optuna's trials
+_SPREAD_TRIALS = 10  # before the estimator: of fewer, it proposes the ends of a range
 _FEWEST_FOR_MEDIAN = 2  # earlier trials
 _MOST_STARTS = 3  # of a trial whose job ends before its first evaluation
 Ended = Literal["finished", "pruned", "diverged", "impossible", "running"]
@@ -95,7 +96,7 @@ class Study:
             trial = self._study.ask()
         params = {}
         for place, (name, each) in enumerate(self._settings.space.items()):
-            self._study.sampler = self._sampler(len(self._settings.space) * trial.number + place)
+            self._study.sampler = self._sampler(trial.number, place)
             params[name] = _suggest(trial, name, each)
         self._current = trial
         starts = trial.user_attrs.get(_STARTS, 0) + 1
@@ -113,16 +114,19 @@ class Study:
         ].intermediate_values
         return curve
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Return a sampler for one value, seeded by its number in the study."""
+    def _sampler(self, trial: int, place: int) -> optuna.samplers.BaseSampler:
+        """Return a sampler for a trial's value of one key, seeded by both."""
         from optuna import samplers
 
-        seed = (self._settings.sampler_seed * 100_003 + number) % 2**32
+        from hvd_lars.tuning.proposals import Spread, spread
+
+        keys, seed = len(self._settings.space), self._settings.sampler_seed
+        own_seed = (seed * 100_003 + keys * trial + place) % 2**32
         if self._settings.sampler != "tpe":
-            return samplers.RandomSampler(seed)
-        # Of few trials, a third at random: Optuna's ten would leave none to the estimator.
-        startup = min(10, max(3, self._settings.trials // 3))
-        return samplers.TPESampler(n_startup_trials=startup, seed=seed)
+            return samplers.RandomSampler(own_seed)
+        if trial < _SPREAD_TRIALS:
+            return Spread(spread(trial, place, keys, seed))
+        return samplers.TPESampler(n_startup_trials=0, seed=own_seed)
 
     def report(self, evaluation: int, last: int, value: float) -> bool:
         """Take the first run's metric at an evaluation; return whether to prune the trial.
