@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.planning.site import Site
 from hvd_lars.report import write_report
 from hvd_lars.report.charts import Series, heat_map, line_chart
+from hvd_lars.report.glance import troubles
 from hvd_lars.report.page import make_page
 
 
@@ -99,7 +101,7 @@ def test_a_page_is_whole_and_loads_nothing(page):
     assert parsed.loads == ["data:,"]
     assert "script" not in parsed.tags
     assert {link.removeprefix("#") for link in parsed.links} <= parsed.ids
-    assert parsed.tags.count("section") == 10
+    assert parsed.tags.count("section") == 8
     assert "url(" not in page
     assert "s&amp;&lt;gd&gt;" in page
     assert "<gd>" not in page
@@ -114,6 +116,51 @@ def test_a_page_shows_what_was_recorded(page):
     assert "features.0.weight" in page
     assert "at epoch 3 the critical batch is about 510: at 1,024 each sample is worth 0.33" in page
     assert page.count("<svg") == 2 + 1 + 1 + 4 + 3 + 2
+
+
+def test_exact_values_are_told_by_the_mouse_and_by_tables(page):
+    assert "<title>lars: top-1, % 22.5 at epoch 1</title>" in page
+    assert "<title>lars: learning rate γ 0.1 at step 40</title>" in page
+    numbers = page[page.index("Top-1 accuracy by epoch") :]
+    assert '<th scope="row">4</th><td>90</td><td>90</td>' in numbers[: numbers.index("</details>")]
+
+
+def test_what_went_wrong_is_said_first(tmp_path):
+    fine = make_run(tmp_path / "fine")
+    run = read_run(fine)
+    assert troubles(run) == ["waits for input take 20% of a step (median, rank 0)"]
+    quick = [r | {"data_seconds": 0.001} for r in run.train]
+    good = dataclasses.replace(run, train=quick)
+    assert troubles(good) == []
+    assert "Nothing went wrong" in make_page([good])
+    start, stop = run.events
+    again = start | {"step": 20, "world_size": 1}
+    straggler = {"step": 20, "event": "straggler", "rank": 1, "host": "n2"}
+    bad = dataclasses.replace(
+        good,
+        train=[*quick[:-1], quick[-1] | {"loss": None, "skipped_steps": 2}],
+        events=[start, straggler, stop | {"reason": "SIGTERM"}, again],
+    )
+    assert troubles(bad) == [
+        "no end is recorded after step 40: it is running, or was killed",
+        "the last loss is not finite: training diverged",
+        "2 steps were skipped, as a gradient was not finite",
+        "started 2 times, with 2 → 1 ranks",
+        "rank 1 on n2 was slower than the others, last at step 20",
+    ]
+    stopped = dataclasses.replace(good, events=[start, stop | {"reason": "SIGTERM"}])
+    assert troubles(stopped) == ["stopped at step 40: SIGTERM"]
+    page = make_page([bad])
+    assert page.index("What went wrong") < page.index('id="batch"')
+
+
+def test_ten_runs_have_ten_colours_and_are_folded(tmp_path):
+    runs = [read_run(make_run(tmp_path / f"run{n}", top1=0.5 + 0.04 * n)) for n in range(10)]
+    page = make_page(runs)
+    Page(page)
+    assert {f'class="line c{n}"' for n in range(10)} <= set(re.findall(r'class="line c\d"', page))
+    assert page.count("<details><summary>run7</summary>") == 3
+    assert len(page) < 1_500_000
 
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):

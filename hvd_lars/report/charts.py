@@ -11,9 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from hvd_lars.report.html import table
+
 _WIDTH, _HEIGHT = 720, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 12, 40
 _POINTS = 500  # approximate limit to which a series is thinned
+_TOLD = 50  # of these, points that tell their values
+_COLOURS = 10  # of page.css
 
 # Viridis at nine points.
 _RAMP = (
@@ -24,7 +28,7 @@ _RAMP = (
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its points in order of x, and the index of one of the page's eight colours."""
+    """A line: its points in order of x, and the index of one of the page's colours."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -74,10 +78,10 @@ def scatter_chart(
         x, y = _x(x_axis, dot.x), _y(y_axis, dot.y)
         if dot.high > dot.low:
             parts.append(
-                f'<line class="line c{dot.colour % 8}" x1="{x:.1f}" x2="{x:.1f}" '
+                f'<line class="line {_class(dot.colour)}" x1="{x:.1f}" x2="{x:.1f}" '
                 f'y1="{_y(y_axis, dot.low):.1f}" y2="{_y(y_axis, dot.high):.1f}"/>'
             )
-        parts.append(f'<circle class="dot c{dot.colour % 8}" r="4" cx="{x:.1f}" cy="{y:.1f}"/>')
+        parts.append(f'<circle class="dot {_class(dot.colour)}" r="4" cx="{x:.1f}" cy="{y:.1f}"/>')
     return _svg(title, "".join(parts), _HEIGHT) + legend(
         [Series(dot.name, (), dot.colour) for dot in dots]
     )
@@ -105,14 +109,30 @@ def line_chart(
     for each, points in lines:
         path = " ".join(f"{_x(x_axis, x):.1f},{_y(y_axis, y):.1f}" for x, y in points)
         dash = ' stroke-dasharray="5 4"' if each.dashed else ""
-        parts.append(f'<polyline class="line c{each.colour % 8}"{dash} points="{path}"/>')
-        if len(points) == 1:
-            x, y = points[0]
+        parts.append(f'<polyline class="line {_class(each.colour)}"{dash} points="{path}"/>')
+        shape = "dot" if len(points) == 1 else "hit"
+        for x, y in _thinned(points, _TOLD):
             parts.append(
-                f'<circle class="dot c{each.colour % 8}" r="3" cx="{_x(x_axis, x):.1f}" '
-                f'cy="{_y(y_axis, y):.1f}"/>'
+                f'<circle class="{shape} {_class(each.colour)}" r="5" '
+                f'cx="{_x(x_axis, x):.1f}" cy="{_y(y_axis, y):.1f}">'
+                f"<title>{escape(each.name)}: {escape(y_label)} {y:.6g} at {escape(x_label)} "
+                f"{x:,.6g}</title></circle>"
             )
-    return _svg(title, "".join(parts), _HEIGHT) + legend([each for each, _ in lines])
+    shown = _svg(title, "".join(parts), _HEIGHT) + legend([each for each, _ in lines])
+    return shown + _numbers(lines, x_label)
+
+
+def _numbers(lines: Sequence[tuple[Series, Sequence[tuple[float, float]]]], x_label: str) -> str:
+    """Return the lines as a table to unfold."""
+    every = sorted({x for _, points in lines for x, _ in _thinned(points, _TOLD)})
+    columns = [dict(points) for _, points in lines]
+    rows = [
+        [f"{x:,.6g}", *(f"{column[x]:.6g}" if x in column else "" for column in columns)]
+        for x in every
+        if any(x in column for column in columns)
+    ]
+    shown = table([x_label, *(each.name for each, _ in lines)], rows)
+    return f"<details><summary>Numbers</summary>{shown}</details>"
 
 
 def stacked_chart(title: str, xs: Sequence[float], parts: Mapping[str, Sequence[float]]) -> str:
@@ -131,7 +151,7 @@ def stacked_chart(title: str, xs: Sequence[float], parts: Mapping[str, Sequence[
     for number, _, below, above in layers:
         there = [f"{_x(x_axis, xs[i]):.1f},{_y(y_axis, above[i]):.1f}" for i in keep]
         back = [f"{_x(x_axis, xs[i]):.1f},{_y(y_axis, below[i]):.1f}" for i in reversed(keep)]
-        drawn.append(f'<polygon class="area c{number % 8}" points="{" ".join(there + back)}"/>')
+        drawn.append(f'<polygon class="area {_class(number)}" points="{" ".join(there + back)}"/>')
     return _svg(title, "".join(drawn), _HEIGHT) + legend(
         [Series(name, (), number) for number, name, _, _ in layers]
     )
@@ -176,11 +196,15 @@ def heat_map(
 def legend(series: Sequence[Series]) -> str:
     """Return a list of names and their colours, each name once."""
     items = "".join(
-        f'<li><i class="key c{each.colour % 8}{" dashed" if each.dashed else ""}"></i>'
+        f'<li><i class="key {_class(each.colour)}{" dashed" if each.dashed else ""}"></i>'
         f"{escape(name)}</li>"
         for name, each in {each.name: each for each in series}.items()
     )
     return f'<ul class="legend">{items}</ul>'
+
+
+def _class(colour: int) -> str:
+    return f"c{colour % _COLOURS}"
 
 
 class _Axis:
@@ -234,8 +258,8 @@ def _frame(
     parts.append(
         f'<text class="label" text-anchor="middle" x="{(_LEFT + right) / 2}" '
         f'y="{_HEIGHT - 6}">{escape(x_label)}</text>'
-        f'<text class="label" text-anchor="middle" transform="translate(11 {middle}) rotate(-90)">'
-        f"{escape(y_label)}</text>"
+        f'<text class="label y" text-anchor="middle" '
+        f'transform="translate(11 {middle}) rotate(-90)">{escape(y_label)}</text>'
     )
     return "".join(parts)
 
@@ -248,8 +272,10 @@ def _y(axis: _Axis, value: float) -> float:
     return _HEIGHT - _BOTTOM - axis.place(value) * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    stride = max(1, len(points) // _POINTS)
+def _thinned(
+    points: Sequence[tuple[float, float]], limit: int = _POINTS
+) -> list[tuple[float, float]]:
+    stride = max(1, len(points) // limit)
     return [*points[::stride], *points[-1:]] if stride > 1 else list(points)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -14,6 +13,7 @@ from hvd_lars.assemble.studied import read_study
 from hvd_lars.errors import UserError
 from hvd_lars.planning.site import Site
 from hvd_lars.report.charts import Series, heat_map, line_chart, stacked_chart
+from hvd_lars.report.glance import glance
 from hvd_lars.report.html import figure, page_of, table
 from hvd_lars.report.study import study_page
 from hvd_lars.settings.tree import leaves
@@ -21,6 +21,7 @@ from hvd_lars.tuning.study import is_study
 
 _PARTS = ("data", "forward", "backward", "communication", "optimizer")
 _COLUMNS = 60  # of a heat map
+_UNFOLDED = 3  # runs
 
 
 def write_report(folders: Sequence[Path], output: Path, site: Site | None = None) -> None:
@@ -48,80 +49,25 @@ def write_report(folders: Sequence[Path], output: Path, site: Site | None = None
 def make_page(runs: Sequence[Run], site: Site | None = None) -> str:
     """Return the whole page as HTML; with ``site``, runs are compared with its forecast."""
     sections: list[tuple[str, str, str]] = [
-        ("summary", "Summary", _summary(runs)),
-        ("accuracy", "Loss and accuracy", _accuracy(runs)),
-        ("rate", "Learning rate", _rate(runs)),
+        ("glance", "At a glance", glance(runs)),
         ("batch", "Batch", _batch(runs)),
-        ("layers", "Layers", "".join(map(_layers, runs))),
+        ("layers", "Layers", _each(runs, _layers)),
         ("speed", "Speed", _speed(runs) + ("" if site is None else _plans(runs, site))),
-        ("ranks", "Ranks", "".join(map(_ranks, runs))),
-        ("events", "Events", "".join(map(_events, runs))),
+        ("ranks", "Ranks", _each(runs, _ranks)),
+        ("events", "Events", _each(runs, _events)),
         ("config", "Config", _config(runs)),
         ("environment", "Environment", _environment(runs)),
     ]
     return page_of(", ".join(run.name for run in runs), sections)
 
 
-def _summary(runs: Sequence[Run]) -> str:
-    def row(run: Run) -> list[object]:
-        last = run.train[-1]
-        top1 = [e["top1"] for e in run.evaluations if e.get("top1") is not None]
-        sizes = [e["world_size"] for e in run.events if "world_size" in e]
-        stops = [e.get("reason", "") for e in run.events if e["event"] == "stop"]
-        return [
-            run.name,
-            f"{last['step']:,}",
-            _percent(top1[-1]) if top1 else "–",
-            _percent(max(top1)) if top1 else "–",
-            f"{last['loss']:.4f}" if last.get("loss") is not None else "not finite",
-            f"{median(r['images_per_second'] for r in run.train):,.0f}",
-            " → ".join(map(str, sizes)) or "–",
-            f"{run.global_batch:,}",
-            last.get("skipped_steps", 0),
-            stops[-1] if stops else "running, or killed",
-        ]
-
-    head = [
-        "run", "steps", "top-1", "best top-1", "last loss", "images/s (median)", "ranks",
-        "global batch", "skipped", "ended",
-    ]  # fmt: skip
-    return table(head, [row(run) for run in runs])
-
-
-def _accuracy(runs: Sequence[Run]) -> str:
-    loss = _lines(runs, lambda run: [(r["epoch"], r.get("loss")) for r in run.train])
-    loss += [
-        Series(f"{each.name}, test", each.points, each.colour, dashed=True)
-        for each in _lines(runs, lambda run: [(e["epoch"], e.get("loss")) for e in run.evaluations])
-    ]
-    top1 = _lines(
-        runs, lambda run: [(e["epoch"], 100.0 * e["top1"]) for e in run.evaluations if "top1" in e]
+def _each(runs: Sequence[Run], section: Callable[[Run], str]) -> str:
+    """Return a part of the page for every run; of many runs they are folded."""
+    if len(runs) <= _UNFOLDED:
+        return "".join(map(section, runs))
+    return "".join(
+        f"<details><summary>{escape(run.name)}</summary>{section(run)}</details>" for run in runs
     )
-    return figure(line_chart("Loss by epoch", loss, "epoch", "loss", log_y=True), "Loss") + figure(
-        line_chart("Top-1 accuracy by epoch", top1, "epoch", "top-1, %"), "Top-1 accuracy"
-    )
-
-
-def _rate(runs: Sequence[Run]) -> str:
-    series = []
-    for number, run in enumerate(runs):
-        taken = [(r["step"], r["lr"]) for r in run.train]
-        series += [
-            Series(f"{run.name}, as planned", run.planned, number, dashed=True),
-            Series(run.name, taken, number),
-        ]
-    chart = line_chart("Learning rate by step", series, "step", "learning rate γ")
-    planned = [dict(run.planned) for run in runs]
-    off = [
-        f"{run.name}: step {r['step']} took {r['lr']:.6g}, the config plans {plan[r['step']]:.6g}"
-        for run, plan in zip(runs, planned, strict=True)
-        for r in run.train
-        if r["step"] in plan and not math.isclose(r["lr"], plan[r["step"]], rel_tol=1e-6)
-    ]
-    note = "All recorded rates match the config's plan."
-    if off:
-        note = f"{len(off)} recorded rates differ from the plan: {off[0]}."
-    return figure(chart, "Recorded learning rate over the plan") + f"<p>{escape(note)}</p>"
 
 
 def _batch(runs: Sequence[Run]) -> str:
@@ -186,8 +132,7 @@ def _layers(run: Run) -> str:
 
 
 def _speed(runs: Sequence[Run]) -> str:
-    rates = _lines(runs, lambda run: [(r["step"], r["images_per_second"]) for r in run.train])
-    text = figure(line_chart("Images per second by step", rates, "step", "images/s"), "Throughput")
+    text = ""
     for run in runs:
         split = {part: [1e3 * r.get(f"{part}_seconds", 0.0) for r in run.train] for part in _PARTS}
         known = [sum(values) for values in zip(*split.values(), strict=True)]
@@ -290,16 +235,3 @@ def _environment(runs: Sequence[Run]) -> str:
     keys = list(dict.fromkeys(key for each in flat for key in each))
     rows = [[key, *(each.get(key, "–") for each in flat)] for key in keys]
     return table(["", *(run.name for run in runs)], rows)
-
-
-def _lines(
-    runs: Sequence[Run], points: Callable[[Run], Iterable[tuple[float, float | None]]]
-) -> list[Series]:
-    return [
-        Series(run.name, [(x, math.nan if y is None else y) for x, y in points(run)], number)
-        for number, run in enumerate(runs)
-    ]
-
-
-def _percent(value: float) -> str:
-    return f"{100.0 * value:.2f} %"
