@@ -29,8 +29,9 @@ from torchvision.models import get_model
 from hvd_lars import LARS, Replicated, parameter_groups
 from hvd_lars.comm.base import Communicator
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.data import GlobalBatches, Request
 from hvd_lars.data.identity import made_identity
+from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.data.source import Request
 from hvd_lars.state.run_state import RunState
 from hvd_lars.train.feed import Feed
 from hvd_lars.train.precision import Precision

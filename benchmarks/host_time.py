@@ -31,7 +31,8 @@ from torch import nn
 from torchvision import models
 
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.data import GlobalBatches, Request
+from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.data.source import Request
 from hvd_lars.data.synthetic import Synthetic
 from hvd_lars.optim import LARS, Replicated, Sharded, device_step, parameter_groups
 from hvd_lars.optim.distributed.buckets import GradientBuckets

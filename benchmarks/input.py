@@ -38,24 +38,20 @@ from report import print_head
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from hvd_lars.data import (
-    Augment,
-    FolderImages,
-    Images,
-    LocatedImages,
-    Source,
-    decoding,
-    list_folder,
-    load_shards,
-)
+from hvd_lars.data import decoding
+from hvd_lars.data.augment import Augment
 from hvd_lars.data.crops import NUM_DRAWS, random_part
-from hvd_lars.data.images import Sizes
+from hvd_lars.data.image_folder import FolderImages
+from hvd_lars.data.images import Images, Sizes
+from hvd_lars.data.listing import list_folder
 from hvd_lars.data.loader import stream
+from hvd_lars.data.located import LocatedImages
 from hvd_lars.data.randomness import uniforms
 from hvd_lars.data.region import decode_region
+from hvd_lars.data.shards.index import load_shards
 from hvd_lars.data.shards.shrink import Shrink
 from hvd_lars.data.shards.writer import pack
-from hvd_lars.data.source import Batch, Indices, Request
+from hvd_lars.data.source import Batch, Indices, Request, Source
 from hvd_lars.sources.images import IMAGENET_STATISTICS
 
 try:

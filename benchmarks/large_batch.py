@@ -30,8 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd_lars.assemble import Resume, build_run
 from hvd_lars.assemble.recorded import read_run
+from hvd_lars.assemble.resuming import Resume
+from hvd_lars.assemble.run import build_run
 from hvd_lars.assemble.tune import tune
 from hvd_lars.comm import Communicator, connect, detect_launch
 from hvd_lars.comm.agree import on_root

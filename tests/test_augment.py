@@ -5,9 +5,11 @@ import pytest
 import torch
 from test_image_folder import make_folder, source_of
 
-from hvd_lars.data import Augment, GlobalBatches, Request
+from hvd_lars.data.augment import Augment
 from hvd_lars.data.images import DeviceWork
 from hvd_lars.data.mixing import mix_pairs
+from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.data.source import Request
 
 OPTIONS = {
     "window": Augment(crop="window"),

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from launch.test_training import hvd_lars
 from test_image_folder import make_folder
 from torch import nn
 
+from hvd_lars.assemble import sizes
 from hvd_lars.cli.check import check, curve, parse_bytes
 from hvd_lars.config.file import bundled_configs, load_config
 from hvd_lars.data.shards.writer import pack
@@ -231,3 +234,69 @@ def test_generated_pages_are_what_the_package_says(name, monkeypatch):
     monkeypatch.syspath_prepend(docs)
     page = importlib.import_module(f"make_{name}").page()
     assert (docs / f"{name}.md").read_text() == page
+
+
+def sizes_in(folder):
+    return sorted((folder / "hvd_lars/networks").glob("*.json"))
+
+
+def test_a_network_is_measured_once_and_then_planned_for_without_torch(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = """
+import sys
+class Refused:
+    def find_spec(self, name, *_):
+        if name == "torch" or name.startswith("torch."):
+            raise ImportError("torch is not needed here")
+if sys.argv[1] == "without":
+    sys.meta_path.insert(0, Refused())
+from hvd_lars.cli import main
+main(["check", "cifar10-lars-b4096", "--ranks", "8"])
+"""
+    shown = []
+    for torch_is in ("there", "without"):
+        found = subprocess.run(
+            [sys.executable, "-c", program, torch_is], cwd=tmp_path,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr
+        shown.append(found.stdout)
+    assert shown[0] == shown[1]
+    assert "activations" in shown[0]
+    (file,) = sizes_in(tmp_path / "cache")
+    assert file.stat().st_size < 1000
+
+
+def test_a_damaged_cache_of_networks_is_renewed_and_one_that_cannot_be_written_is_none(
+    tmp_path, monkeypatch
+):
+    config = load_config("digits")
+    arguments = config.model, config.optimizer, config.data, 10
+    monkeypatch.setattr(sizes, "_known", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
+    first = sizes.network_size(*arguments)
+    (file,) = sizes_in(tmp_path / "a")
+    whole = file.read_text()
+    for damage in (whole[:40], "[]", "{}", '{"groups": 3}'):
+        file.write_text(damage)
+        monkeypatch.setattr(sizes, "_known", {})
+        assert sizes.network_size(*arguments) == first
+        assert file.read_text() == whole
+    (tmp_path / "b").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    monkeypatch.setattr(sizes, "_known", {})
+    assert sizes.network_size(*arguments) == first
+
+
+def test_a_network_of_the_users_own_is_not_cached(tmp_path, monkeypatch):
+    (tmp_path / "ownnet.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, width=8):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = load_config("digits", ["model.name=ownnet:net"])
+    found = sizes.network_size(config.model, config.optimizer, config.data, 10)
+    assert found.parameters == 4 * (64 * 8 + 8 + 8 * 10 + 10)
+    assert not sizes_in(tmp_path / "cache")

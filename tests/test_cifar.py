@@ -10,7 +10,7 @@ from torchvision import datasets
 
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.file import load_config
-from hvd_lars.data import load_cifar
+from hvd_lars.data.cifar import load_cifar
 from hvd_lars.errors import UserError
 from hvd_lars.sources import BuildContext
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_lars.data import GlobalBatches, Synthetic, draw_glyphs, load_digits
+from hvd_lars.data.digits import load_digits
+from hvd_lars.data.glyphs import draw_glyphs
 from hvd_lars.data.randomness import uniforms
-from hvd_lars.data.sampler import accumulation, smallest_micro_batch
+from hvd_lars.data.sampler import GlobalBatches, accumulation, smallest_micro_batch
+from hvd_lars.data.synthetic import Synthetic
 
 
 def test_an_epoch_draws_every_sample_at_most_once_and_epochs_differ():

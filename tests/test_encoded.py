@@ -6,9 +6,11 @@ import torch
 from test_crops import photograph
 from test_image_folder import make_folder, source_of
 
-from hvd_lars.data import Augment, Request, stream
+from hvd_lars.data.augment import Augment
 from hvd_lars.data.encoded import why_not_on
 from hvd_lars.data.images import DeviceWork
+from hvd_lars.data.loader import stream
+from hvd_lars.data.source import Request
 from hvd_lars.errors import UserError
 
 DECODE = DeviceWork(decode=True)

@@ -15,11 +15,11 @@ from hvd_lars.assemble.check import examine
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.binding import changes
 from hvd_lars.config.file import load_config
-from hvd_lars.data import load_shards
 from hvd_lars.data.forms.archives import DEVKIT, VAL
 from hvd_lars.data.forms.recognise import recognise
 from hvd_lars.data.lists import read_list
 from hvd_lars.data.shards.cache import verify
+from hvd_lars.data.shards.index import load_shards
 from hvd_lars.data.shards.origins import compare
 from hvd_lars.data.shards.samples import scan_tar
 from hvd_lars.data.shards.samples_to_pack import collect

@@ -26,9 +26,12 @@ from test_image_folder import make_folder
 
 from hvd_lars.config.file import bundled_configs, find_config, load_config
 from hvd_lars.config.schema import Config
-from hvd_lars.data import FolderImages, LocatedImages, list_folder, load_shards
 from hvd_lars.data.decoding import Picture, to_bytes
 from hvd_lars.data.identity import made_identity
+from hvd_lars.data.image_folder import FolderImages
+from hvd_lars.data.listing import list_folder
+from hvd_lars.data.located import LocatedImages
+from hvd_lars.data.shards.index import load_shards
 from hvd_lars.data.shards.samples import scan_tar
 from hvd_lars.data.shards.samples_to_pack import collect
 from hvd_lars.data.shards.writer import pack

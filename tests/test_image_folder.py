@@ -11,18 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from hvd_lars.data import (
-    Augment,
-    FolderImages,
-    GlobalBatches,
-    Images,
-    Request,
-    WorkerLostError,
-    list_folder,
-    loader,
-    stream,
-)
-from hvd_lars.data.images import Sizes
+from hvd_lars.data import loader
+from hvd_lars.data.augment import Augment
+from hvd_lars.data.image_folder import FolderImages
+from hvd_lars.data.images import Images, Sizes
+from hvd_lars.data.listing import list_folder
+from hvd_lars.data.loader import WorkerLostError, stream
+from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.data.source import Request
 from hvd_lars.errors import UserError
 from hvd_lars.sources.images import IMAGENET_STATISTICS as STATISTICS
 
@@ -149,7 +145,8 @@ def test_workers_give_the_same_batches_in_the_same_order(folder):
 OWNER = """
 import sys, time
 import numpy as np
-from hvd_lars.data import Request, stream
+from hvd_lars.data.loader import stream
+from hvd_lars.data.source import Request
 from test_image_folder import source_of
 if __name__ == "__main__":
     requests = iter([Request(0, np.array([1, 2]))] * 100)

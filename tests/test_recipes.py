@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from hvd_lars.assemble import build_run
+from hvd_lars.assemble.run import build_run
 from hvd_lars.comm import detect_launch
 from hvd_lars.config.file import bundled_configs, load_config
 from hvd_lars.state.replicas import verify_agreement

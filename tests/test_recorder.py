@@ -12,7 +12,7 @@ from tiny import GLOBAL_BATCH, RATES, TinySource, tiny_loop, tiny_model, tiny_tr
 from torch import nn
 
 from hvd_lars import LARS, parameter_groups
-from hvd_lars.data import GlobalBatches
+from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.metrics import JsonLines
 from hvd_lars.optim import Replicated, Sharded
 from hvd_lars.train.recorder import hosts_of

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from hvd_lars.assemble import Resume, build_run
+from hvd_lars.assemble.resuming import Resume
+from hvd_lars.assemble.run import build_run
 from hvd_lars.comm import detect_launch
 from hvd_lars.config.file import load_config
 from hvd_lars.state import replicas

@@ -23,18 +23,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_image_folder import make_folder, source_of
 
-from hvd_lars.data import (
-    Augment,
-    Images,
-    LocatedImages,
-    cached_root,
-    copy_shards,
-    list_folder,
-    load_shards,
-)
-from hvd_lars.data.images import Sizes
+from hvd_lars.data.augment import Augment
+from hvd_lars.data.images import Images, Sizes
+from hvd_lars.data.listing import list_folder
+from hvd_lars.data.located import LocatedImages
 from hvd_lars.data.shards import origins
-from hvd_lars.data.shards.cache import verify
+from hvd_lars.data.shards.cache import cached_root, copy_shards, verify
+from hvd_lars.data.shards.index import load_shards
 from hvd_lars.data.shards.origins import compare
 from hvd_lars.data.shards.samples import scan_tar
 from hvd_lars.data.shards.writer import pack

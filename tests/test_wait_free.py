@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvd_lars.comm.base import Then
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.data import Augment, GlobalBatches, Images
+from hvd_lars.data.augment import Augment
 from hvd_lars.data.cifar import ArrayImages
 from hvd_lars.data.identity import made_identity
-from hvd_lars.data.images import DeviceWork, Sizes
+from hvd_lars.data.images import DeviceWork, Images, Sizes
+from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 from hvd_lars.state.run_state import RunState

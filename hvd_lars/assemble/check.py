@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
-
-from hvd_lars.assemble.network import build_network, check_batch_norm
 from hvd_lars.assemble.plan import Plan, make_plan
-from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.assemble.sizes import Group, NetworkSize, network_size
 from hvd_lars.config.binding import changes
-from hvd_lars.config.schema import Config, Model
-from hvd_lars.models import batch_norms
-from hvd_lars.models.footprint import Footprint, footprint
-from hvd_lars.optimizers import OptimizerSettings
-from hvd_lars.sources import BuildContext, SourceSettings
-
-
-@dataclass(frozen=True)
-class Group:
-    """One optimizer group: its size, trust ratio and weight decay."""
-
-    tensors: int
-    parameters: int
-    adapt: str
-    weight_decay: float
+from hvd_lars.config.schema import Config
+from hvd_lars.sources import BuildContext
 
 
 @dataclass(frozen=True)
@@ -63,10 +46,9 @@ def examine(
     """
     num_train, num_classes, prepared, notes = size_of(config)
     plan = make_plan(config, num_train, ranks)
-    groups, size, normalised = _measure(config.model, config.optimizer, config.data, num_classes)
-    if plan.smallest_micro_batch == 1 and normalised:
-        model = build_network(config.model, config.data, num_classes, torch.device("cpu"))
-        check_batch_norm(model, config, plan)
+    size = network_size(config.model, config.optimizer, config.data, num_classes)
+    if plan.smallest_micro_batch == 1 and size.has_batch_norm:
+        _check_batch_norm(config, plan, num_classes)
     memory = _memory(config, size, plan)
     warnings = []
     if device_memory is not None and sum(memory.values()) > device_memory:
@@ -81,8 +63,8 @@ def examine(
         warnings.append(f"{ranks - plan.global_batch} of {ranks} ranks have no samples in a step")
     if prepared:
         warnings.append(f"images were packed with {prepared}, which published results do not have")
-    warnings += _departures(config, recipe, plan, normalised)
-    return Report(plan, num_classes, groups, memory, tuple(warnings), tuple(notes))
+    warnings += _departures(config, recipe, plan, size.has_batch_norm)
+    return Report(plan, num_classes, size.groups, memory, tuple(warnings), tuple(notes))
 
 
 def size_of(config: Config) -> tuple[int, int, str, list[str]]:
@@ -91,12 +73,24 @@ def size_of(config: Config) -> tuple[int, int, str, list[str]]:
     if expect is not None and location is not None and not location.exists():
         note = f"{location} is not here: planned for the {expect.train:,} images expected"
         return expect.train, expect.classes, "", [note]
+    from hvd_lars.comm.local import LocalCommunicator
+
     context = BuildContext(LocalCommunicator(), config.run.seed)
     source = config.data.read_only().build(context)
     return source.num_train, source.num_classes, source.identity.prepared, []
 
 
-def _memory(config: Config, size: Footprint, plan: Plan) -> dict[str, float]:
+def _check_batch_norm(config: Config, plan: Plan, num_classes: int) -> None:
+    """Raise UserError if a BatchNorm would see one value per channel."""
+    import torch
+
+    from hvd_lars.assemble.network import build_network, check_batch_norm
+
+    model = build_network(config.model, config.data, num_classes, torch.device("cpu"))
+    check_batch_norm(model, config, plan)
+
+
+def _memory(config: Config, size: NetworkSize, plan: Plan) -> dict[str, float]:
     """Return bytes per rank, by use."""
     slots = size.parameters * config.optimizer.num_slots
     if config.optimizer.placement == "sharded":
@@ -128,34 +122,3 @@ def _departures(config: Config, recipe: Config | None, plan: Plan, normalised: b
     if normalised and span != theirs:
         lines.append(f"BatchNorm spans {span} samples in place of the recipe's {theirs}")
     return lines
-
-
-_Network = tuple[tuple[Group, ...], Footprint, bool]
-_measured: dict[str, _Network] = {}  # by settings: the recipes share a few networks
-
-
-def _measure(
-    settings: Model, optimizer: OptimizerSettings, data: SourceSettings, num_classes: int
-) -> _Network:
-    """Return optimizer groups and memory of a network, and whether it has BatchNorm."""
-    key = "\n".join([*(s.model_dump_json() for s in (settings, optimizer, data)), str(num_classes)])
-    if key not in _measured:
-        _measured[key] = _measure_network(settings, optimizer, data, num_classes)
-    return _measured[key]
-
-
-def _measure_network(
-    settings: Model, optimizer: OptimizerSettings, data: SourceSettings, num_classes: int
-) -> _Network:
-    model = build_network(settings, data, num_classes, torch.device("cpu"))
-    groups = tuple(
-        Group(
-            len(group["params"]),
-            sum(param.numel() for param in group["params"]),
-            group["adapt"],
-            group["weight_decay"],
-        )
-        for group in optimizer.groups(model)
-    )
-    largest = max(data.shapes, key=math.prod)
-    return groups, footprint(model, largest), bool(batch_norms(model))

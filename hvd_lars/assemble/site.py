@@ -11,7 +11,7 @@ import torch
 from hvd_lars.assemble.bench import bench, mean_over_ranks
 from hvd_lars.comm.base import Communicator
 from hvd_lars.config.schema import Config
-from hvd_lars.data import GlobalBatches
+from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.launchers.environment import Launch
 from hvd_lars.planning.site import Site
 from hvd_lars.runtime.device import choose_device

@@ -15,7 +15,8 @@ from hvd_lars.assemble.plan import Plan, make_plan
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.config.schema import Config
-from hvd_lars.data import GlobalBatches, Source
+from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.data.source import Source
 from hvd_lars.errors import UserError
 from hvd_lars.launchers.environment import Launch
 from hvd_lars.models import load_weights

@@ -111,7 +111,7 @@ def parse_bytes(text: str) -> float:
 
 def facts(report: Report) -> dict[str, Any]:
     """Return the report as plain values."""
-    from hvd_lars.assemble import plan_facts
+    from hvd_lars.assemble.plan import plan_facts
 
     return plan_facts(report.plan) | {
         "optimizer_groups": [asdict(group) for group in report.groups],

@@ -31,7 +31,7 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def run(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
     """Evaluate; rank 0 prints one JSON object."""
-    from hvd_lars.assemble import evaluate_run
+    from hvd_lars.assemble.evaluation import evaluate_run
     from hvd_lars.metrics import finite
 
     result, average = evaluate_run(options.run_folder, config, comm, launch, options.checkpoint)

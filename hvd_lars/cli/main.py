@@ -101,7 +101,7 @@ def _guarded(
     comm: Communicator, work: Callable[[], int], passed: tuple[type[BaseException], ...] = ()
 ) -> int:
     """Run ``work`` on this rank; a failure ends all ranks, except for exceptions in ``passed``."""
-    from hvd_lars.data import WorkerLostError
+    from hvd_lars.data.loader import WorkerLostError
     from hvd_lars.state.replicas import ReplicasDifferError
     from hvd_lars.train.recorder import settle_warnings
 

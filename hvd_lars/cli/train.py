@@ -57,7 +57,8 @@ def train(
 
     ``snapshots`` and ``after_snapshot`` are those of an elastic job; see ``build_run``.
     """
-    from hvd_lars.assemble import Resume, build_run
+    from hvd_lars.assemble.resuming import Resume
+    from hvd_lars.assemble.run import build_run
     from hvd_lars.health.stop_requests import STOP_FILE
     from hvd_lars.health.watchdog import Watchdog
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-from torch import Tensor
 
-from hvd_lars.data.encoded import Encoded
 from hvd_lars.data.identity import DataIdentity
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hvd_lars.data.encoded import Encoded
+
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
-Batch = tuple[Tensor, Tensor]
+Batch: TypeAlias = "tuple[Tensor, Tensor]"
 """Images (n, channels, height, width), and labels (n,) int64 or class shares (n, classes)."""
-Made = tuple[Tensor | Encoded, Tensor]
+Made: TypeAlias = "tuple[Tensor | Encoded, Tensor]"
 """A batch, or one whose images the device decodes."""
 
 

@@ -20,10 +20,10 @@ def expand_user(path: str | Path, key: str) -> Path:
         ) from None
 
 
-def listing_cache() -> Path | None:
-    """Return the folder for cached lists of images; None for a user without a home."""
+def cache_folder(name: str) -> Path | None:
+    """Return the folder for cached things of a kind; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "hvd_lars/listings" if not base.startswith("~") else None
+    return Path(base) / "hvd_lars" / name if not base.startswith("~") else None
 
 
 def sha256_of(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from hvd_lars.runtime.files import listing_cache
+from hvd_lars.runtime.files import cache_folder
 from hvd_lars.settings.fields import key
 from hvd_lars.sources.images import PhotographSettings
 
@@ -29,11 +29,13 @@ class ImageFolderData(PhotographSettings):
     def stores(self, comm: Communicator) -> Stores:
         """See :meth:`ImageSettings.stores`; rank 0 lists the folder."""
         from hvd_lars.comm.agree import on_root
-        from hvd_lars.data import FolderImages, list_folder
-        from hvd_lars.data.listing import Lists
+        from hvd_lars.data.image_folder import FolderImages
+        from hvd_lars.data.listing import Lists, list_folder
 
         lists, needs_val = Lists(self.train_list, self.val_list), self.val_fraction is None
-        listing = on_root(comm, lambda: list_folder(self.root, listing_cache(), lists, needs_val))
+        listing = on_root(
+            comm, lambda: list_folder(self.root, cache_folder("listings"), lists, needs_val)
+        )
         train, val = (FolderImages(listing.root, split) for split in (listing.train, listing.val))
         return train, val, listing.identity(), listing.left_out
 

@@ -25,9 +25,9 @@ from hvd_lars.sources.settings import (
 
 if TYPE_CHECKING:
     from hvd_lars.comm.base import Communicator
-    from hvd_lars.data import Source
     from hvd_lars.data.identity import DataIdentity
     from hvd_lars.data.images import DeviceWork, ImageStore
+    from hvd_lars.data.source import Source
 
     Stores = tuple[ImageStore, ImageStore, DataIdentity, str]
 
@@ -148,9 +148,9 @@ class ImageSettings(SourceSettings):
 
     def build(self, context: BuildContext) -> Source:
         """See :meth:`SourceSettings.build`; warns of skipped files and checks ``expect``."""
-        from hvd_lars.data import Augment, Images
+        from hvd_lars.data.augment import Augment
         from hvd_lars.data.hold_out import classes_without_images, hold_out
-        from hvd_lars.data.images import Sizes
+        from hvd_lars.data.images import Images, Sizes
 
         train, val, identity, left_out = self.stores(context.comm)
         where = getattr(self, "root", self.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvd_lars.runtime.files import listing_cache
+from hvd_lars.runtime.files import cache_folder
 from hvd_lars.settings.fields import key
 from hvd_lars.sources.images import PhotographSettings
 
@@ -48,9 +48,10 @@ class LocatedSettings(CopiedSettings):
     def stores(self, comm: Communicator) -> Stores:
         """See :meth:`ImageSettings.stores`; rank 0 locates, each node fills its cache."""
         from hvd_lars.comm.agree import on_each_node, on_root
-        from hvd_lars.data import LocatedImages, cached_root, copy_shards
+        from hvd_lars.data.located import LocatedImages
+        from hvd_lars.data.shards.cache import cached_root, copy_shards
 
-        found = on_root(comm, lambda: self.locate(listing_cache()))
+        found = on_root(comm, lambda: self.locate(cache_folder("listings")))
         root, cache_dir = Path(found.root), self.cache_dir
         if cache_dir is not None:
             on_each_node(comm, lambda: copy_shards(found, cache_dir))

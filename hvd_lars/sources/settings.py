@@ -13,7 +13,7 @@ from hvd_lars.settings.fields import Positive, Section, key
 
 if TYPE_CHECKING:
     from hvd_lars.comm.base import Communicator
-    from hvd_lars.data import Source
+    from hvd_lars.data.source import Source
 
 Shape = tuple[int, int, int]
 """(channels, height, width)."""

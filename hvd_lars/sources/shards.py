@@ -27,7 +27,7 @@ class ShardsData(LocatedSettings):
 
     def locate(self, cache: Path | None) -> LocatedSet:
         """Read the shards' index, or scan foreign shards."""
-        from hvd_lars.data import load_shards
+        from hvd_lars.data.shards.index import load_shards
 
         classes = None if self.expect is None else self.expect.classes
         patterns = self.train_shards, self.val_shards

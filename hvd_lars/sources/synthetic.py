@@ -10,7 +10,7 @@ from hvd_lars.settings.fields import Positive, key
 from hvd_lars.sources.settings import BuildContext, Shape, SourceSettings
 
 if TYPE_CHECKING:
-    from hvd_lars.data import Source
+    from hvd_lars.data.source import Source
 
 
 class SyntheticData(SourceSettings):

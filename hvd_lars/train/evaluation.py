@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from hvd_lars.comm.base import Communicator
-from hvd_lars.data import Request, Source, stream
+from hvd_lars.data.loader import stream
+from hvd_lars.data.source import Request, Source
 from hvd_lars.errors import UserError
 from hvd_lars.metrics.evaluation import METRICS
 from hvd_lars.state.replicas import average_buffers

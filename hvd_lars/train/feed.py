@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from hvd_lars.comm.base import Communicator
-from hvd_lars.data import GlobalBatches, Request, Source, stream
-from hvd_lars.data.source import Batch
+from hvd_lars.data.loader import stream
+from hvd_lars.data.sampler import GlobalBatches
+from hvd_lars.data.source import Batch, Request, Source
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hvd_lars.data import Request
-from hvd_lars.data.source import Batch
+from hvd_lars.data.source import Batch, Request
 from hvd_lars.errors import DivergedError, UserError
 from hvd_lars.health.agreement import Agreement, Decision
 from hvd_lars.health.heartbeats import Position

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hvd_lars.comm.base import Communicator
-from hvd_lars.data import Request
 from hvd_lars.data.randomness import seed_of
-from hvd_lars.data.source import Batch
+from hvd_lars.data.source import Batch, Request
 from hvd_lars.optim import Placement
 from hvd_lars.optim.device_step import StepReport
 from hvd_lars.runtime.device import seed_generators

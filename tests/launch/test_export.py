@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_image_folder import make_folder, source_of
 
-from hvd_lars.assemble import evaluate_run
+from hvd_lars.assemble.evaluation import evaluate_run
 from hvd_lars.assemble.export import export
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.file import load_config
-from hvd_lars.data import Request
+from hvd_lars.data.source import Request
 from hvd_lars.errors import UserError
 from hvd_lars.launchers.environment import ALONE
 from hvd_lars.state.run_folder import config_of
