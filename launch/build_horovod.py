@@ -51,6 +51,8 @@ BUILD_ENVIRONMENT = {
     "HOROVOD_WITH_MPI": "1",
     "HOROVOD_WITH_GLOO": "1",
     "CMAKE_GENERATOR": "Ninja",
+    # Horovod's headers use std::string and int32_t without including them: GCC 14 and newer fail.
+    "CXXFLAGS": "-include cstdint -include string",
 }
 
 
@@ -145,6 +147,7 @@ def compile_wheel(work: Path, mpi: Mpi, nccl: Nccl | None, log_path: Path) -> Pa
     scripts = sysconfig.get_path("scripts")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HOROVOD_")}
     environment |= BUILD_ENVIRONMENT
+    environment["CXXFLAGS"] += f" {os.environ.get('CXXFLAGS', '')}"
     environment["CMAKE_BUILD_PARALLEL_LEVEL"] = str(build_jobs())
     environment["MAKEFLAGS"] = f"-j{build_jobs()}"
     environment["PATH"] = os.pathsep.join([str(mpi.mpicxx.parent), scripts, os.environ["PATH"]])
