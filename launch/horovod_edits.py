@@ -30,6 +30,12 @@ EDITS = [
         "global_ranks_.resize(size_);",
         "the vector stays empty, so the stall inspector never names a rank on Gloo",
     ),
+    (
+        "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
+        "  const size_type count_;\n",
+        "  size_type count_;\n",
+        "GCC 14 and newer refuse the assignment to it, which nothing calls",
+    ),
     *(
         (f"horovod/common/{name}", released, wanted, _LOST)
         for name, released, wanted in (
