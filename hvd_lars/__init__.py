@@ -6,7 +6,7 @@ placements and ``watching`` extend them over ranks.  The command ``hvd-lars`` is
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LAMB", "LARS", "Replicated", "Sharded", "connect", "parameter_groups", "watching"]
 
 if TYPE_CHECKING:

@@ -83,7 +83,8 @@ def torch_facts() -> dict[str, str | None]:
     program = "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda]))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     if result.returncode != 0:
-        fail(f"torch does not import in {sys.executable}: {result.stderr.strip().splitlines()[-1]}")
+        said = result.stderr.strip().splitlines() or [f"it ended with {result.returncode}"]
+        fail(f"torch does not import in {sys.executable}: {said[-1]}")
     version, cuda = json.loads(result.stdout.strip().splitlines()[-1])
     return {"version": version, "cuda": cuda}
 
@@ -262,7 +263,8 @@ def main() -> None:
     if arguments.install:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         command += ["--force-reinstall", str(wheel)]
-        subprocess.run(command, check=True)
+        if subprocess.run(command, check=False).returncode != 0:
+            fail(f"{wheel} could not be installed (see above)", 1)
 
 
 if __name__ == "__main__":

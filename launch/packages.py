@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -25,6 +26,7 @@ BUILD_MINUTES = "3 to 12 minutes on two cores"
 
 # pip's settings that uv does not read.
 _INDEX_SETTINGS = ("index-url", "extra-index-url", "find-links", "no-index", "cert", "proxy")
+_UV_SETTINGS = ("UV_CONFIG_FILE", "UV_DEFAULT_INDEX", "UV_EXTRA_INDEX", "UV_FIND_LINKS", "UV_INDEX")
 _SCHEDULERS = ("sbatch", "qsub", "bsub")
 
 Build = Literal["cuda", "cpu", "keep"]
@@ -80,7 +82,8 @@ def choose_torch(asked: Build | None, index: str | None, installed: str | None) 
         default = CPU_INDEX if asked == "cpu" else None
         return Torch(asked, index or default, f"--torch {asked}")
     if index is not None:
-        return Torch("cuda", index, "--torch-index")
+        build: Build = "cpu" if index.rstrip("/").endswith("/cpu") else "cuda"
+        return Torch(build, index, "--torch-index")
     if installed is not None:
         if "+cpu" in installed:
             return Torch("cpu", CPU_INDEX, "as installed")
@@ -98,7 +101,7 @@ def why_unreachable(index: str) -> str | None:
     """Return why a package index does not answer, or None if it does."""
     try:
         urllib.request.urlopen(f"{index}/torch/", timeout=10).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return str(getattr(error, "reason", error))
     return None
 
@@ -128,7 +131,9 @@ def installed_versions(python: Path) -> dict[str, str]:
         "import importlib.metadata as m, json;"
         "print(json.dumps({d.name: d.version for d in m.distributions() if d.name}))"
     )
-    result = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
+    if result.returncode != 0:  # its Python is gone
+        return {}
     return {normalise(name): version for name, version in json.loads(result.stdout).items()}
 
 
@@ -164,12 +169,21 @@ def installer(python: Path) -> tuple[list[str], str]:
     uv = shutil.which("uv")
     if uv is None:
         return pip, "pip: there is no uv on PATH"
-    if not any(name.startswith("UV_") for name in os.environ):
+    if sees_system_packages(python):
+        return pip, "pip: uv does not see the packages that the environment takes from outside"
+    if not any(name.startswith(_UV_SETTINGS) for name in os.environ):
         settings = pip_settings(python)
         only_pips = [name for name in _INDEX_SETTINGS if name in settings]
         if only_pips:
             return pip, f"pip: uv does not read its setting {only_pips[0]} (set uv's to use it)"
     return [uv, "pip", "install", "--python", str(python)], f"uv: {uv}"
+
+
+def sees_system_packages(python: Path) -> bool:
+    """Return whether an environment shows the packages of the Python that it was created with."""
+    config = python.parent.parent / "pyvenv.cfg"
+    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    return "include-system-site-packages = true" in text
 
 
 def pip_settings(python: Path) -> Mapping[str, str]:

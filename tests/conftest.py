@@ -69,7 +69,9 @@ def pytest_terminal_summary(terminalreporter):
     """Count the real parts that ran, so that nobody takes a skipped one for a tested one."""
     counts = {}
     for report in itertools.chain(*terminalreporter.stats.values()):
-        ran = getattr(report, "when", None) == "call" and not report.skipped
+        if not isinstance(report, pytest.TestReport):  # what was left out, and warnings
+            continue
+        ran = report.when == "call" and not report.skipped
         for key, name in getattr(report, "user_properties", ()):
             if key == "part":
                 kept = counts.setdefault(name, [0, 0])

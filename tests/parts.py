@@ -51,5 +51,6 @@ def lines(counts):
     for name, part in PARTS.items():
         ran, skipped = counts.get(name, (0, 0))
         if ran or skipped:
-            left = f"{skipped} skipped ({part.missing()})" if skipped else ""
+            why = part.missing() or "see its reason"
+            left = f"{skipped} skipped ({why})" if skipped else ""
             yield f"{name}: " + ", ".join(filter(None, [f"{ran} ran" if ran else "", left]))

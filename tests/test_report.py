@@ -134,22 +134,26 @@ def test_what_went_wrong_is_said_first(tmp_path):
     assert troubles(good) == []
     assert "Nothing went wrong" in make_page([good])
     start, stop = run.events
-    again = start | {"step": 20, "world_size": 1}
+    again = start | {"event": "resume", "step": 20, "world_size": 1}
+    spoilt = {"step": 10, "event": "replaced", "image": "a.jpg: cut off"}
     straggler = {"step": 20, "event": "straggler", "rank": 1, "host": "n2"}
     bad = dataclasses.replace(
         good,
         train=[*quick[:-1], quick[-1] | {"loss": None, "skipped_steps": 2}],
-        events=[start, straggler, stop | {"reason": "SIGTERM"}, again],
+        events=[start, spoilt, straggler, stop | {"reason": "SIGTERM"}, again],
     )
     assert troubles(bad) == [
         "no end is recorded after step 40: it is running, or was killed",
         "the last loss is not finite: training diverged",
+        "1 unreadable images were replaced by others",
         "2 steps were skipped, as a gradient was not finite",
         "started 2 times, with 2 → 1 ranks",
         "rank 1 on n2 was slower than the others, last at step 20",
     ]
     stopped = dataclasses.replace(good, events=[start, stop | {"reason": "SIGTERM"}])
     assert troubles(stopped) == ["stopped at step 40: SIGTERM"]
+    resumed = dataclasses.replace(good, events=[start, stop | {"reason": "SIGTERM"}, again, stop])
+    assert troubles(resumed) == ["started 2 times, with 2 → 1 ranks"]
     page = make_page([bad])
     assert page.index("What went wrong") < page.index('id="batch"')
 

@@ -287,7 +287,7 @@ def test_values_that_cannot_be_run_are_a_trial_and_what_else_fails_does_not_end_
     options = ["digits", f"run.dir={folder}", *STEPS, f"tune={{space: {space}, sampler: grid}}"]
     code, output = hvd_lars("tune", *options)
     assert code == 0, output
-    assert "trial 2: train.global_batch: found 20000; an epoch of digits has 10764" in output
+    assert "trial 2: train.global_batch: found 20000; must be at most 10,764" in output
     assert [trial.ended for trial in read_trials(folder)][:2] == ["finished", "impossible"]
 
     other = tmp_path / "other"

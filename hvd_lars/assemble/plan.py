@@ -39,8 +39,8 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
     train = config.train
     if train.global_batch > num_train:
         raise UserError(
-            f"train.global_batch: found {train.global_batch}; an epoch of {config.data.name} has "
-            f"{num_train} samples"
+            f"train.global_batch: found {train.global_batch}; must be at most {num_train:,}, the "
+            "number of training images"
         )
     steps_per_epoch = num_train // train.global_batch
 

@@ -31,16 +31,20 @@ def glance(runs: Sequence[Run]) -> str:
 def troubles(run: Run) -> list[str]:
     """Say what a reader of a run's records should know, worst first."""
     found = []
-    stops = [e.get("reason", "") for e in run.events if e["event"] == "stop"]
-    starts = [e for e in run.events if e["event"] == "start"]
+    starts = [e for e in run.events if e["event"] in ("start", "resume")]
+    end = _end(run)
     skipped = run.train[-1].get("skipped_steps", 0)
     last = run.train[-1]["step"]
-    if not stops or (starts and run.events.index(starts[-1]) > _last_stop(run)):
+    if end is None:
         found.append(f"no end is recorded after step {last:,}: it is running, or was killed")
-    elif stops[-1] != "finished":
-        found.append(f"stopped at step {last:,}: {stops[-1]}")
+    elif end != "finished":
+        found.append(f"stopped at step {last:,}: {end}")
     if run.train[-1].get("loss") is None:
         found.append("the last loss is not finite: training diverged")
+    for event, done in (("replaced", "replaced by others"), ("not_evaluated", "not evaluated")):
+        count = sum(e["event"] == event for e in run.events)
+        if count:
+            found.append(f"{count:,} unreadable images were {done}")
     if skipped:
         found.append(f"{skipped:,} steps were skipped, as a gradient was not finite")
     if len(starts) > 1:
@@ -61,8 +65,10 @@ def troubles(run: Run) -> list[str]:
     return found
 
 
-def _last_stop(run: Run) -> int:
-    return max(i for i, event in enumerate(run.events) if event["event"] == "stop")
+def _end(run: Run) -> str | None:
+    """Return why a run stopped; None if it did not, or was started again."""
+    ends = [e for e in run.events if e["event"] in ("start", "resume", "stop")]
+    return ends[-1].get("reason", "") if ends and ends[-1]["event"] == "stop" else None
 
 
 def _results(runs: Sequence[Run]) -> str:
@@ -70,7 +76,6 @@ def _results(runs: Sequence[Run]) -> str:
         last = run.train[-1]
         top1 = [e["top1"] for e in run.evaluations if e.get("top1") is not None]
         sizes = [e["world_size"] for e in run.events if "world_size" in e]
-        stops = [e.get("reason", "") for e in run.events if e["event"] == "stop"]
         return [
             run.name,
             _percent(top1[-1]) if top1 else "–",
@@ -82,7 +87,7 @@ def _results(runs: Sequence[Run]) -> str:
             f"{run.global_batch:,}",
             " → ".join(map(str, sizes)) or "–",
             last.get("skipped_steps", 0),
-            stops[-1] if stops else "running, or killed",
+            _end(run) or "running, or killed",
         ]
 
     head = [
@@ -95,7 +100,10 @@ def _results(runs: Sequence[Run]) -> str:
 def _curves(runs: Sequence[Run]) -> str:
     """Return top-1, loss, learning rate and throughput, in two columns where there is room."""
     top1 = _lines(
-        runs, lambda run: [(e["epoch"], 100.0 * e["top1"]) for e in run.evaluations if "top1" in e]
+        runs,
+        lambda run: [
+            (e["epoch"], 100.0 * e["top1"]) for e in run.evaluations if e.get("top1") is not None
+        ],
     )
     loss = _lines(runs, lambda run: [(r["epoch"], r.get("loss")) for r in run.train])
     loss += [

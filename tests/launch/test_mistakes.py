@@ -40,7 +40,7 @@ def mistakes(tmp_path):
         "corrupt YAML": ([str(corrupt)], f"{corrupt}: line 2, column 1: not valid YAML"),
         "batch beyond the data": (
             ["digits", "train.global_batch=20000"],
-            "train.global_batch: found 20000; an epoch of digits has 10764 samples",
+            "train.global_batch: found 20000; must be at most 10,764",
         ),
         "unknown model": (["digits", "model.name=resnet5"], "model.name: found 'resnet5'; nearest"),
         "world size": (["digits", "run.expect_world_size=7"], "run.expect_world_size is 7, but"),

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
         (None, None, "2.11.0", None, ("cuda", None)),
         (None, "https://wheels/cu126", "2.11.0", None, ("cuda", "https://wheels/cu126")),
         ("cuda", None, "2.11.0+cpu", None, ("cuda", None)),
+        (None, "https://wheels/cpu/", None, "nvcc", ("cpu", "https://wheels/cpu/")),
         ("cpu", None, None, "nvcc", ("cpu", "CPU")),
         ("cpu", "https://mirror/cpu", None, None, ("cpu", "https://mirror/cpu")),
         ("keep", None, "2.6.0", None, ("keep", None)),
@@ -272,11 +274,12 @@ CPU = [(name, f"{version}+cpu") for name, version in PINNED]
 @pytest.mark.parametrize("program", ["pip", pytest.param("uv", marks=pytest.mark.part("uv"))])
 def test_the_build_of_torch_is_changed(tmp_path, environment, monkeypatch, capfd, program):
     install, packages = load("install"), load("packages")
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**11)
+    monkeypatch.setattr(packages.shutil, "disk_usage", lambda _: usage)
     if program == "uv":
         monkeypatch.setenv("UV_NO_CACHE", "1")
         command = ["uv", "pip", "install", "--python", str(environment)]
     else:
-        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
         for name in [name for name in os.environ if name.startswith("PIP_")]:
             monkeypatch.delenv(name)
         monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -288,7 +291,7 @@ def test_the_build_of_torch_is_changed(tmp_path, environment, monkeypatch, capfd
 
     def installed(build, index):
         torch = packages.Torch(build, index, "test")
-        plan = install.Plan(environment, torch, constraints, False, None, False)
+        plan = install.Plan(environment, torch, constraints, False, None, False, False)
         install.install_torch(plan, command)
         return packages.installed_versions(environment).get("torch")
 
@@ -306,6 +309,11 @@ def test_the_build_of_torch_is_changed(tmp_path, environment, monkeypatch, capfd
     error = capfd.readouterr().err
     assert f"cannot be installed from {broken}" in error
     assert "--torch-index URL" in error
+    # The one that was there has stayed.
+    assert packages.installed_versions(environment)["torch"] == "2.11.0+cpu"
+    with pytest.raises(SystemExit):
+        installed("cuda", cpu)
+    assert "which is not the build for cuda" in capfd.readouterr().err
 
 
 def test_a_full_disk_is_told_before_the_download(tmp_path, monkeypatch, capsys):
@@ -317,6 +325,46 @@ def test_a_full_disk_is_told_before_the_download(tmp_path, monkeypatch, capsys):
         packages.announce(torch, "torch==2.11.0", tmp_path / "not/there")
     assert caught.value.code == 2
     assert "2.0 GB free" in capsys.readouterr().err
+
+
+def test_uv_is_not_used_where_the_environment_shows_packages_from_outside(tmp_path, monkeypatch):
+    packages = load("packages")
+    (tmp_path / "uv").write_text("#!/bin/sh\n")
+    (tmp_path / "uv").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("UV_INDEX_URL", "https://mirror.example/simple")
+    for sees, program in ((True, "pip"), (False, "uv")):
+        folder = tmp_path / str(sees)
+        venv.create(folder, system_site_packages=sees)
+        command, why = packages.installer(folder / "bin/python")
+        assert why.startswith(program), command
+
+
+def test_a_python_that_does_not_start_has_no_packages(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "python").chmod(0o755)
+    assert load("packages").installed_versions(tmp_path / "python") == {}
+
+
+def test_what_builds_horovod_is_in_the_extra():
+    text = (ROOT / "setup.py").read_text()
+    extra = re.findall(
+        r'"([\w-]+)[^"]*"', re.search(r'"horovod": \[(.*?)\]', text, re.DOTALL).group(1)
+    )
+    build = load("build_horovod")
+    assert {*build.MODULES, *build.PROGRAMS} - {"yaml"} <= set(extra)
+    tools = {re.split(r"[<>=]", name)[0] for name in load("install").BUILD_TOOLS}
+    assert tools <= set(extra)
+
+
+def test_the_stamp_of_a_set_up_is_read_back(tmp_path):
+    install = load("install")
+    stamp = tmp_path / "stamp"
+    assert install.read_stamp(stamp) == ("", "", None)
+    stamp.write_text("abc dev https://wheels/cu126")
+    assert install.read_stamp(stamp) == ("abc", "dev", "https://wheels/cu126")
+    stamp.write_text("abc user")  # also of earlier versions
+    assert install.read_stamp(stamp) == ("abc", "user", None)
 
 
 def test_uv_is_not_used_where_only_pip_knows_the_sites_index(tmp_path, monkeypatch):
@@ -333,6 +381,8 @@ def test_uv_is_not_used_where_only_pip_knows_the_sites_index(tmp_path, monkeypat
     command, why = packages.installer(python)
     assert command[0] == str(python)
     assert "index-url" in why
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path))
+    assert packages.installer(python)[0][0] == str(python)
     monkeypatch.setenv("UV_INDEX_URL", "https://mirror.example/simple")
     assert packages.installer(python)[0][0] == str(tmp_path / "uv")
 

@@ -22,7 +22,9 @@ def programs(tmp_path_factory):
     """The folder of programs of an environment with the wheel, beside this Python's packages."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    left_out = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__", "tests")
+    left_out = shutil.ignore_patterns(
+        ".*", "build", "*.egg-info", "*.so", "__pycache__", "tests", "runs"
+    )
     shutil.copytree(ROOT, source, ignore=left_out)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     options = ["-q", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
