@@ -54,6 +54,11 @@ def free_ports(count):
     return ports
 
 
+def running():
+    """Names of all processes; psutil leaves out those that end meanwhile."""
+    return {process.info["name"] for process in psutil.process_iter(["name"])}
+
+
 @pytest.fixture
 def slurm():
     """The environment of commands of a SLURM that runs, and is ended afterwards."""
@@ -120,8 +125,7 @@ def test_a_job_is_preempted_requeued_and_goes_on(slurm, tmp_path):
     wait_until(lambda: "Requeue=1 Restarts=1" in slurm_says("scontrol", "show", "job", job), text)
     assert "stopped by SIGUSR1 after step" in text()
     # SLURM waits two minutes before it starts a requeued job; what the old step holds must be free.
-    wait_until(lambda: not any(p.name().startswith("slurmstepd") for p in psutil.process_iter()),
-               text)  # fmt: skip
+    wait_until(lambda: "slurmstepd" not in running(), text)
     slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_until(lambda: "resuming after step" in text(), text)
     stopped, resumed = [e["step"] for e in records_of(run, "event") if e["event"] != "start"][-2:]
