@@ -232,7 +232,9 @@ def install_system_packages(dev: bool) -> None:
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     if sudo and shutil.which("sudo") is None:
         fail("--apt: not root, and there is no sudo")
-    run(*sudo, "apt-get", "update", "-qq")
+    update = [*sudo, "apt-get", "update", "-qq"]
+    if subprocess.run(update, stdout=sys.stderr, check=False).returncode != 0:
+        say("apt-get update failed: going on with the lists of packages that are here")
     install = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-qq"]
     run(*install, "--no-install-recommends", *DEBIAN_PACKAGES)
     for package in DEBIAN_TEST_PACKAGES if dev else ():

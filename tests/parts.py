@@ -6,6 +6,7 @@ The last lines of a run say which ran.  ``bash launch/test.sh --apt`` installs D
 import importlib.util
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,13 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """All of the programs and modules that it needs, and where they come from."""
+    """What it needs, and where that comes from; ``probe`` is a command that must succeed."""
 
     source: str
     programs: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     root: bool = False
+    probe: tuple[str, ...] = ()
 
     def missing(self):
         """Why it cannot run here, or None."""
@@ -26,7 +28,11 @@ class Part:
             return "needs root"
         absent = [name for name in self.programs if shutil.which(name) is None]
         absent += [name for name in self.modules if importlib.util.find_spec(name) is None]
-        return f"no {absent[0]}: {self.source}" if absent else None
+        if absent:
+            return f"no {absent[0]}: {self.source}"
+        if self.probe and subprocess.run(self.probe, capture_output=True, check=False).returncode:
+            return f"not allowed here: {' '.join(self.probe)}"
+        return None
 
 
 class Gpu(Part):
@@ -36,7 +42,12 @@ class Gpu(Part):
 
 APT = "launch/test.sh --apt"
 PARTS = {
-    "two hosts by sshd": Part(APT, ("ip", "unshare", "sshd", "ssh", "ssh-keygen"), root=True),
+    "two hosts by sshd": Part(
+        APT,
+        ("ip", "unshare", "sshd", "ssh", "ssh-keygen"),
+        root=True,
+        probe=("unshare", "--net", "--uts", "--mount", "true"),
+    ),
     "SLURM": Part(APT, ("slurmctld", "slurmd", "sbatch", "munged"), root=True),
     "Chromium": Part(APT, ("chromium",)),
     "uv": Part("pip install uv", ("uv",)),
