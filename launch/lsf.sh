@@ -16,7 +16,7 @@
 # LSF queues the job again (-Q); it goes on in its run folder.
 set -uo pipefail
 
-: "${CONFIG:?names what to train}"
+: "${CONFIG:?is not set: CONFIG=my.yaml bsub < launch/lsf.sh}"
 read -r -a options <<<"${OPTIONS:-}"
 run=${RUN:-runs/lsf-${LSB_JOBID:?not inside LSF}}
 # "batch 1 node1 42 node2 42": all hosts but the one that launches.

@@ -9,7 +9,7 @@
 set -euo pipefail
 
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
-command -v mpirun >/dev/null || { echo "mpirun.sh: no mpirun on PATH" >&2; exit 2; }
+command -v mpirun >/dev/null || { echo "mpirun.sh: no mpirun on PATH: load the MPI module or activate the environment" >&2; exit 2; }
 version=$(mpirun --version 2>&1 | head -n 3)
 hosts=() names=() sizes=() nic=${NIC:-} np=${NP:-}
 [ -z "${HOSTS:-}" ] || IFS=, read -r -a hosts <<<"$HOSTS"

@@ -13,7 +13,7 @@
 set -uo pipefail
 
 cd "${PBS_O_WORKDIR:?qsub sets it}" || exit 2
-: "${CONFIG:?qsub -v CONFIG=… names what to train}"
+: "${CONFIG:?is not set: qsub -v CONFIG=my.yaml launch/pbs.sh}"
 run=${RUN:-runs/pbs-${PBS_JOBID%%.*}}
 scripts=${SCRIPTS:-launch}
 read -r -a setup <<<"${SETUP:-}"

@@ -179,7 +179,7 @@ def test_lists(folder, tmp_path):
         ("a.jpg\n", "line 1: found 'a.jpg'; needed: a path and a label"),
         ("a.jpg,\n", "line 1: found"),
         ("path,label\na.jpg,\n", "line 2: found"),
-        ("a.jpg 4000000000\n", "label 4000000000 in a list of 1 images"),
+        ("a.jpg 4000000000\n", "found label 4000000000; allowed in a list of 1 images: 0 to 1"),
         (b"\xff\xfe\x00", "not text"),
         (None, "cannot be read: No such file"),
     ],
@@ -334,7 +334,7 @@ def test_what_is_no_data_set_is_described(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         built(tmp_path / "nothing")
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(UserError, match="data.name=cifar10; give that name"):
+    with pytest.raises(UserError, match="that need a name; set data.name=cifar10"):
         built(tmp_path)
 
 
@@ -346,7 +346,7 @@ def test_a_copy_on_the_node_is_read(folder, tmp_path):
     for path in root.iterdir():
         path.write_bytes(bytes(path.stat().st_size))
     check_same(found, source_of(folder))
-    with pytest.raises(UserError, match="imagefolder, which is not copied"):
+    with pytest.raises(UserError, match="imagefolder cannot be copied to it"):
         built(folder, cache_dir=tmp_path / "node")
 
 

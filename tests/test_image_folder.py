@@ -244,7 +244,7 @@ def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(tmp_path, wor
         assert len(source.unreadable) == 3  # once each
     for path in folder.glob("train/*/*"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="5 images in a row cannot be read; .*not a readable") as e:
+    with pytest.raises(UserError, match="5 training images in a row .*not a readable") as e:
         list(stream(source_of(folder), [everything], workers))
     assert folder.name in str(e.value)
     assert len(str(e.value).splitlines()) == 1

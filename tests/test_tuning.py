@@ -260,7 +260,7 @@ def test_a_study_runs_reports_and_goes_on(tmp_path):
     assert page.count("<circle") >= 4
     code, output = hvd_lars("report", str(folder), str(folder), "-o", str(tmp_path / "page.html"))
     assert code == 2
-    assert "a page is about runs, or about one study" in output
+    assert "is a study of tune, which has a page of its own" in output
 
     before = read_trials(folder)
     code, output = hvd_lars("tune", *options)

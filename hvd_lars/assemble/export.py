@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,11 @@ class _Named(nn.Module):
         return logits
 
 
+def _shape_in(tensors: Mapping[str, Tensor], name: str) -> str:
+    """Return a tensor's shape for a message."""
+    return str(tuple(tensors[name].shape)) if name in tensors else "none"
+
+
 def _check_of(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Raise UserError if a checkpoint does not match the run's network."""
     wanted = model.state_dict()
@@ -134,7 +139,9 @@ def _check_of(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None
     ]
     if odd:
         raise UserError(
-            f"{where}: {odd[0]} does not fit the run's model; the checkpoint is of another"
+            f"{where}: {odd[0]} does not fit the run's model: found "
+            f"{_shape_in(tensors, odd[0])}, the model has {_shape_in(wanted, odd[0])}; the "
+            "checkpoint is of another model"
         )
 
 

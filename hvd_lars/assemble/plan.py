@@ -47,7 +47,9 @@ def make_plan(config: Config, num_train: int, ranks: int) -> Plan:
     def steps(duration: Duration, key: str) -> int:
         found = duration.steps(steps_per_epoch, train.global_batch)
         if found < 1:
-            raise UserError(f"{key}: {duration} is less than one step of {train.global_batch}")
+            raise UserError(
+                f"{key}: found {duration}; must be at least one step, {train.global_batch} samples"
+            )
         return found
 
     total = steps(train.duration, "train.duration")

@@ -71,7 +71,7 @@ def config_to_resume(config: Config, resume: Resume) -> Config:
         UserError: there is no such run, or its config differs.
     """
     if resume.source is None and config.run.dir is None:
-        raise UserError("--resume: which run? name its folder with run.dir=…")
+        raise UserError("--resume: run.dir is not set; add run.dir=FOLDER of the run")
     path = resume.source or expand_user(str(config.run.dir), "run.dir")
     if resume.source is not None and not path.exists():
         raise UserError(f"--resume-from: {path}: no such run folder or checkpoint")

@@ -94,7 +94,7 @@ def tune(
 def _prepare_folder(config: Config, resume: bool) -> Path:
     """Create the study's folder, or check that a resumed study is the same; on rank 0."""
     if resume and config.run.dir is None:
-        raise UserError("--resume: which study? name its folder with run.dir=…")
+        raise UserError("--resume: run.dir is not set; add run.dir=FOLDER of the study")
     if resume:
         stored = expand_user(str(config.run.dir), "run.dir") / run_folder.CONFIG
         if stored.is_file() and stored.stat().st_size:  # empty if the job died at its start

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hvd_lars.comm import Communicator, Launch
     from hvd_lars.config.schema import Config
 
-NAME, HELP = "bench", "measure images/s on made-up images, and where a step's time goes"
+NAME, HELP = "bench", "measure images/s on synthetic images, and where a step's time goes"
 EPILOG = "Example: mpirun -np 4 hvd-lars bench my.yaml --save site.json"
 
 
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, overrides and the extent of the measurement."""
     add_config(parser, default="digits")
     for name, default, text in (
-        ("--windows", 10, "measurements; their spread gives the interval"),
-        ("--steps", 10, "steps per window"),
-        ("--accumulate", 1, "micro-batches per rank and step"),
+        ("--windows", 10, "measurements, default 10; their spread gives the confidence interval"),
+        ("--steps", 10, "steps per measurement, default 10"),
+        ("--accumulate", 1, "micro-batches per rank and step, default 1"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

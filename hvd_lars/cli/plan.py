@@ -27,13 +27,17 @@ EPILOG = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, overrides, the site and the ranks."""
     add_config(parser)
-    parser.add_argument("--from", dest="site", type=Path, metavar="SITE", help="of bench --save")
     parser.add_argument(
-        "--ranks", default="1,8,64,512", metavar="N,…", help="numbers of ranks (1,8,64,512)"
+        "--from", dest="site", type=Path, metavar="SITE", help="file that bench --save wrote"
     )
-    parser.add_argument("--gpu-hour", type=float, metavar="PRICE", help="of one rank")
     parser.add_argument(
-        "--critical-batch", type=float, metavar="B", help="as a run's report measured it"
+        "--ranks", default="1,8,64,512", metavar="N,…", help="numbers of ranks; default 1,8,64,512"
+    )
+    parser.add_argument(
+        "--gpu-hour", type=float, metavar="PRICE", help="price of one rank for an hour"
+    )
+    parser.add_argument(
+        "--critical-batch", type=float, metavar="B", help="in samples, from a run's report"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

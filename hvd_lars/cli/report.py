@@ -15,13 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", metavar="RUN", type=Path, nargs="+", help="a run folder, or one study"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="page to write; default report.html",
     )
     parser.add_argument(
         "--site",
         type=Path,
         metavar="SITE",
-        help="of bench --save: compare each run's step with the plan",
+        help="file that bench --save wrote: compare each run's step time with the forecast",
     )
 
 

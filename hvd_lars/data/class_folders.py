@@ -35,8 +35,8 @@ def class_folders(
     names = sorted(name for name, is_folder in found.items() if is_folder and not is_litter(name))
     if not names:
         raise UserError(
-            f"data.root: {folder / split}: no class folders in it, and no labels of its images "
-            f"(data.val_list, LOC_val_solution.csv, val_annotations.txt)"
+            f"data.root: {folder / split}: no class folders in it; needed: one folder a class, or "
+            f"labels in data.val_list, LOC_val_solution.csv or val_annotations.txt"
         )
     return names
 

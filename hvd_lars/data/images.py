@@ -214,7 +214,10 @@ class Images:
             if image is not None:
                 return image, int(self._train.labels[i % count])
         last = f"; the last: {self.unreadable[-1].line}" if self.unreadable else ""
-        raise UserError(f"{min(_TRIES, count)} images in a row cannot be read{last}")
+        raise UserError(
+            f"data: {min(_TRIES, count)} training images in a row cannot be read; check the disk "
+            f"and data.root{last}"
+        )
 
     def _read(self, store: ImageStore, index: int, make: Callable[[Picture], T]) -> T | None:
         """Return an image; None if it is unreadable, which is recorded the first time."""

@@ -223,7 +223,10 @@ def _train_list(
     if all(label.isdecimal() for label in found):
         count = max(as_number(label, file.path) for label in found) + 1
         if count > 2 * len(rows):
-            raise UserError(f"{file.path}: label {count - 1} in a list of {len(rows)} images")
+            raise UserError(
+                f"{file.path}: found label {count - 1}; allowed in a list of {len(rows)} images: "
+                f"0 to {2 * len(rows) - 1}"
+            )
         classes = [(names or {}).get(label, str(label)) for label in range(count)]
         labels = [int(label) for _, label in rows]
     else:

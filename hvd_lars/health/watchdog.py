@@ -208,8 +208,8 @@ class Watchdog:
     def _warn(self, missing: int) -> None:
         who = f"{missing} ranks" if self._comm.rank == 0 else "rank 0"
         warn(
-            f"rank {self._comm.rank} receives no datagrams from {who} (a firewall?): only "
-            f"{self._comm.backend} itself can now detect a rank that hangs"
+            f"rank {self._comm.rank} receives no heartbeats from {who}: allow UDP between the "
+            f"hosts, or only {self._comm.backend} itself can detect a rank that hangs"
         )
 
     def _end(self, silent: list[int]) -> None:

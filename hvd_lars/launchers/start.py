@@ -49,7 +49,7 @@ class Request:
         """Raise UserError if hosts or an interface are given."""
         for option, value in (("--hosts", self.hosts), ("--nic", self.nic)):
             if value:
-                raise UserError(f"{option}: --on {self.kind} {why}")
+                raise UserError(f"{option}: not allowed with --on {self.kind}, {why}")
 
     def with_run_folder(self, root: str) -> Request:
         """Return the request with a run.dir, so that a restarted job finds its run."""
@@ -64,11 +64,12 @@ class Request:
 
     def refuse_blanks(self) -> None:
         """Raise UserError if an argument cannot be passed in a scheduler's variables."""
-        if any(" " in word or "," in word for word in self.training):
-            raise UserError(
-                f"--on {self.kind}: a value with a blank or a comma cannot be passed in its "
-                f"variables; put it into the config (durations may be written 5epochs)"
-            )
+        for word in self.training:
+            if " " in word or "," in word:
+                raise UserError(
+                    f"{word!r}: --on {self.kind} cannot pass an argument with a blank or a comma; "
+                    f"put it into the config (durations may be written 5epochs)"
+                )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ def checkpoint_activations(model: nn.Module) -> int:
     """
     blocks = list(_blocks(model))
     if not blocks:
-        raise UserError("model.checkpoint_blocks: the network has no blocks of several layers")
+        raise UserError(
+            "model.checkpoint_blocks: the network has no blocks that activation checkpointing can "
+            "use; set it to false"
+        )
     for block in blocks:
         replace_forward(block, _forward)
     return len(blocks)

@@ -26,7 +26,8 @@ def zero_last_gammas(model: nn.Module) -> None:
     gammas = [norm.weight for norm in last if isinstance(norm.weight, nn.Parameter)]
     if not gammas:
         raise UserError(
-            "model.zero_init_last_gamma: the network has no residual blocks with bn1 and bn2"
+            "model.zero_init_last_gamma: the network has no residual blocks with bn1 and bn2; "
+            "remove the key"
         )
     for gamma in gammas:
         nn.init.zeros_(gamma)
@@ -59,7 +60,10 @@ def initialise_last_layer(model: nn.Module, num_classes: int, sigma: float) -> N
     """
     layer = last_linear(model, num_classes)
     if layer is None:
-        raise UserError(f"model.fc_sigma: the network has no linear layer of {num_classes} outputs")
+        raise UserError(
+            f"model.fc_sigma: the network has no linear layer of {num_classes} outputs; remove the "
+            "key"
+        )
     nn.init.normal_(layer.weight, std=sigma)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -78,6 +82,6 @@ def set_batch_norm_momentum(model: nn.Module, momentum: float) -> None:
     """
     norms = batch_norms(model)
     if not norms:
-        raise UserError("model.bn_momentum: the network has no BatchNorm")
+        raise UserError("model.bn_momentum: the network has no BatchNorm; remove the key")
     for norm in norms.values():
         norm.momentum = momentum

@@ -86,7 +86,10 @@ def load_weights(model: nn.Module, path: str, num_classes: int) -> Taken:
     wrong_file = [name for name in unknown if name not in auxiliary and name not in other_head]
     if wrong or wrong_file:
         name, where = (wrong[0], "the file") if wrong else (wrong_file[0], "the model")
-        raise UserError(f"model.init_from: {path}: {name} is not in {where}: it is another model")
+        raise UserError(
+            f"model.init_from: {path}: tensor {name} is not in {where}; the file is of "
+            "another model"
+        )
     another_width = [
         name
         for name in named

@@ -34,7 +34,9 @@ def write_report(folders: Sequence[Path], output: Path, site: Site | None = None
     """
     studies = [folder for folder in folders if is_study(folder)]
     if studies and len(folders) > 1:
-        raise UserError(f"{studies[0]}: is a study; a page is about runs, or about one study")
+        raise UserError(
+            f"{studies[0]}: is a study of tune, which has a page of its own; give it alone"
+        )
     page = (
         study_page(read_study(folders[0]))
         if studies

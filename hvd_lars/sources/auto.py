@@ -40,8 +40,8 @@ class AutoData(CopiedSettings):
         kind, title = recognise(root)
         if kind == PARQUET:
             raise UserError(
-                f"data.root: {root}: found {title}, in which images do not lie in one piece; "
-                f"pack them first: hvd-lars pack {root} FOLDER"
+                f"data.root: {root}: found {title}, which training cannot read directly; pack it "
+                f"first: hvd-lars pack {root} FOLDER, then data.root=FOLDER"
             )
         warn(f"data.root: {root}: found {title} (data.name={kind})")
         return kind
@@ -57,8 +57,8 @@ class AutoData(CopiedSettings):
         }
         if self.cache_dir is not None and "cache_dir" not in form.model_fields:
             raise UserError(
-                f"data.cache_dir: {self.root} has {kind}, which is not copied; hvd-lars pack makes "
-                f"shards of it"
+                f"data.cache_dir: data of the form {kind} cannot be copied to it; remove the key, "
+                f"or make shards: hvd-lars pack {self.root} FOLDER"
             )
         found = form.model_construct(**values | {"name": kind})
         assert isinstance(found, PhotographSettings)

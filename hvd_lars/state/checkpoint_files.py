@@ -121,7 +121,7 @@ def read(found: Found, live: Mapping[str, Tensor], names: list[str]) -> None:
     absent = sorted(set(live) - set(names)) or sorted(set(names) - set(live))
     if absent:
         where = "the checkpoint" if absent[0] in live else "the model"
-        raise UserError(f"{path}: {absent[0]} is not in {where}: it is of another model")
+        raise UserError(f"{path}: tensor {absent[0]} is not in {where}; it is of another model")
     with safe_open(path, framework="pt") as tensors, torch.no_grad():
         for name, tensor in live.items():
             stored = tensors.get_tensor(name)

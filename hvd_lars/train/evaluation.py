@@ -107,6 +107,8 @@ class Evaluator:
         comm.start_all_reduce_sum(together, "evaluation").wait()
         *totals, samples = together.tolist()
         if samples == 0:
-            raise UserError(f"none of the {source.num_eval:,} test images can be read")
+            raise UserError(
+                f"data: none of the {source.num_eval:,} test images can be read; warnings name them"
+            )
         means = {name: total / samples for name, total in zip(METRICS, totals, strict=True)}
         return Evaluation(means, int(samples))

@@ -106,7 +106,7 @@ def test_ranks_of_two_hosts_train_together(hosts, tmp_path, script):
     assert process.returncode == 0, output
     assert records_of(folder, "event")[0]["hosts"] == ["node1", "node2"]
     assert records_of(folder, "eval")[-1]["step"] == 40
-    assert "no datagrams" not in output
+    assert "no heartbeats" not in output
 
 
 def test_a_stopped_rank_on_another_host_is_named(hosts, tmp_path):

@@ -125,11 +125,11 @@ def test_a_wrong_mpijob_would_be_refused(place, key, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--on", "local", "--hosts", "a:2"], "--hosts: --on local does not use it"),
-        (["--on", "slurm", "--nic", "eth0"], "--on slurm leaves it to the scheduler"),
-        (["--on", "horovodrun", "-np", "2"], "-np: horovodrun takes all slots"),
+        (["--on", "local", "--hosts", "a:2"], "--hosts: not allowed with --on local"),
+        (["--on", "slurm", "--nic", "eth0"], "--on slurm, as the scheduler chooses it"),
+        (["--on", "horovodrun", "-np", "2"], "-np: not allowed with --on horovodrun"),
         (["--on", "kubernetes", "-np", "6"], "-np: found 6; allowed: up to 4, or a multiple of 4"),
-        (["--on", "pbs"], "a value with a blank or a comma"),
+        (["--on", "pbs"], "cannot pass an argument with a blank or a comma"),
         (["--on", "local", "-np", "0"], "-np: found 0; must be 1 or more"),
         (["--on", "openmpi", "train.nothing=1"], "unknown key"),
     ],

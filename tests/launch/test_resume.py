@@ -275,7 +275,7 @@ def test_another_run_starts_from_a_checkpoint(finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume"], "--resume: which run? name its folder with run.dir="),
+        (["--resume"], "--resume: run.dir is not set; add run.dir="),
         (["--resume-from", "/no/such"], "--resume-from: /no/such: no such run folder"),
         (["run.dir=RUN"], "holds a run already; name another folder, or --resume it"),
         (["run.dir=RUN", "--resume", "CONFIG"], "schedule.base_lr: found 3.0, the run has 32.0"),

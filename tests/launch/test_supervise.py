@@ -156,7 +156,11 @@ def test_a_job_that_records_nothing_is_ended_with_all_its_processes(tmp_path):
         ([], ["true"], "COMMAND must name run.dir=DIR and --resume"),
         ([], ["/no/such/program", "run.dir=x", "--resume"], "cannot be started"),
         (["--hosts", "a:x"], ["{np}", "run.dir=x", "--resume"], "--hosts: found 'a:x'; a host is"),
-        ([], ["{np}", "run.dir=x", "--resume"], "{np}, {hosts}: which? give --hosts"),
+        (
+            [],
+            ["{np}", "run.dir=x", "--resume"],
+            "COMMAND uses {np} or {hosts}, but no hosts are given",
+        ),
         (["--attempts", "0"], ["true", "run.dir=x", "--resume"], "--attempts: found 0; must be 1"),
     ],
 )

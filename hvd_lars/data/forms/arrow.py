@@ -44,7 +44,10 @@ class Arrow:
     def find(self, root: Path) -> Files:
         """Return the Arrow files that each split's ``state.json`` names."""
         if (root / _STATE).is_file():
-            raise UserError(f"data.root: {root}: one split; name the folder with {DICT}")
+            raise UserError(
+                f"data.root: {root}: is one split of a data set; give its parent folder, which has "
+                f"{DICT}"
+            )
         splits = _json(root / DICT).get("splits", [])
         train, val = (next((s for s in names if s in splits), None) for names in (_TRAIN, _VAL))
         if train is None:
@@ -306,7 +309,8 @@ def _split_files(folder: Path) -> tuple[list[Path], list[Path]]:
     found = _json(state)
     if found.get("_indices_files") or found.get("_indices_data_files"):
         raise UserError(
-            f"data.root: {state}: a selection of rows; flatten_indices() and save again"
+            f"data.root: {state}: holds a selection of rows of other files; call the data set's "
+            "flatten_indices(), then save_to_disk again"
         )
     try:
         names: Sequence[str] = [entry["filename"] for entry in found["_data_files"]]

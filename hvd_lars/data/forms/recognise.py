@@ -45,7 +45,7 @@ def recognise(root: Path) -> Recognised:
             return Recognised(kind, _TITLES[kind])
     for name, patterns in _ELSEWHERE.items():
         if any(next(root.glob(pattern), None) for pattern in patterns):
-            raise UserError(f"data.root: {root}: found files of {name}; give that name")
+            raise UserError(f"data.root: {root}: found files that need a name; set {name}")
     raise UserError(
         f"data.root: {root}: no known form of a data set: found {_seen(root)}; known are "
         f"{', '.join(_TITLES.values())}"

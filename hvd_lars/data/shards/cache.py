@@ -60,7 +60,10 @@ def _copy(shards: LocatedSet, name: str, target: Path) -> None:
         shutil.copyfile(source, draft)
         wanted = shards.sha256.get(name)
         if wanted is not None and sha256_of(draft) != wanted:
-            raise UserError(f"{source}: damaged: its copy does not match {DATASET}'s SHA-256")
+            raise UserError(
+                f"{source}: its copy in data.cache_dir does not match the SHA-256 in {DATASET}; "
+                "check the disks, or pack again"
+            )
         draft.rename(target)
     finally:
         draft.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from hvd_lars.launchers.start import Request, Start, script
 
 def start(request: Request) -> Start:
     """Return the creation of an MPIJob from launch/mpijob.yaml."""
-    request.refuse_hosts("does not use it")
+    request.refuse_hosts("whose operator chooses the hosts")
     training = request.with_run_folder("/runs").training
     return Start(["kubectl", "apply", "-f", "-"], {}, _mpijob(training, request.ranks))
 

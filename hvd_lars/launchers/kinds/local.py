@@ -8,6 +8,6 @@ from hvd_lars.launchers.start import Request, Start
 
 def start(request: Request) -> Start:
     """Return the start of ``mpirun``, with two ranks if no number is given."""
-    request.refuse_hosts("does not use it")
+    request.refuse_hosts("which starts ranks on this machine only")
     program = ["hvd-lars", "train", *request.training]
     return Start(local_command("mpirun", request.ranks or 2, program))

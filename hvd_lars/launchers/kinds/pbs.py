@@ -7,7 +7,7 @@ from hvd_lars.launchers.start import Request, Start, script
 
 def start(request: Request) -> Start:
     """Return the submission of launch/pbs.sh."""
-    request.refuse_hosts("leaves it to the scheduler")
+    request.refuse_hosts("as the scheduler chooses it")
     request.refuse_blanks()
     config, *options = request.without_resume()
     size = []

@@ -7,7 +7,7 @@ from hvd_lars.launchers.start import Request, Start, script
 
 def start(request: Request) -> Start:
     """Return a step of the current allocation, or a new job outside one."""
-    request.refuse_hosts("leaves it to the scheduler")
+    request.refuse_hosts("as the scheduler chooses it")
     size = [] if request.ranks is None else [f"--ntasks={request.ranks}"]
     if "SLURM_JOB_ID" in request.environment:
         kind = request.environment.get("MPI_TYPE", "pmix")
