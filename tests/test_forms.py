@@ -118,7 +118,7 @@ def test_the_folder_is_packed_as_before(folder, tmp_path):
 
 def test_parquet_is_packed_and_not_read_in_place(folder, tmp_path):
     root = forms.parquet(folder, tmp_path / "parquet")
-    with pytest.raises(UserError, match=f"pack them first: hvd-lars pack {root} FOLDER"):
+    with pytest.raises(UserError, match=f"pack it first: hvd-lars pack {root} FOLDER"):
         built(root)
 
 

@@ -275,7 +275,7 @@ def broken(tmp_path, model):
             "conv1.weight is torch.float32, torch.sparse_coo; a plain",
         ),
         (tmp_path / "smaller.pth", "is not in the file; the file is of another model"),
-        (tmp_path / "larger.pth", "is not in the model: it is another model"),
+        (tmp_path / "larger.pth", "is not in the model; the file is of another model"),
         (tmp_path / "vgg.pth", "is not in the file; the file is of another model"),
         (tmp_path / "cousin.pth", "it is another model"),
         (tmp_path / "head.pth", "is not in the file; the file is of another model"),

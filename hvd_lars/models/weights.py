@@ -86,10 +86,8 @@ def load_weights(model: nn.Module, path: str, num_classes: int) -> Taken:
     wrong_file = [name for name in unknown if name not in auxiliary and name not in other_head]
     if wrong or wrong_file:
         name, where = (wrong[0], "the file") if wrong else (wrong_file[0], "the model")
-        raise UserError(
-            f"model.init_from: {path}: tensor {name} is not in {where}; the file is of "
-            "another model"
-        )
+        problem = f"tensor {name} is not in {where}; the file is of another model"
+        raise UserError(f"model.init_from: {path}: {problem}")
     another_width = [
         name
         for name in named
