@@ -277,7 +277,7 @@ def broken(tmp_path, model):
         (tmp_path / "smaller.pth", "is not in the file; the file is of another model"),
         (tmp_path / "larger.pth", "is not in the model; the file is of another model"),
         (tmp_path / "vgg.pth", "is not in the file; the file is of another model"),
-        (tmp_path / "cousin.pth", "it is another model"),
+        (tmp_path / "cousin.pth", "the file is of another model"),
         (tmp_path / "head.pth", "is not in the file; the file is of another model"),
         (tmp_path / "text.pth", "no readable weights: torch.save did not write it, or it is damag"),
         (tmp_path / "cut.pth", "no readable weights: torch.save did not write it, or it is damag"),
