@@ -9,5 +9,5 @@ export PATH="$bin:$PATH"
 ruff check .
 ruff format --check --quiet .
 mypy
-# Three tests at a time on two cores: half of the suite waits for timeouts, launchers, schedulers.
-python -m pytest -n 3 --dist worksteal
+# Two tests at a time: a third of the suite waits for timeouts, launchers and schedulers.
+python -m pytest -n 2 --dist worksteal
