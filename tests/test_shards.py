@@ -591,9 +591,7 @@ def test_a_copy_is_compared_with_its_checksum(packed, tmp_path):
     data = bytearray((packed / "val-000000.tar").read_bytes())
     data[600] ^= 1
     (packed / "val-000000.tar").write_bytes(data)
-    with pytest.raises(
-        UserError, match="val-000000.tar: its copy in data.cache_dir does"
-    ):
+    with pytest.raises(UserError, match="val-000000.tar: its copy in data.cache_dir does"):
         copy_shards(shards, str(tmp_path / "node"))
     assert not list((tmp_path / "node").rglob("*val*"))
 

@@ -177,7 +177,10 @@ def test_a_run_folder_is_never_written_over(tmp_path):
     [
         (["eval", "/no/such/run"], "/no/such/run: not a run folder: no such folder"),
         (["check", "digits", "--ranks", "0"], "--ranks: found 0; must be 1 or more"),
-        (["check", "digits", "train.duration=0.01 epochs"], "train.duration: 0.01 epochs is less"),
+        (
+            ["check", "digits", "train.duration=0.01 epochs"],
+            "found 0.01 epochs; must be at least one",
+        ),
         (["check", "digits", "schedule.warmup_duration=30 epochs"], "the whole run has 200"),
         (["schema", "-o", "/no/such/file"], "/no/such/file: cannot be written: No such file"),
     ],
