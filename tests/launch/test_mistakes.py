@@ -179,7 +179,7 @@ def test_a_run_folder_is_never_written_over(tmp_path):
         (["check", "digits", "--ranks", "0"], "--ranks: found 0; must be 1 or more"),
         (
             ["check", "digits", "train.duration=0.01 epochs"],
-            "found 0.01 epochs; must be at least one",
+            "0.01 epochs; must be at least one",
         ),
         (["check", "digits", "schedule.warmup_duration=30 epochs"], "the whole run has 200"),
         (["schema", "-o", "/no/such/file"], "/no/such/file: cannot be written: No such file"),
