@@ -17,6 +17,7 @@ from typing import Literal
 
 from toolchain import fail
 
+DRIVER = Path("/proc/driver/nvidia/version")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # GB to download and GB on disk: the wheels of torch 2.11.0 and torchvision 0.26.0 for x86-64 and
 # those that they need, as the indexes list them, and an environment's folder after the set-up.
@@ -58,7 +59,7 @@ def gpu_sign() -> str | None:
 
     A cluster's login node has no GPU but compiles for nodes that do.
     """
-    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+    if DRIVER.exists() or shutil.which("nvidia-smi"):
         return "an NVIDIA driver"
     if os.environ.get("CUDA_HOME") or shutil.which("nvcc"):
         return "a CUDA toolkit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -84,6 +85,7 @@ def network_size(
     return found
 
 
+@functools.cache
 def _code() -> list[object]:
     """Return what the size depends on beside the config: the libraries' versions and our code."""
     versions = []

@@ -62,6 +62,7 @@ class Study:
     def __init__(self, folder: Path, settings: TuneSettings) -> None:
         _require_optuna()
         self._settings = settings
+        self._sign = 1.0 if settings.maximize else -1.0  # makes a greater metric the better one
         journal = folder / JOURNAL
         _cut_torn_line(journal)
         journal.with_name(f"{JOURNAL}.lock").unlink(missing_ok=True)  # of a killed job
@@ -152,8 +153,7 @@ class Study:
     def _is_below_median(self, rung: int, value: float) -> bool:
         """Return whether a value is worse than the median of the earlier trials at a rung."""
         others = self._reached(rung)
-        sign = 1.0 if self._settings.maximize else -1.0
-        return len(others) >= _FEWEST_FOR_MEDIAN and sign * value < median(others)
+        return len(others) >= _FEWEST_FOR_MEDIAN and self._sign * value < median(others)
 
     def _is_promoted(self, rung: int, value: float, reduction: int) -> bool:
         """Return whether a value is among the best of those that reached a rung so far.
@@ -161,15 +161,14 @@ class Study:
         This is the rule of Optuna's SuccessiveHalvingPruner, from the curves alone: the marks that
         Optuna sets in its journal would let a trial pass that was killed just after its decision.
         """
-        sign = 1.0 if self._settings.maximize else -1.0
-        reached = sorted([*self._reached(rung), sign * value], reverse=True)
-        return sign * value >= reached[max(len(reached) // reduction, 1) - 1]
+        value *= self._sign
+        reached = sorted([*self._reached(rung), value], reverse=True)
+        return value >= reached[max(len(reached) // reduction, 1) - 1]
 
     def _reached(self, rung: int) -> list[float]:
         """Return the metrics at a rung of the trials before this one; greater ones are better."""
-        sign = 1.0 if self._settings.maximize else -1.0
         return [
-            sign * each.intermediate_values[rung]
+            self._sign * each.intermediate_values[rung]
             for each in self._study.get_trials(deepcopy=False)[: self._current_number()]
             if rung in each.intermediate_values
         ]

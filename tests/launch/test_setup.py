@@ -209,8 +209,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 )
 def test_which_torch(tmp_path, web_index, monkeypatch, asked, index, installed, sign, expected):
     packages = load("packages")
-    if Path("/proc/driver/nvidia/version").exists():
-        pytest.skip("this machine has an NVIDIA driver")
+    monkeypatch.setattr(packages, "DRIVER", tmp_path / "version")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     if sign:
