@@ -12,19 +12,16 @@ from pathlib import Path
 import psutil
 import warm
 
-from hvd_lars.launchers.local import launcher_environment, local_command, this_python
+from hvd_lars.launchers.local import launcher_environment, local_command
 
 HANG_GUARD = 1800
 
 
-_servers = []
-
-
 def warm_python(*arguments):
     """Return a command that does as this Python, without importing torch anew."""
-    if not _servers:
-        _servers.append(warm.Server(launcher_environment()))
-    return warm.python(_servers[0], *arguments)
+    if not warm.Server.all:
+        warm.Server(launcher_environment())
+    return warm.python(warm.Server.all[0], *arguments)
 
 
 def hvd_lars(*arguments, cwd=None):
@@ -66,7 +63,7 @@ def records_of(folder, kind):
 
 
 def start(launcher, ranks, arguments):
-    program = this_python("-m", "hvd_lars", *arguments)
+    program = warm_python("-m", "hvd_lars", *arguments)
     return subprocess.Popen(
         local_command(launcher, ranks, program) if launcher else program,
         env=launcher_environment() | {"OMP_NUM_THREADS": "1"},
@@ -95,7 +92,7 @@ def wait_for_step(process, folder, step, checkpoint=None):
 def kill_everything(process):
     """SIGKILL to the launcher and every rank at once."""
     victims = [*psutil.Process(process.pid).children(recursive=True), process]
-    for victim in victims:
+    for victim in [*ranks_under(process).values(), *victims]:
         victim.kill()
     process.communicate(timeout=HANG_GUARD)
     for victim in victims:  # Open MPI's: a later launcher with the same pid would trip over it
@@ -115,11 +112,11 @@ def rank_of(process):
 
 
 def ranks_under(process):
-    """Processes of the job by rank; one that a rank started is not its own parent's."""
+    """The job's processes by rank, without those that a rank started."""
     family = psutil.Process(process.pid).children(recursive=True)
     found = {}
     for member in family:
         rank = rank_of(member)
         if rank is not None and rank_of(member.parent()) is None:
-            found[rank] = member
+            found[rank] = psutil.Process(warm.fork_of(member.pid))
     return found

@@ -4,7 +4,7 @@ A server, one per process that runs tests, has imported the package and has star
 small client (:func:`python`) in place of Python asks it for a fork that takes over the client's
 arguments, environment, folder and open streams.  The client ends as the fork does, and the fork is
 killed if the client is.  Under a launcher the ranks are as real as any: only their parent is
-another, so tests that look for a launcher's descendants start Python itself.
+another.  :func:`fork_of` leads from a client, which is a launcher's descendant, to its fork.
 """
 
 import array
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import typing
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,7 +30,10 @@ _PASSED = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 class Server:
     """A process to be forked; ``path`` is its socket."""
 
+    all: typing.ClassVar = []
+
     def __init__(self, environment):
+        self.all.append(self)
         self._folder = tempfile.TemporaryDirectory(prefix="warm-")
         self.path = str(Path(self._folder.name, "socket"))
         listener = socket.socket(socket.AF_UNIX)
@@ -45,6 +49,14 @@ class Server:
 def python(server, *arguments):
     """Return a command that does as ``python arguments``."""
     return [sys.executable, "-S", "-E", __file__, server.path, *map(str, arguments)]
+
+
+def fork_of(client):
+    """Return the pid of a client's fork; ``client`` is a pid itself if it is no client."""
+    for server in Server.all:
+        with suppress(OSError, ValueError):
+            return int(Path(f"{server.path}.{client}").read_text())
+    return client
 
 
 def _fixed(environment):
@@ -66,6 +78,7 @@ def _ask():
     child = int(answer.readline() or 0)
     if not child:  # another environment is needed
         os.execv(sys.executable, [sys.executable, *arguments])
+    Path(f"{path}.{os.getpid()}").write_text(str(child))
     for number in _PASSED:  # also those that the fork ignores: it may change its mind
         signal.signal(number, lambda number, _: os.kill(child, number))
     status = int(answer.readline() or 256)
@@ -77,10 +90,12 @@ def _ask():
 
 def _load():
 
-    import hvd_lars.assemble
+    import hvd_lars.assemble.run
     import hvd_lars.cli.main
-    import hvd_lars.health.watchdog
-    import hvd_lars.train.recorder  # noqa: F401
+    import hvd_lars.config.file
+    import hvd_lars.data.hold_out
+    import hvd_lars.data.warps
+    import hvd_lars.optim.kernels.agreed  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
 

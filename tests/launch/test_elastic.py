@@ -7,10 +7,10 @@ import time
 import psutil
 import pytest
 import torch
-from commands import HANG_GUARD, hvd_lars, ranks_under, records_of, wait_for_step
+from commands import HANG_GUARD, hvd_lars, ranks_under, records_of, wait_for_step, warm_python
 from safetensors.torch import load_file
 
-from hvd_lars.launchers.local import find_program, launcher_environment, this_python
+from hvd_lars.launchers.local import find_program, launcher_environment
 
 # The rate of a step does not depend on the run's length, which the test does not know.
 OPTIONS = [
@@ -44,7 +44,7 @@ class Job:
         ]
         command += ["--blacklist-cooldown-range", "1", "3"]
         command += ["--host-discovery-script", str(discover)]
-        command += this_python("-m", "hvd_lars", "train", "digits", f"run.dir={self.run}")
+        command += warm_python("-m", "hvd_lars", "train", "digits", f"run.dir={self.run}")
         self.process = subprocess.Popen(
             [*command, *OPTIONS, f"checkpoint.commit_every={COMMIT}", *options],
             env=launcher_environment() | {"OMP_NUM_THREADS": "1"},

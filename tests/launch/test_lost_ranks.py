@@ -6,10 +6,10 @@ import subprocess
 
 import psutil
 import pytest
-from commands import HANG_GUARD, ranks_under, start, wait_for_step
+from commands import HANG_GUARD, ranks_under, start, wait_for_step, warm_python
 from test_image_folder import make_folder
 
-from hvd_lars.launchers.local import launcher_environment, local_command, this_python
+from hvd_lars.launchers.local import launcher_environment, local_command
 
 LONG = [
     "train.duration=100000 steps", "train.eval_every=100000 steps", "train.log_every=1 steps",
@@ -103,7 +103,7 @@ def test_a_rank_that_submits_tensors_while_horovod_gives_up_does_not_hang(tmp_pa
     """
     program = tmp_path / "submits.py"
     program.write_text(SUBMITS)
-    command = local_command("horovodrun --gloo", 2, this_python(str(program)))
+    command = local_command("horovodrun --gloo", 2, warm_python(str(program)))
     command[2:2] = ["--gloo-timeout-seconds", "5", "--network-interfaces", "lo"]
     done = subprocess.run(
         command, env=launcher_environment(), capture_output=True, text=True, timeout=HANG_GUARD

@@ -10,7 +10,7 @@ import sys
 import pytest
 from commands import warm_python
 
-from hvd_lars.launchers.local import run_here, this_python
+from hvd_lars.launchers.local import run_here
 from launch.test_training import HANG_GUARD, hvd_lars
 
 CORRUPT = "train: {duration: [\n"
@@ -254,7 +254,7 @@ comm.close()
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
 def test_a_rank_that_stops_taking_part_ends_the_job(launcher):
-    program = this_python("-c", STALL)
+    program = warm_python("-c", STALL)
     assert run_here(launcher, 2, program, HANG_GUARD).returncode == 0
     limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
     result = run_here(launcher, 2, program, HANG_GUARD, limits | {"WANTED": "3"})

@@ -25,7 +25,7 @@ from commands import (
 from safetensors.torch import load_file
 from test_image_folder import make_folder
 
-from hvd_lars.launchers.local import launcher_environment, local_command, run_here, this_python
+from hvd_lars.launchers.local import launcher_environment, local_command, run_here
 
 STEPS = [
     "train.duration=20 steps", "schedule.warmup_duration=2 steps", "train.log_every=3 steps",
@@ -184,7 +184,7 @@ def test_the_end_of_a_terminal_ends_in_a_checkpoint(tmp_path, launcher):
     Open MPI 5 kills its ranks 0.2 s after SIGTERM, so their last checkpoint may be an earlier one.
     """
     run = tmp_path / "run"
-    program = this_python("-m", "hvd_lars", *training(run, *LONG, *KEEPING))
+    program = warm_python("-m", "hvd_lars", *training(run, *LONG, *KEEPING))
     command = local_command(launcher, 2, program) if launcher else program
     pid, terminal = pty.fork()
     if pid == 0:

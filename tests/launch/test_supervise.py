@@ -8,16 +8,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import HANG_GUARD, ranks_under, records_of, wait_for_step
+from commands import HANG_GUARD, ranks_under, records_of, wait_for_step, warm_python
 
-from hvd_lars.launchers.local import launcher_environment, local_command, this_python
+from hvd_lars.launchers.local import launcher_environment, local_command
 
 SUPERVISE = str(Path(__file__).parents[2] / "launch/supervise")
-TRAIN = this_python(
-    "-m", "hvd_lars", "train", "digits", "--resume", "train.log_every=1 steps",
-    "train.eval_every=100000 steps", "checkpoint.every=10 steps",
-)  # fmt: skip
 ENDLESS = ["train.duration=100000 steps"]
+
+
+def training():
+    options = ["train.log_every=1 steps", "train.eval_every=100000 steps"]
+    return warm_python(
+        "-m", "hvd_lars", "train", "digits", "--resume", *options, "checkpoint.every=10 steps"
+    )
 
 
 def supervise(options, command):
@@ -38,7 +41,7 @@ def end_of(process, code):
 
 def under(launcher, ranks="2"):
     """The launcher's command for {np} ranks."""
-    command = local_command(launcher, 7, TRAIN)
+    command = local_command(launcher, 7, training())
     return [ranks if part == "7" else part for part in command]
 
 
@@ -66,7 +69,7 @@ def test_a_killed_job_goes_on_until_it_is_done(tmp_path, launcher):
 )
 def test_a_signal_becomes_a_checkpoint_and_code_75_under_every_launcher(tmp_path, launcher, number):
     run = tmp_path / "run"
-    command = under(launcher) if launcher else TRAIN
+    command = under(launcher) if launcher else training()
     process = supervise([], [*command, *ENDLESS, f"run.dir={run}"])
     wait_for_step(process, run, 3)
     process.send_signal(number)
@@ -133,7 +136,9 @@ def test_a_stop_file_between_two_attempts_is_heard(tmp_path, text, code):
 
 
 def test_a_mistake_in_the_config_is_not_tried_again(tmp_path):
-    output = end_of(supervise([], [*TRAIN, f"run.dir={tmp_path / 'run'}", "train.nothing=1"]), 2)
+    output = end_of(
+        supervise([], [*training(), f"run.dir={tmp_path / 'run'}", "train.nothing=1"]), 2
+    )
     assert "unknown key" in output
     assert "attempts" not in output
 
