@@ -71,7 +71,7 @@ def noisy_trainer(comm, micro_batch, placed, precision="fp32"):
     )  # fmt: skip
 
 
-@pytest.mark.ranks(1, 2, 3, mpi=(2, 4))
+@pytest.mark.ranks(1, 2, 3)
 @pytest.mark.parametrize(
     ("micro_batch", "placed", "precision"),
     [(24, Replicated, "fp32"), (6, Replicated, "fp16"), (4, Sharded, "fp32"), (1, Sharded, "fp32")],

@@ -34,8 +34,9 @@ def train(trainer):
     return trainer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("micro_batch", [pytest.param(59, marks=FEW), 3])
+@pytest.mark.parametrize(
+    ("dtype", "micro_batch"), [pytest.param(torch.float64, 59, marks=FEW), (torch.float32, 3)]
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_sharded_equals_replicated_and_one_device(comm, dtype, micro_batch, options):
     sharded = train(tiny_trainer(comm, dtype, micro_batch, placed=Sharded, **options))

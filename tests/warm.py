@@ -8,6 +8,7 @@ another.  :func:`fork_of` leads from a client, which is a launcher's descendant,
 """
 
 import array
+import gc
 import json
 import os
 import runpy
@@ -98,6 +99,7 @@ def _load():
     import hvd_lars.optim.kernels.agreed  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+    gc.freeze()  # or every fork, when it ends, would copy the pages of all that was imported
 
 
 def _receive(connection):

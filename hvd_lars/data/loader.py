@@ -134,7 +134,8 @@ def _made(
         return
     context = multiprocessing.get_context("forkserver")
     # Or all workers would import these again at every start, such as for an evaluation.
-    context.set_forkserver_preload(["hvd_lars.data", "torchvision.transforms.v2"])
+    used = [__name__, type(source).__module__, "torchvision.transforms.v2"]
+    context.set_forkserver_preload(used)
     asked, requests = itertools.tee(requests)
     own = own_stderr()
     loader = DataLoader(
