@@ -8,6 +8,7 @@ another.  :func:`fork_of` leads from a client, which is a launcher's descendant,
 """
 
 import array
+import atexit
 import gc
 import json
 import os
@@ -224,8 +225,38 @@ def _run(arguments):
         runpy.run_path(kind, run_name="__main__")
 
 
+def _run_and_leave(arguments):
+    """Run what is asked for, and end as Python does but for taking every module apart.
+
+    That takes 0.3 s of a core: each object is copied from the server before it is freed.
+    """
+    status = 0
+
+    def leave():  # the last of all that is done at exit
+        mpi = sys.modules.get("mpi4py.MPI")
+        if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+            mpi.Finalize()  # which mpi4py does later than this
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)
+    try:
+        _run(arguments)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except KeyboardInterrupt:
+        atexit.unregister(leave)  # Python ends itself by the signal
+        raise
+    except BaseException:
+        status = 1
+        raise
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        _run(_serve(socket.socket(fileno=int(sys.argv[2]))))
+        _run_and_leave(_serve(socket.socket(fileno=int(sys.argv[2]))))
     else:
         _ask()
