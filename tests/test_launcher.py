@@ -2,6 +2,7 @@
 
 import pytest
 
+from hvd_lars.comm import mpi
 from hvd_lars.errors import UserError
 from hvd_lars.launchers.environment import (
     ALONE,
@@ -129,3 +130,21 @@ def test_what_the_backend_reports_is_compared():
         check_backend_agrees(MPIRUN, "horovod", rank=0, size=1)
     with pytest.raises(UserError, match="rank 3 of 8, but mpi says rank 3 of 4: ranks of diff"):
         check_backend_agrees(MPIRUN, "mpi", rank=3, size=4)
+
+
+@pytest.mark.parametrize(("has_its_own", "wanted"), [(True, "^ofi"), (False, None)])
+def test_only_pips_open_mpi_starts_without_the_component_that_sleeps(
+    monkeypatch, tmp_path, has_its_own, wanted
+):
+    if has_its_own:
+        (tmp_path / "ompi_info").touch()
+    monkeypatch.setattr(mpi.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(mpi.os, "environ", {})
+    mpi.prepare_open_mpi()
+    assert mpi.os.environ.get("OMPI_MCA_btl") == wanted
+    assert mpi.os.environ["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    monkeypatch.setattr(
+        mpi.os, "environ", {"OMPI_MCA_btl": "tcp,self", "OMPI_MCA_mpi_yield_when_idle": "0"}
+    )
+    mpi.prepare_open_mpi()
+    assert mpi.os.environ == {"OMPI_MCA_btl": "tcp,self", "OMPI_MCA_mpi_yield_when_idle": "0"}

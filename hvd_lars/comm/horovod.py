@@ -20,7 +20,7 @@ from hvd_lars.comm.base import (
     part_of,
 )
 from hvd_lars.comm.local import LocalCommunicator
-from hvd_lars.comm.mpi import MpiParts, share_cores
+from hvd_lars.comm.mpi import MpiParts, prepare_open_mpi
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class HorovodCommunicator:
             os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
         if groups:
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
-        share_cores()
+        prepare_open_mpi()
         # Before Horovod starts MPI: the library that starts MPI also ends it.
         self._parts = MpiParts() if mpi_parts and MpiParts.beside_others() else None
         import horovod.torch as hvd

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
@@ -24,13 +26,18 @@ from hvd_lars.runtime.readback import on_host
 T = TypeVar("T")
 
 
-def share_cores() -> None:
-    """Make Open MPI yield its core while it waits; call before MPI starts.
+def prepare_open_mpi() -> None:
+    """Set what Open MPI reads when it starts; values set by the user are kept.
 
-    By default it polls without pause, on Horovod's thread too; with a rank on every core, that took
-    a third of the ranks' time (benchmarks/train_step.py).  A value set by the user is kept.
+    It yields its core while it waits.  By default it polls without pause, on Horovod's thread too;
+    with a rank on every core, that took a third of the ranks' time (benchmarks/train_step.py).
+
+    pip's Open MPI 5 has a component, ``btl ofi``, that sleeps for 1 s when it starts.  It serves
+    one-sided communication alone, of which there is none here.  A site's Open MPI stays as it is.
     """
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    if Path(sysconfig.get_path("scripts"), "ompi_info").exists():
+        os.environ.setdefault("OMPI_MCA_btl", "^ofi")
 
 
 @final
@@ -161,7 +168,7 @@ class MpiCommunicator:
     backend = "mpi"
 
     def __init__(self) -> None:
-        share_cores()
+        prepare_open_mpi()
         from mpi4py import MPI
 
         self._mpi = MPI
