@@ -23,14 +23,16 @@ _Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 _shape = attrgetter("shape")
 
 
-def _places_of(tensors: Sequence[Tensor]) -> list[_Place]:
+def _places_of(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
     """Return addresses, shapes and strides; ``.data = …`` and ``.set_()`` keep the objects."""
-    addresses, strides = map(Tensor.data_ptr, tensors), map(Tensor.stride, tensors)
-    return list(zip(addresses, map(_shape, tensors), strides, strict=True))
+    addresses, shapes = list(map(Tensor.data_ptr, tensors)), list(map(_shape, tensors))
+    return addresses, shapes, list(map(Tensor.stride, tensors))
 
 
 def _place_of(tensor: Tensor) -> _Place | None:
-    return _places_of([tensor])[0] if tensor.layout == torch.strided else None
+    if tensor.layout != torch.strided:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def is_half(param: Tensor) -> bool:
@@ -49,7 +51,7 @@ class Blocks:
         self._layers = layers
         self._params = [layer.param for layer in layers]
         self._blocks: Tabled[Block] = Tabled()
-        self._param_places: list[_Place] = []
+        self._param_places: tuple[list[Any], ...] = ()
         self._kept: list[_KeptState] = []
         self._gradients: list[Tensor] = []
         self._gradient_places: list[_Place | None] = []
@@ -112,7 +114,7 @@ class Blocks:
         """Point the blocks at the gradients of this step."""
         gradients = _gradients_of(self._params)
         same = all(map(is_, gradients, self._gradients)) and not self._copied
-        if same and _places_of(gradients) == self._gradient_places:
+        if same and list(map(_place_of, gradients)) == self._gradient_places:
             return
         for i, gradient in enumerate(gradients):
             self._renew_gradient(i, gradient)

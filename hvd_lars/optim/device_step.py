@@ -14,7 +14,7 @@ from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.kernels import Block, Kernel, Scale, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold_all
 from hvd_lars.optim.layers import DeviceLayers
-from hvd_lars.optim.ratios import trust_ratios
+from hvd_lars.optim.ratios import KeptConstants, trust_ratios
 from hvd_lars.runtime.readback import Constant
 from hvd_lars.runtime.torch_internals import versions_of
 
@@ -46,7 +46,7 @@ class DeviceStep:
         self._blocks = Blocks(layers.layers)
         self._current: Sequence[Block] = []
         self._kernel: Kernel | None = None  # of the last step
-        self._one, self._trust = Constant(), Constant()
+        self._one, self._constants = Constant(), KeptConstants()
         # Sums of squares of this rank's parts, (layers,) float64; None if unknown.
         self.weight_sums: Tensor | None = None
         self._known: Tensor | None = None  # the same, if still valid in this step
@@ -109,7 +109,7 @@ class DeviceStep:
         weights, gradients = sums.sqrt().chunk(2)
         if not self._is_combined() and not (isinstance(unscale, float) and unscale == 1.0):
             gradients = gradients * unscale
-        own = trust_ratios(layers.groups, layers.group_of, weights, gradients, self._trust)
+        own = trust_ratios(layers.groups, layers.group_of, weights, gradients, self._constants)
         return Measured(torch.cat([own, one])[layers.ratio_of], weights, gradients)
 
     def update(self, ratios: Tensor, unscale: Scale, live: Tensor | None) -> None:

@@ -3,12 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_lars.runtime.readback import Constant
+from hvd_lars.runtime.readback import table_of
+
+
+class LayerConstants(NamedTuple):
+    """Every layer's l, the β that is added to its norm, ε, and λ of a zero norm.
+
+    Each is (layers,) float64 on the device; ``eps`` is None if all are 0.
+    """
+
+    trust: Tensor
+    decay: Tensor
+    eps: Tensor | None
+    at_zero: Tensor
+
+
+@final
+class KeptConstants:
+    """The constants of the same layers, copied to their device again when a group changes.
+
+    The owner keeps the tensors alive: a captured CUDA graph reads them without references.
+    """
+
+    def __init__(self) -> None:
+        self._values: list[tuple[float, ...]] = []
+        self._constants: LayerConstants | None = None
+
+    def of(self, groups: Sequence[dict[str, Any]], group_of: Tensor) -> LayerConstants:
+        """Return the constants; ``group_of`` is each layer's index in ``groups``."""
+        values = list(map(_constants_of, groups))
+        if self._constants is None or values != self._values:
+            rows = table_of(values, np.float64, group_of.device)[group_of]
+            trust, decay, eps, at_zero = rows.t().contiguous().unbind()
+            has_eps = any(value[2] != 0 for value in values)
+            self._constants = LayerConstants(trust, decay, eps if has_eps else None, at_zero)
+            self._values = values
+        return self._constants
 
 
 def trust_ratios(
@@ -16,7 +52,7 @@ def trust_ratios(
     group_of: Tensor,
     weight_norms: Tensor,
     gradient_norms: Tensor,
-    kept: Constant,
+    kept: KeptConstants,
 ) -> Tensor:
     """Return λ of every layer that has its own, (layers,) float64.
 
@@ -29,22 +65,24 @@ def trust_ratios(
         group_of: index of each layer's group, (layers,) int64.
         weight_norms: (layers,) float64, all on one device.
         gradient_norms: of the same layers.
-        kept: keeps the groups' constants on the device from step to step.
+        kept: the constants of these layers, from step to step.
 
     Source:
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1; LARC for the clip.
     """
-    device = weight_norms.device
-    table = kept.of(tuple(map(_constants_of, groups)), device)[group_of]
-    trust, decay, eps, at_zero = table.unbind(1)
-    ratio = trust * weight_norms / (gradient_norms + decay * weight_norms + eps)
+    trust, decay, eps, at_zero = kept.of(groups, group_of)
+    denominator = gradient_norms + decay * weight_norms
+    if eps is not None:
+        denominator += eps
+    ratio = trust * weight_norms / denominator
     for number, group in enumerate(groups):
         if group["trust_clip"]:
             lr = group["lr"]
             clipped = (ratio / (lr.reshape(()) if isinstance(lr, Tensor) else lr)).clamp(max=1.0)
             ratio = torch.where(group_of == number, clipped, ratio)
-    ratio = torch.where((weight_norms == 0) | (gradient_norms == 0), at_zero, ratio)
-    return torch.where((weight_norms + gradient_norms).isfinite(), ratio, torch.nan)
+    ratio = torch.where(torch.minimum(weight_norms, gradient_norms) == 0, at_zero, ratio)
+    total = weight_norms + gradient_norms
+    return ratio + (total - total)  # 0 if the norms are finite, NaN if not
 
 
 def _constants_of(group: dict[str, Any]) -> tuple[float, ...]:

@@ -24,8 +24,12 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 
 def write(tensors: list[Tensor], joined: Tensor) -> None:
     """Copy the parts of ``joined``, (total,), one after the other into ``tensors``."""
+    torch._foreach_copy_(tensors, _parts(tensors, joined))
+
+
+def _parts(tensors: Sequence[Tensor], joined: Tensor) -> list[Tensor]:
     parts = torch.split(joined, [tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 @final
@@ -33,13 +37,15 @@ class Joined:
     """Tensors that are read and written as one again and again.
 
     Args:
-        tensors: of one dtype and device; their memory must not be replaced.
+        tensors: of one dtype and device; their memory must not be replaced.  A copy of them is kept
+            for writing, as splitting what is to be written takes longer than copying it.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._sizes = [tensor.numel() for tensor in tensors]
         self._flat = all(tensor.is_contiguous() for tensor in tensors)
         self._tensors = [tensor.view(-1) if self._flat else tensor for tensor in tensors]
+        self._joined = join(tensors)
+        self._parts = _parts(self._tensors, self._joined)
 
     def read(self) -> Tensor:
         """Return a copy of all elements, (total,)."""
@@ -47,7 +53,5 @@ class Joined:
 
     def write(self, joined: Tensor) -> None:
         """Copy the parts of ``joined``, (total,), one after the other into the tensors."""
-        if self._flat:
-            torch._foreach_copy_(self._tensors, list(torch.split(joined, self._sizes)))
-        else:
-            write(self._tensors, joined)
+        self._joined.copy_(joined)
+        torch._foreach_copy_(self._tensors, self._parts)
