@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 import reprlib
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,17 @@ def find_config(name: str) -> Path:
     """
     path = expand_user(name, "CONFIG")
     bundled = bundled_configs()
+    mode = 0
     try:
-        if path.is_file():
-            return path
-        if path.is_dir():
-            raise UserError(f"{name}: is a folder; a YAML file or a bundled config is needed")
+        mode = path.stat().st_mode  # is_file() would be silent about errors from Python 3.14 on
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:  # the name is too long, or the folder not searchable
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    if stat.S_ISREG(mode):
+        return path
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{name}: is a folder; a YAML file or a bundled config is needed")
     if name in bundled:
         return bundled[name]
     near = difflib.get_close_matches(path.stem, bundled, n=3)
