@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -93,7 +94,8 @@ def kill_everything(process):
     """SIGKILL to the launcher and every rank at once."""
     victims = [*psutil.Process(process.pid).children(recursive=True), process]
     for victim in [*ranks_under(process).values(), *victims]:
-        victim.kill()
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
     process.communicate(timeout=HANG_GUARD)
     for victim in victims:  # Open MPI's: a later launcher with the same pid would trip over it
         shutil.rmtree(Path(tempfile.gettempdir()) / f"ompi.{victim.pid}", ignore_errors=True)
@@ -111,12 +113,24 @@ def rank_of(process):
     return None if found is None else int(found)
 
 
+def family_of(process):
+    """All processes that a launcher started, and those that they started."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    forks = [fork for child in children if (fork := warm.fork_of(child)) is not child]
+    found = [*children, *forks]
+    for fork in forks:
+        with suppress(psutil.NoSuchProcess):
+            found += fork.children(recursive=True)
+    return found
+
+
 def ranks_under(process):
     """The job's processes by rank, without those that a rank started."""
     family = psutil.Process(process.pid).children(recursive=True)
     found = {}
     for member in family:
-        rank = rank_of(member)
-        if rank is not None and rank_of(member.parent()) is None:
-            found[rank] = psutil.Process(warm.fork_of(member.pid))
+        with suppress(psutil.NoSuchProcess):
+            rank = rank_of(member)
+            if rank is not None and rank_of(member.parent()) is None:
+                found[rank] = warm.fork_of(member)
     return found

@@ -162,6 +162,8 @@ def test_a_config_that_is_not_there(tmp_path):
         find_config("digit")
     with pytest.raises(UserError, match="cannot be read: File name too long"):
         find_config("x" * 300)
+    with pytest.raises(UserError, match="no such file"):
+        find_config("a\0b")
     with pytest.raises(UserError, match="is a folder"):
         find_config(str(tmp_path))
 

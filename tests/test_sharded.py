@@ -35,7 +35,7 @@ def train(trainer):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "micro_batch"), [pytest.param(torch.float64, 59, marks=FEW), (torch.float32, 3)]
+    ("dtype", "micro_batch"), [pytest.param(torch.float32, 59, marks=FEW), (torch.float64, 3)]
 )
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_sharded_equals_replicated_and_one_device(comm, dtype, micro_batch, options):

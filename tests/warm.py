@@ -46,6 +46,7 @@ class Server:
             env=environment, pass_fds=[listener.fileno()], stdin=subprocess.PIPE,
         )  # fmt: skip
         listener.close()
+        self.pid = self._process.pid
 
 
 def python(server, *arguments):
@@ -54,10 +55,14 @@ def python(server, *arguments):
 
 
 def fork_of(client):
-    """Return the pid of a client's fork; ``client`` is a pid itself if it is no client."""
+    """Return the process of a client's fork; ``client``, a process, itself if it is no client."""
+    import psutil  # which a client does not find
+
     for server in Server.all:
-        with suppress(OSError, ValueError):
-            return int(Path(f"{server.path}.{client}").read_text())
+        with suppress(OSError, ValueError, psutil.NoSuchProcess):
+            fork = psutil.Process(int(Path(f"{server.path}.{client.pid}").read_text()))
+            if fork.ppid() == server.pid:  # or the number was another client's
+                return fork
     return client
 
 
@@ -80,14 +85,21 @@ def _ask():
     child = int(answer.readline() or 0)
     if not child:  # another environment is needed
         os.execv(sys.executable, [sys.executable, *arguments])
-    Path(f"{path}.{os.getpid()}").write_text(str(child))
     for number in _PASSED:  # also those that the fork ignores: it may change its mind
-        signal.signal(number, lambda number, _: os.kill(child, number))
-    status = int(answer.readline() or 256)
+        signal.signal(number, lambda number, _: _pass_on(child, number))
+    note = Path(f"{path}.{os.getpid()}")
+    note.write_text(str(child))
+    status = int(answer.readline() or 1)  # nothing, if the server is gone
+    note.unlink(missing_ok=True)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def _pass_on(child, number):
+    with suppress(ProcessLookupError):
+        os.kill(child, number)
 
 
 def _load():
@@ -100,7 +112,7 @@ def _load():
     import hvd_lars.optim.kernels.agreed  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
-    gc.freeze()  # or every fork, when it ends, would copy the pages of all that was imported
+    gc.freeze()  # or a collection in a fork would copy the pages of all that was imported
 
 
 def _receive(connection):
@@ -225,38 +237,44 @@ def _run(arguments):
         runpy.run_path(kind, run_name="__main__")
 
 
-def _run_and_leave(arguments):
-    """Run what is asked for, and end as Python does but for taking every module apart.
+class _Exit:
+    """Ends a fork as Python does, but for taking every module apart.
 
-    That takes 0.3 s of a core: each object is copied from the server before it is freed.
+    That takes 0.3 s of a core: to free an object is to write to a page shared with the server,
+    which is copied first.
     """
-    status = 0
 
-    def leave():  # the last of all that is done at exit
+    def __init__(self):
+        self.status = 0
+        atexit.register(self)  # before all others, so that it comes last
+
+    def __call__(self):
         mpi = sys.modules.get("mpi4py.MPI")
         if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
             mpi.Finalize()  # which mpi4py does later than this
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
-        os._exit(status)
+        os._exit(self.status)
 
-    atexit.register(leave)
-    try:
-        _run(arguments)
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        raise
-    except KeyboardInterrupt:
-        atexit.unregister(leave)  # Python ends itself by the signal
-        raise
-    except BaseException:
-        status = 1
-        raise
+    def after(self, run, arguments):
+        """Run, and note the exit code."""
+        try:
+            run(arguments)
+        except SystemExit as end:
+            self.status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            raise
+        except KeyboardInterrupt:
+            atexit.unregister(self)  # Python ends itself by the signal
+            raise
+        except BaseException:
+            self.status = 1
+            raise
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        _run_and_leave(_serve(socket.socket(fileno=int(sys.argv[2]))))
+        leaving = _Exit()
+        leaving.after(_run, _serve(socket.socket(fileno=int(sys.argv[2]))))
     else:
         _ask()

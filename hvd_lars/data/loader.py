@@ -26,6 +26,13 @@ class WorkerLostError(RuntimeError):
 
 
 _AHEAD = 2  # batches that each worker makes ahead
+# What sources of images use beside this module.
+_PRELOADED = [
+    "hvd_lars.data.image_folder",
+    "hvd_lars.data.located",
+    "simplejpeg",
+    "torchvision.transforms.v2",
+]
 _Answer = tuple[Made, list[Unreadable]] | UserError
 
 
@@ -134,8 +141,7 @@ def _made(
         return
     context = multiprocessing.get_context("forkserver")
     # Or all workers would import these again at every start, such as for an evaluation.
-    used = [__name__, type(source).__module__, "torchvision.transforms.v2"]
-    context.set_forkserver_preload(used)
+    context.set_forkserver_preload([__name__, *_PRELOADED])
     asked, requests = itertools.tee(requests)
     own = own_stderr()
     loader = DataLoader(

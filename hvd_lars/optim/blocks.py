@@ -44,7 +44,8 @@ def is_half(param: Tensor) -> bool:
 class Blocks:
     """The blocks of one device's layers, rebuilt when parameters, state or gradients move.
 
-    Comparisons run over lists in C: with 1,000 small layers Python's overhead dominates a step.
+    Parameters and state are compared as lists, in C: with 1,000 small layers Python's overhead
+    dominates a step.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:

@@ -7,7 +7,15 @@ import time
 import psutil
 import pytest
 import torch
-from commands import HANG_GUARD, hvd_lars, ranks_under, records_of, wait_for_step, warm_python
+from commands import (
+    HANG_GUARD,
+    family_of,
+    hvd_lars,
+    ranks_under,
+    records_of,
+    wait_for_step,
+    warm_python,
+)
 from safetensors.torch import load_file
 
 from hvd_lars.launchers.local import find_program, launcher_environment
@@ -77,7 +85,7 @@ class Job:
         return records_of(self.run, "train")[-1]["step"]
 
     def stop(self):
-        family = psutil.Process(self.process.pid).children(recursive=True)
+        family = family_of(self.process)
         (self.run / "STOP").touch()
         output, _ = self.process.communicate(timeout=HANG_GUARD)
         assert self.process.returncode == 0, output

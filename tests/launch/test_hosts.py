@@ -3,6 +3,7 @@
 Needs root and Debian's iproute2 and openssh-server; several real machines were not there.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -114,11 +115,12 @@ def test_a_stopped_rank_on_another_host_is_named(hosts, tmp_path):
     options = ["run.rank_timeout=5", "train.duration=100000 steps", "train.log_every=1 steps"]
     process = start(hosts, "mpirun.sh", folder, *options)
     wait_for_step(process, folder, 3)
-    ranks = [
-        p for p in psutil.process_iter()
-        if "train" in p.cmdline() and f"run.dir={folder}" in p.cmdline()
-        and p.environ().get("OMPI_COMM_WORLD_RANK") == "1"
-    ]  # fmt: skip
+    ranks = []
+    for found in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # others' processes end meanwhile
+            is_training = {"train", f"run.dir={folder}"} <= set(found.cmdline())
+            if is_training and found.environ().get("OMPI_COMM_WORLD_RANK") == "1":
+                ranks.append(found)
     assert len(ranks) == 1
     ranks[0].send_signal(signal.SIGSTOP)
     output, _ = process.communicate(timeout=HANG_GUARD)

@@ -6,7 +6,7 @@ import subprocess
 
 import psutil
 import pytest
-from commands import HANG_GUARD, ranks_under, start, wait_for_step, warm_python
+from commands import HANG_GUARD, family_of, ranks_under, start, wait_for_step, warm_python
 from test_image_folder import make_folder
 
 from hvd_lars.launchers.local import launcher_environment, local_command
@@ -36,7 +36,7 @@ def test_a_killed_process_ends_the_job(tmp_path, launcher, backend, killed):
         launcher, 2, ["train", "digits", f"run.dir={run}", f"comm.backend={backend}", *LONG]
     )
     wait_for_step(process, run, 3)
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = family_of(process)
     ranks_under(process)[killed].kill()
     end_of(process, family)
 
@@ -50,7 +50,7 @@ def test_a_stopped_process_ends_the_job(tmp_path, launcher, backend, stopped):
     options = [f"run.dir={run}", f"comm.backend={backend}", "run.rank_timeout=5", *LONG]
     process = start(launcher, 2, ["train", "digits", *options])
     wait_for_step(process, run, 3)
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = family_of(process)
     victim = ranks_under(process)[stopped]
     victim.send_signal(signal.SIGSTOP)
     output = end_of(process, family)
@@ -71,7 +71,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
     wait_for_step(process, run, 0)
     os.mkfifo(tmp_path / "hangs")
     os.replace(tmp_path / "hangs", sorted((images / "train").glob("*/*"))[0])
-    output = end_of(process, psutil.Process(process.pid).children(recursive=True))
+    output = end_of(process, family_of(process))
     assert "no rank made progress for 5 s (run.stall_timeout)" in output
     assert output.count("steps done, then in data") == 1  # the other rank waits
     assert "hvd_lars/data/image_folder.py" in output

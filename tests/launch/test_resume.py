@@ -15,6 +15,7 @@ import pytest
 import torch
 from commands import (
     HANG_GUARD,
+    family_of,
     hvd_lars,
     kill_everything,
     records_of,
@@ -199,7 +200,7 @@ def test_the_end_of_a_terminal_ends_in_a_checkpoint(tmp_path, launcher):
             os.read(terminal, 65536)
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    family = psutil.Process(pid).children(recursive=True)
+    family = family_of(psutil.Process(pid))
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert psutil.wait_procs(family, timeout=HANG_GUARD)[1] == []
@@ -215,7 +216,7 @@ def test_a_launcher_that_is_terminated_leaves_nobody_behind(tmp_path, launcher):
     run = tmp_path / "run"
     process = start(launcher, 2, training(run, *LONG, *KEEPING))
     wait_for_step(process, run, 3, checkpoint=2)
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = family_of(process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=HANG_GUARD)
     assert psutil.wait_procs(family, timeout=HANG_GUARD)[1] == []

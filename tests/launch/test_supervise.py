@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import HANG_GUARD, ranks_under, records_of, wait_for_step, warm_python
+from commands import HANG_GUARD, family_of, ranks_under, records_of, wait_for_step, warm_python
 
 from hvd_lars.launchers.local import launcher_environment, local_command
 
@@ -32,7 +32,7 @@ def supervise(options, command):
 
 
 def end_of(process, code):
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = family_of(process)
     output, _ = process.communicate(timeout=HANG_GUARD)
     assert process.returncode == code, output
     assert psutil.wait_procs(family, timeout=10)[1] == [], output
