@@ -60,7 +60,8 @@ class Block:
 class Tabled(list[T]):
     """Blocks or tensors that are the same in many steps, and a kernel's tables for them.
 
-    The tables go with the list, and must not refer to it.
+    Tensors in it never move; blocks are compared.  The tables go with the list, and must not refer
+    to it.
     """
 
     tables: Any = None

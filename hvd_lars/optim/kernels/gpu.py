@@ -77,23 +77,21 @@ class GpuKernel:
 
     def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the sums of squares."""
-        dtypes = set(map(_dtype, tensors))
-        if (
-            len(dtypes) != 1
-            or not dtypes.issubset(_DTYPES)
-            or not all(map(Tensor.is_contiguous, tensors))
-        ):
-            return sums_of_squares(tensors)
-        dtype, language = dtypes.pop(), self._triton.tl
-        addresses = tuple(map(Tensor.data_ptr, tensors))
-        place = (addresses, tuple(map(Tensor.numel, tensors)), tensors[0].device)
-        if not isinstance(tensors, Tabled):
+        tables = tensors.tables if isinstance(tensors, Tabled) else None
+        if tables is None:
+            dtypes = set(map(_dtype, tensors))
+            if (
+                len(dtypes) != 1
+                or not dtypes.issubset(_DTYPES)
+                or not all(map(Tensor.is_contiguous, tensors))
+            ):
+                return sums_of_squares(tensors)
+            addresses = tuple(map(Tensor.data_ptr, tensors))
+            place = (addresses, tuple(map(Tensor.numel, tensors)), tensors[0].device)
             tables = _sums_tables(place, self._triton.CHUNK)
-        elif tensors.tables is None or tensors.tables[0] != place:
-            tables = _sums_tables(place, self._triton.CHUNK)
-            tensors.tables = (place, tables)
-        else:
-            tables = tensors.tables[1]
+            if isinstance(tensors, Tabled):
+                tensors.tables = tables
+        dtype, language = tensors[0].dtype, self._triton.tl
         sums = tables.new_sums()
         if tables.programs:
             self._triton.sums_kernel[(tables.programs,)](
