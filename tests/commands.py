@@ -59,19 +59,29 @@ def made_once(tmp_path_factory, name, make):
 
 
 def records_of(folder, kind):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    # Without a line that is being written.
+    lines = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def start(launcher, ranks, arguments):
-    program = warm_python("-m", "hvd_lars", *arguments)
-    return subprocess.Popen(
-        local_command(launcher, ranks, program) if launcher else program,
+started = []  # what a test that fails has to leave to others to end
+
+
+def start_command(command):
+    process = subprocess.Popen(
+        command,
         env=launcher_environment() | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    started.append(process)
+    return process
+
+
+def start(launcher, ranks, arguments):
+    program = warm_python("-m", "hvd_lars", *arguments)
+    return start_command(local_command(launcher, ranks, program) if launcher else program)
 
 
 def wait_for_step(process, folder, step, checkpoint=None):

@@ -1,7 +1,6 @@
 """Workers that are killed, stopped and added while a job under Horovod's elastic driver goes on."""
 
 import signal
-import subprocess
 import time
 
 import psutil
@@ -13,12 +12,13 @@ from commands import (
     hvd_lars,
     ranks_under,
     records_of,
+    start_command,
     wait_for_step,
     warm_python,
 )
 from safetensors.torch import load_file
 
-from hvd_lars.launchers.local import find_program, launcher_environment
+from hvd_lars.launchers.local import find_program
 
 # The rate of a step does not depend on the run's length, which the test does not know.
 OPTIONS = [
@@ -53,11 +53,8 @@ class Job:
         command += ["--blacklist-cooldown-range", "1", "3"]
         command += ["--host-discovery-script", str(discover)]
         command += warm_python("-m", "hvd_lars", "train", "digits", f"run.dir={self.run}")
-        self.process = subprocess.Popen(
-            [*command, *OPTIONS, f"checkpoint.commit_every={COMMIT}", *options],
-            env=launcher_environment() | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        command += [*OPTIONS, f"checkpoint.commit_every={COMMIT}", *options]
+        self.process = start_command(command)
 
     def set_hosts(self, *names):
         self.hosts.write_text("".join(f"{name}:1\n" for name in names))

@@ -2,15 +2,22 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from commands import HANG_GUARD, family_of, ranks_under, records_of, wait_for_step, warm_python
+from commands import (
+    HANG_GUARD,
+    family_of,
+    ranks_under,
+    records_of,
+    start_command,
+    wait_for_step,
+    warm_python,
+)
 
-from hvd_lars.launchers.local import launcher_environment, local_command
+from hvd_lars.launchers.local import local_command
 
 SUPERVISE = str(Path(__file__).parents[2] / "launch/supervise")
 ENDLESS = ["train.duration=100000 steps"]
@@ -24,11 +31,7 @@ def training():
 
 
 def supervise(options, command):
-    return subprocess.Popen(
-        [sys.executable, SUPERVISE, "--backoff", "0.2", *options, "--", *command],
-        env=launcher_environment() | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return start_command([sys.executable, SUPERVISE, "--backoff", "0.2", *options, "--", *command])
 
 
 def end_of(process, code):
