@@ -102,8 +102,8 @@ def wait_for_step(process, folder, step, checkpoint=None):
 
 def kill_everything(process):
     """SIGKILL to the launcher and every rank at once."""
-    victims = [*psutil.Process(process.pid).children(recursive=True), process]
-    for victim in [*ranks_under(process).values(), *victims]:
+    victims = [*family_of(process), process]
+    for victim in victims:
         with suppress(psutil.NoSuchProcess):
             victim.kill()
     process.communicate(timeout=HANG_GUARD)
