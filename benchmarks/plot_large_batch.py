@@ -21,6 +21,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+LOSES_NOTHING = 0.3  # points: the band of the picture
+LOST = (-1, -0.3, 0, 0.3, 1, 3, 10, 30, 90)
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Okabe and Ito's colours, told apart by every eye; markers tell them apart in grey.
 STYLES = {
@@ -53,42 +55,56 @@ def spread(row: dict[str, Any]) -> float | None:
 
 def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
     """The rows of a method that were measured, by batch."""
-    rows = [row for row in result["rows"] if row["method"] == method and row["top1"]]
+    rows = [
+        row for row in result["rows"]
+        if row["method"] == method and row["top1"] and "change" not in row
+    ]  # fmt: skip
     return sorted(rows, key=lambda row: row["batch"])
 
 
 def draw_accuracy(result: dict[str, Any], axes: Axes) -> None:
-    """Mean and standard deviation of the held-out seeds."""
+    """Points lost against the smallest batch: the mean seed, from the best to the worst."""
     batches = sorted({row["batch"] for row in result["rows"]})
     small = rows_of(result, "SGD")[0]
-    axes.axhline(mean(small), color="0.6", linewidth=1, zorder=0)
+    axes.axhspan(-LOSES_NOTHING, LOSES_NOTHING, color="0.93", zorder=0)
+    axes.axhline(0.0, color="0.6", linewidth=1, zorder=0)
     axes.annotate(
-        f"SGD at B = {batches[0]}: {mean(small):.2f} %", (batches[0], mean(small)),
-        xytext=(10, 5), textcoords="offset points", ha="left", color="0.35",
+        f"0: SGD at B = {batches[0]}, {mean(small):.2f} ± {spread(small) or 0.0:.2f} %",
+        (0.02, 0.95), xycoords="axes fraction", ha="left", color="0.35", fontsize="small",
     )  # fmt: skip
+    best = -1.0
     for offset, (method, (colour, marker, line)) in enumerate(STYLES.items()):
         rows = rows_of(result, method)
         if not rows:
             continue
         shift = 1.0 + 0.03 * (offset - 2)  # error bars of one batch stand side by side
+        lost = [[mean(small) - value for value in sorted(row["top1"])] for row in rows]
+        middle = [statistics.mean(each) for each in lost]
         axes.errorbar(
-            [row["batch"] * shift for row in rows], [mean(row) for row in rows],
-            [spread(row) or 0.0 for row in rows], label=NAMES[method], color=colour,
-            marker=marker, linestyle=line, capsize=3, markersize=6,
+            [row["batch"] * shift for row in rows], middle,
+            [[at - each[-1] for at, each in zip(middle, lost, strict=True)],
+             [each[0] - at for at, each in zip(middle, lost, strict=True)]],
+            label=NAMES[method], color=colour, marker=marker, linestyle=line, capsize=3,
+            markersize=6,
         )  # fmt: skip
+        best = min(best, *(each[-1] for each in lost))
     known = last_critical(result)
     if known is not None:
         axes.axvline(known, color="0.35", linestyle=":", linewidth=1.2)
         axes.annotate(
-            f"critical batch {known:,.0f}", (known, 3.0), rotation=90, xytext=(-12, 0),
-            textcoords="offset points", color="0.35", fontsize="small",
+            f"critical batch {known:,.0f}", (known, 0.03), xycoords=("data", "axes fraction"),
+            rotation=90, xytext=(-12, 0), textcoords="offset points", color="0.35",
+            fontsize="small",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
-    axes.set_ylim(0, 106)
+    # Linear up to one point, then logarithmic: 0.3 points and a run that diverged are both seen.
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.set_yticks(LOST, [f"{lost:g}" for lost in LOST])
+    axes.set_ylim(100.0, 1.5 * best)
     axes.set_xlabel(f"global batch B, {result['epochs']} epochs each")
-    axes.set_ylabel(f"test accuracy, %; {len(small['top1'])} held-out seeds")
+    axes.set_ylabel(f"points of test accuracy lost; {len(small['top1'])} seeds, best to worst")
     axes.legend(loc="lower left", frameon=False, fontsize="small")
     axes.grid(axis="y", color="0.92")
 
@@ -163,20 +179,37 @@ def spread_of_ratios(result: dict[str, Any]) -> float:
     return statistics.median(max(values) / min(values) for values in records)
 
 
+def measured(row: dict[str, Any]) -> str:
+    """Mean ± deviation."""
+    return f"{mean(row):.2f}" + (f" ± {spread(row):.2f}" if len(row["top1"]) > 1 else " (one seed)")
+
+
 def cell(row: dict[str, Any] | None) -> str:
     """Accuracy and the values that made it."""
     if row is None:
         return "–"
     if not row["top1"]:
         return "all trials diverged"
-    told = f" ± {spread(row):.2f}" if spread(row) is not None else " (one seed)"
     values = {key.rpartition(".")[2]: value for key, value in row["params"].items()}
     names = {"base_lr": "γ", "weight_decay": "β", "warmup_duration": "ramp"}
     shown = ", ".join(
         f"{names.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{value}"
         for key, value in values.items()
     )
-    return f"{mean(row):.2f}{told}, {shown}"
+    return f"{measured(row)}, {shown}"
+
+
+def changes(result: dict[str, Any]) -> str:
+    """A table of the runs in which one thing of LARS was changed."""
+    rows = [row for row in result["rows"] if "change" in row]
+    if not rows:
+        return ""
+    base = next(row for row in rows_of(result, "LARS") if row["batch"] == rows[0]["batch"])
+    text = (
+        f"\nOne thing of LARS at {base['batch']:,} changed, its rate not tuned again:\n\n"
+        f"| changed | test accuracy |\n|---|---|\n| nothing | {measured(base)} |\n"
+    )
+    return text + "".join(f"| {row['change']} | {measured(row)} |\n" for row in rows)
 
 
 def section(result: dict[str, Any]) -> str:
@@ -197,7 +230,7 @@ def section(result: dict[str, Any]) -> str:
     text += f"| batch | {' | '.join(NAMES[m] for m in methods)} | critical batch at the end |\n"
     text += f"|---|{'---|' * len(methods)}---|\n"
     for batch in sorted({row["batch"] for row in rows}):
-        here = {row["method"]: row for row in rows if row["batch"] == batch}
+        here = {row["method"]: row for row in rows if row["batch"] == batch and "change" not in row}
         known = [
             here[m]["critical_batches"][-1][1]
             for m in ("LARS", "SGD")
@@ -206,11 +239,15 @@ def section(result: dict[str, Any]) -> str:
         critical = f"{float(f'{known[0]:.2g}'):,.0f}" if known else "–"
         cells = [cell(here.get(method)) for method in methods]
         text += f"| {batch:,} | {' | '.join(cells)} | {critical} |\n"
-    return text + (
-        f"\n![Accuracy against batch by method](pictures/large_batch-{case}.png)\n\n"
-        f"![Trust ratios by layer](pictures/trust_ratios-{case}.png)\n\n"
-        f"In the LARS run of the second picture the largest trust ratio of a layer is "
-        f"{spread_of_ratios(result):.0f} times the smallest, the median over the records.\n"
+    return (
+        text
+        + changes(result)
+        + (
+            f"\n![Accuracy against batch by method](pictures/large_batch-{case}.png)\n\n"
+            f"![Trust ratios by layer](pictures/trust_ratios-{case}.png)\n\n"
+            f"In the LARS run of the second picture the largest trust ratio of a layer is "
+            f"{spread_of_ratios(result):.0f} times the smallest, the median over the records.\n"
+        )
     )
 
 
