@@ -24,10 +24,11 @@ from triton.compiler import ASTSource
 from hvd_lars.optim.kernels import triton_kernels as kernels
 
 TYPES = dict.fromkeys(["chunks", "layers"], "*i64") | {"arrived": "*i32"}
-TYPES |= dict.fromkeys(["groups", "ratios", "factors", "partials", "sums"], "*fp64")
+TYPES |= dict.fromkeys(["groups", "ratios", "factor", "partials", "sums"], "*fp64")
 
-def assembly(kernel, generation, **constants):
+def assembly(kernel, generation, checked=False, **constants):
     names = kernel.arg_names
+    TYPES["alive"] = "*i1" if checked else "*fp64"
     source = ASTSource(
         fn=kernel,
         signature={name: TYPES.get(name, "constexpr") for name in names},
@@ -53,6 +54,7 @@ for generation in (80, 90):
             update = assembly(
                 kernels.update_kernel,
                 generation,
+                checked=half,
                 WEIGHT=tl.float32,
                 GRADIENT=tl.bfloat16 if half else tl.float32,
                 HAS_BUFFER=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, final
@@ -97,7 +98,8 @@ class DeviceStep:
         if self._known is None:
             weights = used.sums_of_squares([_norm_part(block, block.weight) for block in sources])
         else:
-            weights = self._known[self.layers.places]
+            places = self.layers.places
+            weights = self._known if places is None else self._known[places]
         return torch.cat([weights, gradients])
 
     def measure(self, sums: Tensor, unscale: Scale) -> Measured:
@@ -110,6 +112,8 @@ class DeviceStep:
         if not self._is_combined() and not (isinstance(unscale, float) and unscale == 1.0):
             gradients = gradients * unscale
         own = trust_ratios(layers.groups, layers.group_of, weights, gradients, self._constants)
+        if layers.own is not None:
+            return Measured(torch.where(layers.own, own, one), weights, gradients)
         return Measured(torch.cat([own, one])[layers.ratio_of], weights, gradients)
 
     def update(self, ratios: Tensor, unscale: Scale, live: Tensor | None) -> None:
@@ -196,7 +200,7 @@ class StepReport:
         self._found = found
         self.finite: Tensor | None = None  # 0-dim bool; None if not checked
         for _, measured in found if checked else ():
-            finite = measured.gradients.isfinite().all()
+            finite = measured.gradients.sum() < math.inf  # norms are not negative
             self.finite = finite if self.finite is None else self.finite.to(finite.device) & finite
 
     @property

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_requires_grad = attrgetter("requires_grad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,11 @@ class DeviceLayers:
         adapted: the parameters of ``sources``.
         groups: the parameter groups of ``sources``, each once.
         group_of: (sources,) int64, each source's index into ``groups``.
-        places: ``sources`` as an int64 tensor (sources,) on the device.
+        places: ``sources`` as an int64 tensor (sources,) on the device; None if they are all
+            layers, in order.
         ratio_of: (layers,), each layer's index into the sources' ratios followed by a 1.
+        own: (layers,) bool, whether a layer's ratio is its own; None if any is another's, or if
+            the sources are not all layers.
     """
 
     layers: list[Layer]
@@ -43,8 +49,9 @@ class DeviceLayers:
     adapted: list[Tensor]
     groups: list[dict[str, Any]]
     group_of: Tensor
-    places: Tensor
+    places: Tensor | None
     ratio_of: Tensor
+    own: Tensor | None
 
     @property
     def device(self) -> torch.device:
@@ -55,16 +62,14 @@ class DeviceLayers:
 def signature(groups: Sequence[dict[str, Any]], placed: bool, all_norms: bool) -> list[object]:
     """Return a key that changes whenever the result of :func:`layers_of` would."""
     key: list[object] = [all_norms]
-    key += [
-        (id(g), g["adapt"], g.get("momentum", 0) != 0, tuple(g.get("ratio_from", ())))
-        for g in groups
-    ]
     for group in groups:
-        if placed:
-            key += [param.requires_grad for param in group["params"]]
-        else:
-            key += [p.grad is not None and p.requires_grad for p in group["params"]]
-        key += map(id, group["params"])
+        params = group["params"]
+        key += id(group), group["adapt"], group.get("momentum", 0) != 0
+        key.append(tuple(group.get("ratio_from", ())))
+        key += map(_requires_grad, params)
+        if not placed:
+            key += [param.grad is None for param in params]
+        key += map(id, params)
     return key
 
 
@@ -122,12 +127,16 @@ def _on_device(layers: list[Layer], device: torch.device, all_norms: bool) -> De
     place = {source: i for i, source in enumerate(sources)}
     index = [place.get(layer.source, len(sources)) for layer in layers]
     adapted = [layers[i].param for i in sources]
-    places = torch.tensor(sources, dtype=torch.int64, device=device)
+    places = own = None
+    if len(sources) < len(layers):
+        places = torch.tensor(sources, dtype=torch.int64, device=device)
+    elif all(layer.source in (-1, i) for i, layer in enumerate(layers)):
+        own = torch.tensor([layer.source >= 0 for layer in layers], device=device)
     groups = {id(layer.group): layer.group for layer in (layers[i] for i in sources)}
     numbers = {key: number for number, key in enumerate(groups)}
     group_of = [numbers[id(layers[i].group)] for i in sources]
     ratio_of = torch.tensor(index, device=device)
     of_groups = torch.tensor(group_of, dtype=torch.int64, device=device)
     return DeviceLayers(
-        layers, sources, adapted, list(groups.values()), of_groups, places, ratio_of
+        layers, sources, adapted, list(groups.values()), of_groups, places, ratio_of, own
     )

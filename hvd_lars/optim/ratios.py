@@ -71,7 +71,7 @@ def trust_ratios(
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1; LARC for the clip.
     """
     trust, decay, eps, at_zero = kept.of(groups, group_of)
-    denominator = gradient_norms + decay * weight_norms
+    denominator = torch.addcmul(gradient_norms, decay, weight_norms)
     if eps is not None:
         denominator += eps
     ratio = trust * weight_norms / denominator
@@ -81,8 +81,8 @@ def trust_ratios(
             clipped = (ratio / (lr.reshape(()) if isinstance(lr, Tensor) else lr)).clamp(max=1.0)
             ratio = torch.where(group_of == number, clipped, ratio)
     ratio = torch.where(torch.minimum(weight_norms, gradient_norms) == 0, at_zero, ratio)
-    total = weight_norms + gradient_norms
-    return ratio + (total - total)  # 0 if the norms are finite, NaN if not
+    # Adds 0 if both norms are finite, and NaN if not: also 0 · ∞ in the denominator is NaN.
+    return torch.add(ratio, denominator, alpha=0)
 
 
 def _constants_of(group: dict[str, Any]) -> tuple[float, ...]:

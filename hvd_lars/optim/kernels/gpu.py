@@ -122,13 +122,10 @@ class GpuKernel:
             plan = _Plan(blocks, self._triton.CHUNK, device)
             if isinstance(blocks, Tabled):
                 blocks.tables = plan
-        one = plan.one.of((1.0,), device)
-        factors = torch.cat(
-            [
-                unscale.reshape(1).to(device) if isinstance(unscale, Tensor)
-                else plan.unscale.of((float(unscale),), device),
-                one if live is None else live.reshape(1).to(device, torch.float64),
-            ]
+        factors = (
+            unscale.to(device) if isinstance(unscale, Tensor)
+            else plan.unscale.of((float(unscale),), device),
+            plan.one.of((1.0,), device) if live is None else live.to(device),
         )  # fmt: skip
         if len(plan.launches) == 1 and not plan.eager:
             after = self._launch(plan.launches[0], ratios.contiguous(), factors)
@@ -141,7 +138,7 @@ class GpuKernel:
         torch.autograd.graph.increment_version(plan.written)  # autograd does not see Triton
         return None if plan.eager else (None, after)
 
-    def _launch(self, launch: _Launch, ratios: Tensor, factors: Tensor) -> Tensor:
+    def _launch(self, launch: _Launch, ratios: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
         """Update blocks of one kind and return the new weights' sums of squares."""
         language, tables, first = self._triton.tl, launch.tables, launch.first
         sums = tables.new_sums()
@@ -151,7 +148,7 @@ class GpuKernel:
                 tables.layers,
                 _rules(launch, ratios.device),
                 ratios,
-                factors,
+                *factors,
                 tables.partials,
                 tables.arrived,
                 sums,
@@ -188,10 +185,11 @@ class _Tables:
         self.partials = torch.empty(num_slots, dtype=torch.float64, device=device)
         self.arrived = torch.zeros(len(rows), dtype=torch.int32, device=device)  # also after use
         self.aligned = _aligned(rows, parts)
+        self._new = torch.empty if all(begin < end for _, (begin, end) in parts) else torch.zeros
 
     def new_sums(self) -> Tensor:
-        """Return zeros, (layers,) float64."""
-        return torch.zeros(len(self.arrived), dtype=torch.float64, device=self.arrived.device)
+        """Return memory for the sums, (layers,) float64; zeros for layers without a program."""
+        return self._new(len(self.arrived), dtype=torch.float64, device=self.arrived.device)
 
 
 _Place = tuple[tuple[int, ...], tuple[int, ...], torch.device]
@@ -355,8 +353,10 @@ def _chunks(
     return send(torch.from_numpy(np.concatenate(tables)), device), slots, slot
 
 
-def _update_eagerly(blocks: Sequence[Block], ratios: Tensor, factors: Tensor) -> None:
+def _update_eagerly(
+    blocks: Sequence[Block], ratios: Tensor, factors: tuple[Tensor, Tensor]
+) -> None:
     """Update with the factors read on the host; waits for the device."""
-    unscale, live = factors.tolist()
+    unscale, live = factors
     if live:
-        EagerKernel(on_host=False).update(blocks, ratios, unscale)
+        EagerKernel(on_host=False).update(blocks, ratios, float(unscale))

@@ -89,7 +89,8 @@ def update_kernel(
     layers,  # (layers, 8) int64: weight, gradient, buffer, copy, first slot, slots, group
     groups,  # (groups, 5) float64: μ, β, a / λ, b, 1 if λ = 0 skips a layer
     ratios,  # (layers,) float64: λ
-    factors,  # (2,) float64: factor of the gradients; 0 to skip every layer
+    factor,  # (1,) float64: of the gradients
+    alive,  # (1,), bool or float64: 0 to skip every layer
     partials,
     arrived,
     sums,
@@ -108,10 +109,10 @@ def update_kernel(
     begin, end = _range(row, ALIGNED)
     rule = groups + tl.load(layers + layer * 8 + 6) * 5
     ratio = tl.load(ratios + layer)
-    live = (tl.load(factors + 1) != 0.0) & ((ratio != 0.0) | (tl.load(rule + 4) == 0.0))
+    live = (tl.load(alive) != 0) & ((ratio != 0.0) | (tl.load(rule + 4) == 0.0))
     momentum, decay = tl.load(rule).to(WEIGHT), tl.load(rule + 1).to(WEIGHT)
     scale = (ratio * tl.load(rule + 2)).to(WEIGHT)
-    outside, unscale = tl.load(rule + 3).to(WEIGHT), tl.load(factors).to(WEIGHT)
+    outside, unscale = tl.load(rule + 3).to(WEIGHT), tl.load(factor).to(WEIGHT)
 
     at = begin + tl.arange(0, CHUNK)
     inside, written = at < end, at < tl.where(live, end, begin)
