@@ -156,6 +156,8 @@ class LAMB(PlacedOptimizer):
         placed = self.placement is not None
         now = signature(self.param_groups, placed, True)
         if self._known is None or self._known[0] != now:
+            if not placed:
+                self._check_not_placed()
             found = layers_of(self.param_groups, placed, True)
             if not found:
                 return None

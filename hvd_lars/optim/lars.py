@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from hvd_lars.optim.blocks import is_half
 from hvd_lars.optim.device_step import DeviceStep, StepReport
-from hvd_lars.optim.distributed.buckets import placed_already
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.groups import check_group, check_ours
 from hvd_lars.optim.kernels import KernelName, Scale
@@ -221,21 +220,6 @@ class LARS(PlacedOptimizer):
 
     def _state_ids(self) -> list[int]:
         return list(map(id, self.state.values()))
-
-    def _check_not_placed(self) -> None:
-        """Raise RuntimeError if the parameters are in a placement that was not passed here."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        if (placed := placed_already(params)) is not None:
-            shape = tuple(placed.shape)
-            if hasattr(self, "skip_synchronize"):
-                raise RuntimeError(
-                    f"hvd.DistributedOptimizer is around a LARS whose parameters (such as one of "
-                    f"shape {shape}) are in a placement: both sum the gradients; remove one of them"
-                )
-            raise RuntimeError(
-                f"a parameter of shape {shape} is in a placement that its optimizer was not given: "
-                f"pass it as LARS(…, placement=placement)"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does; momentum is v, whichever kernel wrote it."""

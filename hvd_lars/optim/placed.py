@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from hvd_lars.optim.distributed.buckets import placed_already
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.runtime import torch_internals
 
@@ -31,6 +32,21 @@ class PlacedOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _check_not_placed(self) -> None:
+        """Raise RuntimeError if the parameters are in a placement that was not passed here."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if (placed := placed_already(params)) is not None:
+            name, shape = type(self).__name__, tuple(placed.shape)
+            if hasattr(self, "skip_synchronize"):
+                raise RuntimeError(
+                    f"hvd.DistributedOptimizer is around a {name} whose parameters (such as one of "
+                    f"shape {shape}) are in a placement: both sum the gradients; remove one of them"
+                )
+            raise RuntimeError(
+                f"a parameter of shape {shape} is in a placement that its optimizer was not given: "
+                f"pass it as {name}(…, placement=placement)"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; a placement keeps its flat buffers."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import assert_same_parameters, tiny_model
 
-from hvd_lars import LARS, Replicated, Sharded, parameter_groups
+from hvd_lars import LAMB, LARS, Replicated, Sharded, parameter_groups
 
 pytestmark = [
     pytest.mark.ranks(1, 2, 3),
@@ -165,13 +165,14 @@ def test_a_gradient_that_no_rank_holds_cannot_be_read(comm, placed):
     assert_same_parameters(model, alone, 1e-12)
 
 
-def test_a_forgotten_placement(comm, placed):
+@pytest.mark.parametrize("kind", [LARS, LAMB])
+def test_a_forgotten_placement(comm, placed, kind):
     model = tiny_model(torch.float64)
-    optimizer = LARS(parameter_groups(model), lr=1.0)
+    optimizer = kind(parameter_groups(model), lr=1.0)
     placement = placed(model.parameters(), comm)
     backward(comm, model)
     with pytest.raises(
-        RuntimeError, match=r"was not given: pass it as LARS\(…, placement=placement"
+        RuntimeError, match=rf"was not given: pass it as {kind.__name__}\(…, placement=placement"
     ):
         optimizer.step()
     assert placement.gradients.steps == 0
