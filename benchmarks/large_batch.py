@@ -350,7 +350,7 @@ def told(comm: Communicator) -> Iterator[None]:
     except UserError as error:
         line, code = str(error), 2
     except Stopped as stop:
-        line, code = f"stopped by {stop}: the same command continues", 75
+        line, code = f"stopped by {stop}: the same command continues", os.EX_TEMPFAIL
     else:
         return
     if comm.rank == 0:

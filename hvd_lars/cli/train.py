@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 NAME, HELP = "train", "train, on every rank that the launcher starts"
 EPILOG = "Example: horovodrun -np 4 hvd-lars train digits schedule.base_lr=16 run.dir=runs/a"
-_REQUEUE = 75  # EX_TEMPFAIL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def train(
                 f"stopped by {summary.stopped} after step {loop.state.progress.step}, saved in "
                 f"{summary.checkpoint}; --resume continues"
             )
-        return 0 if summary.stopped == STOP_FILE else _REQUEUE
+        return 0 if summary.stopped == STOP_FILE else os.EX_TEMPFAIL
     result, skipped = summary.evaluation, loop.state.progress.skipped_steps
     if comm.rank == 0 and result is None:
         tell(f"nothing is left to do: all {loop.intervals.total} steps are done")

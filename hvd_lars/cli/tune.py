@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ EPILOG = (
     "Example: horovodrun -np 4 hvd-lars tune my.yaml "
     '"tune={space: {schedule.base_lr: {log: [1, 64]}}, trials: 20, duration: 5 epochs}"'
 )
-_REQUEUE = 75  # EX_TEMPFAIL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, config: Config, comm: Communicator, launch:
         _tell_end(found, settings)
     if found.stopped is None or found.stopped == STOP_FILE:
         return 0
-    return _REQUEUE
+    return os.EX_TEMPFAIL
 
 
 def _tell_end(found: Tuned, settings: TuneSettings) -> None:
