@@ -149,8 +149,6 @@ class Bench:
         config = load_config(self.case.config, self._overrides(batch, optimizer))
         # A run whose steps are all skipped ends with the accuracy of chance, as it should here.
         changes = {"data.val_fraction": None, "train.max_skipped_steps": 10**9}
-        if change is not None:
-            changes |= self._variant(change)
         config = with_keys(tuned_config(config, values), changes, name)
         folder = self.folder / f"b{batch}-{name}/{change or ''}/seed-{seed}"
         config = config.with_values("run", dir=str(folder), seed=seed)
@@ -174,7 +172,20 @@ class Bench:
         ratios = [{key: record[key] for key in keep} for record in run.layers]
         return {"critical_batches": run.critical_batches, "ratios": ratios}
 
-    def _variant(self, change: str) -> dict[str, Any]:
+    def settings(self) -> list[str]:
+        """Return what all methods and batches have in common, as overrides of the config."""
+        epochs = self.options.epochs
+        return [
+            *self.case.overrides,
+            f"schedule.warmup_duration={0.25 * epochs:g} epochs",
+            f"train.duration={epochs} epochs",
+            f"train.eval_every={0.1 * epochs:g} epochs",  # each takes a twentieth of an epoch
+            "train.micro_batch=512",
+            f"data.val_fraction={HELD_OUT_IMAGES}",
+        ]
+
+    def variant(self, change: str) -> dict[str, Any]:
+        """Return the values of a change, by key."""
         key, ramp = "schedule.warmup_duration", VARIANTS[change].get("schedule.warmup_duration")
         share = {key: f"{ramp * self.options.epochs:g} epochs"} if isinstance(ramp, float) else {}
         return VARIANTS[change] | share
@@ -192,14 +203,9 @@ class Bench:
         }  # fmt: skip
         return [
             *(text.format(root=options.root) if "root" in text else text
-              for text in self.case.overrides),
+              for text in self.settings()),
             f"optimizer={{{method.optimizer}, weight_decay: 5.0e-4}}",
-            f"schedule.warmup_duration={0.25 * epochs:g} epochs",
-            f"train.duration={epochs} epochs",
-            f"train.eval_every={0.1 * epochs:g} epochs",
             f"train.global_batch={batch}",
-            "train.micro_batch=512",
-            f"data.val_fraction={HELD_OUT_IMAGES}",
             f"tune={json.dumps(search)}",
             "run.console=none",
         ]  # fmt: skip
@@ -211,14 +217,17 @@ class Table:
     Args:
         comm: rank 0 reads and writes.
         path: the file; None keeps nothing.
-        study: what the file tells beside the rows.
+        study: what all rows have in common; the file's must be the same.
+        facts: of this call's machine, software and command, which each row keeps.
 
     Raises:
         UserError: the file is of another study, or cannot be read.
     """
 
-    def __init__(self, comm: Communicator, path: Path | None, study: dict[str, Any]) -> None:
-        self.comm, self.path, self.study = comm, path, study
+    def __init__(
+        self, comm: Communicator, path: Path | None, study: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        self.comm, self.path, self.study, self.facts = comm, path, study, facts
         self.rows: list[Row] = on_root(comm, self._read)
 
     def _read(self) -> list[Row]:
@@ -226,17 +235,17 @@ class Table:
             return []
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
-            rows: list[Row] = kept.pop("rows")
-        except (ValueError, KeyError, AttributeError) as error:
+            rows: list[Row] = kept["rows"]
+            for key, here in self.study.items():
+                if (found := kept.get(key)) != here:
+                    raise UserError(
+                        f"{self.path}: holds another study: {key} is {found!r}, here {here!r}; "
+                        f"name another file with -o"
+                    )
+            for row in rows:
+                say_row(row)
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path}: not a file of this script: {error!r}") from None
-        for key in ("case", "epochs", "search"):
-            if kept.get(key) != self.study[key]:
-                raise UserError(
-                    f"{self.path}: holds another study: {key} is {kept.get(key)!r}, here "
-                    f"{self.study[key]!r}; name another file with -o"
-                )
-        for row in rows:
-            say_row(row)
         return rows
 
     def has(self, batch: int, name: str, change: str | None) -> bool:
@@ -256,7 +265,7 @@ class Table:
 
     def add(self, row: Row) -> None:
         """Print a row, and write the file anew."""
-        self.rows.append(row)
+        self.rows.append(row | {"environment": self.facts})
         on_root(self.comm, self._write)
 
     def _write(self) -> None:
@@ -305,6 +314,8 @@ def parse() -> argparse.Namespace:
     options.trials = options.trials or (20 if full else 8)
     options.search_seeds = options.search_seeds or (3 if full else 1)
     options.seeds = options.seeds or (5 if full else 3)
+    if options.output is not None and not options.output.absolute().parent.is_dir():
+        parser.error(f"-o {options.output}: the folder is not there")
     if options.vary is not None and (options.vary, "LARS", None) not in cells(options):
         parser.error(f"--vary {options.vary}: LARS is not run at this batch")
     return options
@@ -322,6 +333,8 @@ def measure(bench: Bench, batch: int, name: str, change: str | None, table: Tabl
         values = table.found(batch, name)
     else:
         values, trials = bench.search(batch, name)
+    if change is not None and values:
+        values = values | bench.variant(change)
     seeds = range(FIRST_HELD_OUT, FIRST_HELD_OUT + options.seeds) if values else ()
     found = [bench.held_out(batch, name, values, seed, change) for seed in seeds]
     row = {"batch": batch, "method": name, "params": values, "top1": found, "trials": trials}
@@ -343,19 +356,16 @@ def search_of(options: argparse.Namespace) -> str:
 
 
 @contextmanager
-def told(comm: Communicator) -> Iterator[None]:
+def told() -> Iterator[None]:
     """End with one line: a user's mistake, or a run that should be started again."""
     try:
         yield
-    except UserError as error:
-        line, code = str(error), 2
+    except UserError as error:  # which one rank alone may have
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
     except Stopped as stop:
-        line, code = f"stopped by {stop}: the same command continues", os.EX_TEMPFAIL
-    else:
-        return
-    if comm.rank == 0:
-        print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
+        print(f"stopped by {stop}: the same command continues", file=sys.stderr, flush=True)
+        sys.exit(os.EX_TEMPFAIL)
 
 
 def say_row(row: dict[str, Any]) -> None:
@@ -384,9 +394,12 @@ def main() -> None:
     form = "full" if options.full else "short"
     folder = options.folder / f"{options.case}-{form}-{options.epochs}"
     bench = Bench(comm, CASES[options.case], folder, options)
-    study = {"case": options.case, "epochs": options.epochs, "search": search_of(options)}
-    with told(comm):
-        table = Table(comm, options.output, study | {"environment": facts})
+    study = {
+        "case": options.case, "epochs": options.epochs, "search": search_of(options),
+        "reference": min(options.batches), "settings": bench.settings(),
+    }  # fmt: skip
+    with told():
+        table = Table(comm, options.output, study, facts)
         for cell in cells(options):
             if not table.has(*cell):
                 table.add(measure(bench, *cell, table))

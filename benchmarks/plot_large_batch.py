@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-LOSES_NOTHING = 0.3  # points: the band of the picture
+LOSES_NOTHING = 0.3  # points: about what the seeds of one method differ by
 LOST = (-1, -0.3, 0, 0.3, 1, 3, 10, 30, 90)
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Okabe and Ito's colours, told apart by every eye; markers tell them apart in grey.
@@ -63,13 +63,14 @@ def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
 
 
 def draw_accuracy(result: dict[str, Any], axes: Axes) -> None:
-    """Points lost against the smallest batch: the mean seed, from the best to the worst."""
+    """Points lost against the smallest batch: the mean over seeds, from the best to the worst."""
     batches = sorted({row["batch"] for row in result["rows"]})
     small = rows_of(result, "SGD")[0]
     axes.axhspan(-LOSES_NOTHING, LOSES_NOTHING, color="0.93", zorder=0)
     axes.axhline(0.0, color="0.6", linewidth=1, zorder=0)
     axes.annotate(
-        f"0: SGD at B = {batches[0]}, {mean(small):.2f} ± {spread(small) or 0.0:.2f} %",
+        f"0: SGD at B = {small['batch']}, {mean(small):.2f} ± {spread(small) or 0.0:.2f} %; "
+        f"grey: within {LOSES_NOTHING} points",
         (0.02, 0.95), xycoords="axes fraction", ha="left", color="0.35", fontsize="small",
     )  # fmt: skip
     best = -1.0
@@ -104,7 +105,7 @@ def draw_accuracy(result: dict[str, Any], axes: Axes) -> None:
     axes.set_yticks(LOST, [f"{lost:g}" for lost in LOST])
     axes.set_ylim(100.0, 1.5 * best)
     axes.set_xlabel(f"global batch B, {result['epochs']} epochs each")
-    axes.set_ylabel(f"points of test accuracy lost; {len(small['top1'])} seeds, best to worst")
+    axes.set_ylabel("points of test accuracy lost; bars: best to worst seed")
     axes.legend(loc="lower left", frameon=False, fontsize="small")
     axes.grid(axis="y", color="0.92")
 
@@ -200,31 +201,38 @@ def cell(row: dict[str, Any] | None) -> str:
 
 
 def changes(result: dict[str, Any]) -> str:
-    """A table of the runs in which one thing of LARS was changed."""
-    rows = [row for row in result["rows"] if "change" in row]
-    if not rows:
-        return ""
-    base = next(row for row in rows_of(result, "LARS") if row["batch"] == rows[0]["batch"])
-    text = (
-        f"\nOne thing of LARS at {base['batch']:,} changed, its rate not tuned again:\n\n"
-        f"| changed | test accuracy |\n|---|---|\n| nothing | {measured(base)} |\n"
-    )
-    return text + "".join(f"| {row['change']} | {measured(row)} |\n" for row in rows)
+    """Tables of the runs in which one thing of LARS was changed."""
+    text = ""
+    for base in rows_of(result, "LARS"):
+        rows = [row for row in result["rows"] if "change" in row and row["batch"] == base["batch"]]
+        if rows:
+            text += (
+                f"\nOne thing of LARS at {base['batch']:,} changed, its rate not tuned again:\n\n"
+                f"| changed | test accuracy |\n|---|---|\n| nothing | {measured(base)} |\n"
+            )
+        text += "".join(f"| {row['change']} | {measured(row)} |\n" for row in rows)
+    return text
 
 
 def section(result: dict[str, Any]) -> str:
     """One case's part of the page."""
-    case, facts = result["case"], result["environment"]
-    rows = result["rows"]
+    case, rows = result["case"], result["rows"]
+    calls = [row["environment"] for row in rows if "environment" in row] or [result["environment"]]
+    facts = calls[-1]
+    commits = " ".join(dict.fromkeys(f"`{call['commit'][:12]}`" for call in calls))
+    commands = "\n".join(
+        dict.fromkeys(
+            f"`horovodrun -np {call['ranks']} python {' '.join(call['command'])}`" for call in calls
+        )
+    )
     trials = sum(len(row["trials"]) for row in rows)
     runs = sum(len(row["top1"]) for row in rows)
     text = (
         f"## {case}\n\n{result['epochs']} epochs at every batch. {result['search']} "
         f"{facts['processor']}, {facts['cores']} cores, {facts['ranks']} ranks on "
-        f"{facts['backend']}, torch {facts['versions']['torch']}, commit "
-        f"`{facts['commit'][:12]}`"
+        f"{facts['backend']}, torch {facts['versions']['torch']}, commit {commits}"
         + (f"; {trials} trials and {runs} held-out runs" if trials else "")
-        + f"\n(`horovodrun -np 2 python {' '.join(facts['command'])}`).\n\n"
+        + f"\n({commands}).\n\n"
     )
     methods = [method for method in STYLES if rows_of(result, method)]
     text += f"| batch | {' | '.join(NAMES[m] for m in methods)} | critical batch at the end |\n"
@@ -243,7 +251,7 @@ def section(result: dict[str, Any]) -> str:
         text
         + changes(result)
         + (
-            f"\n![Accuracy against batch by method](pictures/large_batch-{case}.png)\n\n"
+            f"\n![Points of accuracy lost by batch and method](pictures/large_batch-{case}.png)\n\n"
             f"![Trust ratios by layer](pictures/trust_ratios-{case}.png)\n\n"
             f"In the LARS run of the second picture the largest trust ratio of a layer is "
             f"{spread_of_ratios(result):.0f} times the smallest, the median over the records.\n"

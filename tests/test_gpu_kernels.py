@@ -2,10 +2,12 @@
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -42,6 +44,7 @@ def assembly(kernel, generation, checked=False, **constants):
     assert found["cubin"]
     return found["ptx"]
 
+KINDS = [(False, False, True), (True, True, True), (True, False, False)]
 SIZES = dict(CHUNK=kernels.CHUNK, FOLD=kernels.FOLD)
 counts = []
 for generation in (80, 90):
@@ -50,11 +53,11 @@ for generation in (80, 90):
             kernels.sums_kernel, generation, DTYPE=tl.float32, WIDE=tl.float32, ALIGNED=aligned
         )
         counts.append([aligned, sums.count("ld.global.v4"), 0])
-        for half, nesterov in ((False, False), (True, True)):
+        for half, nesterov, checked in KINDS:
             update = assembly(
                 kernels.update_kernel,
                 generation,
-                checked=half,
+                checked=checked,
                 WEIGHT=tl.float32,
                 GRADIENT=tl.bfloat16 if half else tl.float32,
                 HAS_BUFFER=True,
@@ -147,9 +150,10 @@ def test_a_gpu_that_cannot_run_them_or_gets_them_wrong_takes_plain_torch(monkeyp
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("scaled", ["no", "number", "tensor"])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_steps_on_a_gpu_also_in_a_cuda_graph(dtype, nesterov):
+def test_steps_on_a_gpu_also_in_a_cuda_graph(dtype, nesterov, scaled):
     torch.manual_seed(0)
     start = [torch.randn(n, dtype=dtype) for n in (70_000, 4096, 5, 64)]
     options = {"weight_decay": 1e-3, "trust_coefficient": 0.02, "nesterov": nesterov}
@@ -160,16 +164,20 @@ def test_steps_on_a_gpu_also_in_a_cuda_graph(dtype, nesterov):
             param.grad = torch.zeros_like(param)
         rate = torch.tensor(2.0, device=device)
         optimizer = LARS(params, lr=rate, kernel=kernel, **options)
-        replay = optimizer.step
+        whole = torch.full((), 4.0, dtype=torch.float64, device=device)
+        scale = {"no": None, "number": 4.0, "tensor": whole}[scaled]
+        replay = take = partial(optimizer.step, loss_scale=scale)
         for step in range(8):
             for param in params:
                 param.grad.copy_(torch.cos(param.detach() * 3 + step))
+                if scale is not None:
+                    param.grad.mul_(math.nan if step == 6 else 4.0)  # the step of NaN is skipped
             rate.fill_(2.0 - 0.1 * step)
             if device == "cuda" and step == 3:
                 graph = torch.cuda.CUDAGraph()
                 held = [param.detach().clone() for param in params]
                 with torch.cuda.graph(graph):
-                    optimizer.step()
+                    take()
                 assert all(torch.equal(a, b) for a, b in zip(held, params, strict=True))
                 replay = graph.replay
             replay()

@@ -21,14 +21,20 @@ def run(folder, *arguments):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """A study of two epochs, of which the last row is lost."""
+def study(tmp_path_factory):
+    """The text of a study of two epochs."""
     base = tmp_path_factory.mktemp("study")
     done = run(base / "first", "--epochs", "2")
     assert done.returncode == 0, done.stderr
-    path = base / "rows.json"
-    result = json.loads(path.read_text())
+    return (base / "rows.json").read_text()
+
+
+@pytest.fixture
+def rows(study, tmp_path):
+    """A file of its rows but the last."""
+    result = json.loads(study)
     del result["rows"][-1]
+    path = tmp_path / "rows.json"
     path.write_text(json.dumps(result))
     return path
 
@@ -43,6 +49,8 @@ def test_it_runs_what_the_file_lacks(rows):
     done = run(rows.parent / "second", "--epochs", "2")
     assert done.returncode == 0, done.stderr
     assert cells(rows) == [*before, (1024, "linear")]
+    known, *_, last = json.loads(rows.read_text())["rows"]
+    assert last["params"]["schedule.base_lr"] == 2.0 * known["params"]["schedule.base_lr"]
     made = {path.name for path in (rows.parent / "second").glob("*/*")}
     assert made == {"b1024-linear"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, final
@@ -15,6 +14,7 @@ from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.kernels import Block, Kernel, Scale, choose_kernel
 from hvd_lars.optim.kernels.fused import unfold_all
 from hvd_lars.optim.layers import DeviceLayers
+from hvd_lars.optim.norms import all_finite
 from hvd_lars.optim.ratios import KeptConstants, trust_ratios
 from hvd_lars.runtime.readback import Constant
 from hvd_lars.runtime.torch_internals import versions_of
@@ -200,7 +200,7 @@ class StepReport:
         self._found = found
         self.finite: Tensor | None = None  # 0-dim bool; None if not checked
         for _, measured in found if checked else ():
-            finite = measured.gradients.sum() < math.inf  # norms are not negative
+            finite = all_finite(measured.gradients)
             self.finite = finite if self.finite is None else self.finite.to(finite.device) & finite
 
     @property

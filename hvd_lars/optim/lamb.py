@@ -14,7 +14,7 @@ from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.groups import CHOICES
 from hvd_lars.optim.kernels import Scale
 from hvd_lars.optim.layers import DeviceLayers, layers_of, signature
-from hvd_lars.optim.norms import flat, in_layout_of, sums_of_squares
+from hvd_lars.optim.norms import all_finite, flat, in_layout_of, sums_of_squares
 from hvd_lars.optim.placed import PlacedOptimizer
 from hvd_lars.runtime import torch_internals
 from hvd_lars.runtime.joined import by_kind
@@ -129,7 +129,7 @@ class LAMB(PlacedOptimizer):
         parts = [self._part(layer.param) for layer in layers.layers]
         squares = self._summed(sums_of_squares([p.gradient[p.norm_part] for p in parts]))
         gradient_norms = squares.sqrt() * unscale
-        live = None if loss_scale is None else gradient_norms.isfinite().all()
+        live = None if loss_scale is None else all_finite(gradient_norms)
         factor = torch.ones_like(gradient_norms[0]) * unscale
         if (largest := self.param_groups[0]["max_grad_norm"]) is not None:
             excess = gradient_norms.square().sum().sqrt() / largest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,14 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def all_finite(norms: Tensor) -> Tensor:
+    """Return whether all of (n,) float64 norms are finite, 0-dim bool; three small operations.
+
+    Their sum overflows only where their squares have.
+    """
+    return norms.sum().abs() < math.inf
 
 
 def flat(tensor: Tensor) -> Tensor:

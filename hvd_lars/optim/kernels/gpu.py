@@ -133,8 +133,9 @@ class GpuKernel:
             after = torch.zeros_like(ratios)
             for launch in plan.launches:
                 after[launch.places] = self._launch(launch, ratios[launch.places], factors)
-        if plan.eager:
-            _update_eagerly([blocks[i] for i in plan.eager], ratios[plan.eager], factors)
+        if plan.eager and (live is None or live):  # the latter waits for the device
+            chosen = [blocks[i] for i in plan.eager]
+            EagerKernel(on_host=False).update(chosen, ratios[plan.eager], float(unscale))
         torch.autograd.graph.increment_version(plan.written)  # autograd does not see Triton
         return None if plan.eager else (None, after)
 
@@ -351,12 +352,3 @@ def _chunks(
                 slot += len(starts)
             tables.append(table)
     return send(torch.from_numpy(np.concatenate(tables)), device), slots, slot
-
-
-def _update_eagerly(
-    blocks: Sequence[Block], ratios: Tensor, factors: tuple[Tensor, Tensor]
-) -> None:
-    """Update with the factors read on the host; waits for the device."""
-    unscale, live = factors
-    if live:
-        EagerKernel(on_host=False).update(blocks, ratios, float(unscale))

@@ -89,8 +89,8 @@ def update_kernel(
     layers,  # (layers, 8) int64: weight, gradient, buffer, copy, first slot, slots, group
     groups,  # (groups, 5) float64: μ, β, a / λ, b, 1 if λ = 0 skips a layer
     ratios,  # (layers,) float64: λ
-    factor,  # (1,) float64: of the gradients
-    alive,  # (1,), bool or float64: 0 to skip every layer
+    factor,  # one number, of the gradients
+    alive,  # one bool or float64: 0 to skip every layer
     partials,
     arrived,
     sums,
