@@ -10,7 +10,8 @@ costs; launches of our Triton kernels, copies of many tensors in
 one launch, and the collectives are empty.
 
 A step's time is split by who spends it: forward and backward (torch's own), the hooks that
-backward calls for each gradient, ``LARS.step``, and the rest of ``Trainer.train_step``.
+backward calls for each gradient, ``LARS.step``, and the rest of ``Trainer.train_step``.  The
+operations of torch in ``LARS.step``, views too, are counted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 from hvd_lars.comm.local import LocalCommunicator
@@ -127,6 +129,32 @@ def batches() -> Iterator[tuple[Request, tuple[torch.Tensor, torch.Tensor]]]:
         yield Request(0, np.arange(BATCH), step=step, last=True), (images, labels)
 
 
+class Counted(TorchDispatchMode):
+    """Counts operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None):  # type: ignore[no-untyped-def]
+        """Run an operation."""
+        self.operations += function.namespace == "aten"  # not the profiler's
+        return function(*given, **(named or {}))
+
+
+def operations(trainer: Trainer) -> int:
+    """Return how many operations ``LARS.step`` queues in a step."""
+    step, counted = trainer.optimizer.step, Counted()
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        with counted:
+            step(*arguments, **options)
+
+    with mock.patch.object(trainer.optimizer, "step", watched):
+        trainer.train_step(batches())
+    return counted.operations
+
+
 def measure(trainer: Trainer, steps: int) -> dict[str, float]:
     """Return the parts of a quick step in milliseconds: each one's fastest tenth."""
     rows: list[dict[str, float]] = []
@@ -172,8 +200,8 @@ def main() -> None:
         f"{facts['versions']['torch']}, Python {facts['python']}, commit `{facts['commit']}`; ms, "
         f"the fastest tenth of {options.steps - options.steps // 3} steps; no GPU.",
         f"`python {' '.join(sys.argv)}`\n",
-        "| placement, precision | hooks | LARS.step | rest of train_step | together |",
-        "|---|---|---|---|---|",
+        "| placement, precision | hooks | LARS.step | rest of train_step | together | operations |",
+        "|---|---|---|---|---|---|",
     ]
     with (
         mock.patch.object(device_step, "choose_kernel", lambda *_: stub),
@@ -189,7 +217,8 @@ def main() -> None:
                 ours = found["hooks"] + found["LARS.step"] + found["rest"]
                 lines.append(
                     f"| {placed.__name__}, {precision} | {found['hooks']:.2f} | "
-                    f"{found['LARS.step']:.2f} | {found['rest']:.2f} | {ours:.2f} |"
+                    f"{found['LARS.step']:.2f} | {found['rest']:.2f} | {ours:.2f} | "
+                    f"{operations(trainer)} |"
                 )
     text = "\n".join(lines)
     print(text)
