@@ -159,11 +159,12 @@ def draw_ratios(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
     row = watched(result)
     steps = [record["step"] for record in row["ratios"]]
-    layers = list(row["ratios"][0]["trust_ratio"])
+    curves: dict[tuple[float, ...], str] = {}  # once for a bias that has its weight's
+    for layer in row["ratios"][0]["trust_ratio"]:
+        curves.setdefault(tuple(record["trust_ratio"][layer] for record in row["ratios"]), layer)
     colours = plt.get_cmap("viridis")
-    for i, layer in enumerate(layers):
-        values = [record["trust_ratio"][layer] for record in row["ratios"]]
-        axes.plot(steps, values, label=layer, color=colours(i / len(layers)), linewidth=1.4)
+    for i, (values, layer) in enumerate(curves.items()):
+        axes.plot(steps, values, label=layer, color=colours(i / len(curves)), linewidth=1.4)
     axes.set_yscale("log")
     axes.set_xlabel(f"step of {row['batch']:,} samples")
     axes.set_ylabel("trust ratio λ")
@@ -261,11 +262,12 @@ Made by `python benchmarks/plot_large_batch.py`; not to be edited by hand. One n
 AlexNet, on three data sets; `fashion-10` is an earlier look at `fashion` in fewer epochs. The same
 number of epochs at every batch, gradual warmup over a quarter of them unless it was searched, poly
 decay of power 2, momentum 0.9, weight decay 5e-4, over two real ranks. Values are chosen on other
-seeds than those that are shown as mean ± standard deviation, in percent. The scaled rates are SGD's best at the smallest batch times √k or k, with k how many times larger the batch is;
-they are not tuned. The critical batch is the gradient noise scale of one run of LARS, or else SGD,
-the median over its epochs ([algorithm](algorithm.md#how-large-a-batch-is-worth-it)); the dotted line
-in the pictures is that of SGD at the smallest batch. The 30 epochs of `fashion` stand so far for
-two methods and one network; BatchNorm, LAMB, Nesterov and larger batches have not been run there.
+seeds than those that are shown as mean ± standard deviation, in percent. The scaled rates are SGD's
+best at the smallest batch times √k or k, with k how many times larger the batch is; they are not
+tuned. The critical batch is the gradient noise scale of one run of LARS, or else SGD, the median
+over its epochs ([algorithm](algorithm.md#how-large-a-batch-is-worth-it)); the dotted line in the
+pictures is that of SGD at the smallest batch. The 30 epochs of `fashion` stand so far for two
+methods and one network; BatchNorm, LAMB, Nesterov and larger batches have not been run there.
 
 """
 
