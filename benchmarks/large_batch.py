@@ -248,20 +248,17 @@ class Table:
             raise UserError(f"{self.path}: not a file of this script: {error!r}") from None
         return rows
 
-    def has(self, batch: int, name: str, change: str | None) -> bool:
-        """Tell whether a row is there."""
-        return any(
-            (row["batch"], row["method"], row.get("change")) == (batch, name, change)
-            for row in self.rows
-        )
+    def find(self, batch: int, name: str, change: str | None = None) -> Row | None:
+        """Return a row, None if it is not there."""
+        key = (batch, name, change)
+        found = (r for r in self.rows if (r["batch"], r["method"], r.get("change")) == key)
+        return next(found, None)
 
     def found(self, batch: int, name: str) -> dict[str, Any]:
-        """Return the values that the search found."""
-        found: dict[str, Any] = next(
-            row["params"] for row in self.rows
-            if (row["batch"], row["method"]) == (batch, name) and "change" not in row
-        )  # fmt: skip
-        return found
+        """Return the values that the search found, {} if all its trials diverged."""
+        row = self.find(batch, name)
+        assert row is not None  # cells() yields it first
+        return dict(row["params"])
 
     def add(self, row: Row) -> None:
         """Print a row, and write the file anew."""
@@ -326,7 +323,7 @@ def measure(bench: Bench, batch: int, name: str, change: str | None, table: Tabl
     options = bench.options
     trials: list[dict[str, Any]] = []
     if name in ("linear", "sqrt"):
-        grown, values = batch / min(options.batches), dict(table.found(min(options.batches), "SGD"))
+        grown, values = batch / min(options.batches), table.found(min(options.batches), "SGD")
         if values:
             values["schedule.base_lr"] *= grown if name == "linear" else grown**0.5
     elif change is not None:
@@ -401,7 +398,7 @@ def main() -> None:
     with told():
         table = Table(comm, options.output, study, facts)
         for cell in cells(options):
-            if not table.has(*cell):
+            if table.find(*cell) is None:
                 table.add(measure(bench, *cell, table))
     comm.close()
 

@@ -244,15 +244,12 @@ def section(result: dict[str, Any]) -> str:
         critical = f"{known:,.0f}" if known is not None else "–"
         cells = [cell(here.get(method)) for method in methods]
         text += f"| {batch:,} | {' | '.join(cells)} | {critical} |\n"
-    return (
-        text
-        + changes(result)
-        + (
-            f"\n![Points of accuracy lost by batch and method](pictures/large_batch-{case}.png)\n\n"
-            f"![Trust ratios by layer](pictures/trust_ratios-{case}.png)\n\n"
-            f"In the LARS run of the second picture the largest trust ratio of a layer is "
-            f"{spread_of_ratios(result):.0f} times the smallest, the median over the records.\n"
-        )
+    text += changes(result)
+    return text + (
+        f"\n![Points of accuracy lost by batch and method](pictures/large_batch-{case}.png)\n\n"
+        f"![Trust ratios by layer](pictures/trust_ratios-{case}.png)\n\n"
+        f"In the LARS run of the second picture the largest trust ratio of a layer is "
+        f"{spread_of_ratios(result):.0f} times the smallest, the median over the records.\n"
     )
 
 
