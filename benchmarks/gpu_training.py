@@ -9,6 +9,7 @@ A part of benchmarks/gpu.py; every subcommand prints Markdown.  Without a GPU it
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +35,39 @@ from hvd_lars.data.identity import made_identity
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.data.source import Request
 from hvd_lars.state.run_state import RunState
+from hvd_lars.train.cuda_graphs import GraphedNetwork
 from hvd_lars.train.feed import Feed
 from hvd_lars.train.precision import Precision
 from hvd_lars.train.trainer import StepOptions, Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# name: precision, TensorFloat-32, channels last, compiled
-MODES: dict[str, tuple[Precision, bool, bool, bool]] = {
-    "fp32": ("fp32", False, False, False),
-    "tf32": ("fp32", True, False, False),
-    "bf16": ("bf16", True, False, False),
-    "bf16, channels last": ("bf16", True, True, False),
-    "fp16, channels last": ("fp16", True, True, False),
-    "bf16, channels last, compiled": ("bf16", True, True, True),
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How forward and backward are computed; ``sizes`` are the micro-batches, all if empty."""
+
+    precision: Precision
+    tf32: bool = True
+    channels_last: bool = False
+    compiled: bool = False
+    graphs: bool = False
+    sizes: tuple[int, ...] = ()
+
+
+ALONE = (64, 2)  # 2 is of the short form on a CPU
+MODES = {
+    "fp32": Mode("fp32", tf32=False, sizes=ALONE),
+    "tf32": Mode("fp32"),
+    "bf16": Mode("bf16", sizes=ALONE),
+    "fp16, channels last": Mode("fp16", channels_last=True, sizes=ALONE),
+    "bf16, channels last": Mode("bf16", channels_last=True),
+    "bf16, channels last, graphs": Mode("bf16", channels_last=True, graphs=True),
+    "bf16, channels last, compiled": Mode(
+        "bf16", channels_last=True, compiled=True, sizes=(16, 64)
+    ),
 }
+_GRAPHS = ("off", "auto")
 Step = Callable[[], object]
 
 
@@ -82,8 +103,8 @@ class Images:
 
 def our_step(network: str, batch: int, side: int, mode: str, comm: Communicator) -> Step:
     """A step of this package's trainer, with LARS."""
-    precision, _, channels_last, compiled = MODES[mode]
-    model = make_model(network, channels_last)
+    how = MODES[mode]
+    model = make_model(network, how.channels_last)
     placement = Replicated(model.parameters(), comm, early_norms=True)
     optimizer = LARS(parameter_groups(model, 1e-4), lr=1e-3, placement=placement)
     source = Images(batch, side)
@@ -93,8 +114,8 @@ def our_step(network: str, batch: int, side: int, mode: str, comm: Communicator)
         Feed(source, GlobalBatches(source.num_train, batch, 0), comm, DEVICE, batch, 1000),
         lambda step: 1e-3,
         comm,
-        StepOptions(0, 0.0, precision, channels_last, read_late=DEVICE.type == "cuda"),
-        torch.compile(model) if compiled else None,
+        StepOptions(0, 0.0, how.precision, how.channels_last, read_late=DEVICE.type == "cuda"),
+        forward_of(model, source.images, how),
     )
     batches = source.forever(batch)
     return lambda: (trainer.train_step(batches), list(trainer.outcomes()))
@@ -102,8 +123,8 @@ def our_step(network: str, batch: int, side: int, mode: str, comm: Communicator)
 
 def plain_step(network: str, batch: int, side: int, mode: str, wrap: bool = False) -> Step:
     """A step of the usual loop, with torch's SGD; ``wrap`` adds Horovod's optimizer."""
-    precision, _, channels_last, compiled = MODES[mode]
-    model = make_model(network, channels_last)
+    how = MODES[mode]
+    model = make_model(network, how.channels_last)
     source = Images(batch, side)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
         model.parameters(), 1e-3, 0.9, weight_decay=1e-4
@@ -113,11 +134,11 @@ def plain_step(network: str, batch: int, side: int, mode: str, wrap: bool = Fals
 
         named = model.named_parameters()
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=named)
-    run = torch.compile(model) if compiled else model
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    images = source.images.contiguous(memory_format=layout)
+    # The usual loop has no graphs: it is what they are measured against.
+    run = torch.compile(model) if how.compiled else model
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how.precision)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=how.precision == "fp16")
+    images = laid_out(source.images, how)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -128,6 +149,19 @@ def plain_step(network: str, batch: int, side: int, mode: str, wrap: bool = Fals
         scaler.update()
 
     return step
+
+
+def laid_out(images: Tensor, how: Mode) -> Tensor:
+    """The images in the mode's memory format."""
+    layout = torch.channels_last if how.channels_last else torch.contiguous_format
+    return images.contiguous(memory_format=layout)
+
+
+def forward_of(model: nn.Module, images: Tensor, how: Mode) -> Callable[[Tensor], Tensor] | None:
+    """What computes the logits in our step, None for the model itself."""
+    if how.graphs and DEVICE.type == "cuda":
+        return GraphedNetwork(model, laid_out(images, how), how.precision)
+    return torch.compile(model) if how.compiled else None
 
 
 def make_model(network: str, channels_last: bool) -> nn.Module:
@@ -156,13 +190,15 @@ def timed(contestants: dict[str, Step], steps: int, rounds: int = 3) -> dict[str
 
 def throughput(options: argparse.Namespace) -> None:
     """Ours against a plain loop with SGD, by micro-batch and mode."""
-    print("| images/s | mode | hvd_lars, LARS | plain loop, SGD | ratio | ms hvd_lars | ms plain |")
+    print("| images | mode | hvd_lars, LARS, images/s | plain loop, SGD, images/s | ratio | "
+          "ms hvd_lars | ms plain |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
     fixed: dict[str, dict[int, dict[str, float]]] = {}
     for mode in options.modes:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = MODES[mode][1]
+        how = MODES[mode]
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = how.tf32
         for batch in options.batches:
-            if mode in ("fp32", "bf16", "fp16, channels last") and batch not in (64, 2):
+            if how.sizes and batch not in how.sizes:
                 continue
             shape = options.network, batch, options.side, mode
             found = timed(
@@ -192,9 +228,11 @@ def memory(options: argparse.Namespace) -> None:
     from hvd_lars.assemble.check import examine
     from hvd_lars.config.file import load_config
 
-    print("| config | micro-batch | estimated, GB | measured, GB | ratio |\n|---|---|---|---|---|")
-    for config, batch in (("resnet50-lars-b32768", 64), ("alexnet-lars-b8192", 128)):
-        overrides = [f"train.micro_batch={batch}"]
+    print("| config | micro-batch | graphs | estimated, GB | reserved, GB | ratio |")
+    print("|---|---|---|---|---|---|")
+    both = itertools.product((("resnet50-lars-b32768", 64), ("alexnet-lars-b8192", 128)), _GRAPHS)
+    for (config, batch), graphs in both:
+        overrides = [f"train.micro_batch={batch}", f"train.cuda_graphs={graphs}"]
         settings = load_config(config, overrides)
         estimated = examine(settings, 1).memory_total
         command = [sys.executable, "-m", "hvd_lars", "bench", config, *overrides]
@@ -202,10 +240,11 @@ def memory(options: argparse.Namespace) -> None:
             [*command, "--steps", "3", "--windows", "3", "--json"], capture_output=True, text=True
         )
         if done.returncode:
-            print(f"| {config} | {batch} | {estimated / 1e9:.2f} | {done.stderr[-200:]} | |")
+            why = done.stderr.strip().splitlines()[-1]
+            print(f"| {config} | {batch} | {graphs} | {estimated / 1e9:.2f} | {why} | |")
             continue
         peak = json.loads(done.stdout[done.stdout.index("{") :])["peak_bytes"]
-        print(f"| {config} | {batch} | {estimated / 1e9:.2f} | {peak / 1e9:.2f} | "
+        print(f"| {config} | {batch} | {graphs} | {estimated / 1e9:.2f} | {peak / 1e9:.2f} | "
               f"{peak / estimated:.2f} |", flush=True)  # fmt: skip
 
 

@@ -13,7 +13,9 @@ medians over the rounds are given.  Floors, measured in the same rounds:
 
 ``ours native`` is a whole step alone.  ``ours native, exposed`` is what a training step waits for:
 gradients' squares were summed while their reduction went on, so one update pass is left.
-On a machine with an NVIDIA GPU the same is run there as well.
+On a machine with an NVIDIA GPU the same is run there as well, twice: as the time that the GPU takes
+while it has other work queued before, as in training, and as the time of a step alone, which for
+many small layers is the host's.
 """
 
 from __future__ import annotations
@@ -94,9 +96,7 @@ def exposed(params: list[nn.Parameter]) -> Step:
         placement.gradients.finish()
 
     def step() -> None:
-        started = time.perf_counter()
         optimizer.step()
-        step.seconds = time.perf_counter() - started  # type: ignore[attr-defined]
 
     before()
     optimizer.step()  # from here on the placement takes the sums early
@@ -138,8 +138,39 @@ def floor(params: list[nn.Parameter]) -> Step:
     return lambda: a.add_(b)
 
 
-def measure(name: str, threads: int, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds by contestant, all interleaved."""
+def alone(step: Step, device: torch.device) -> float:
+    """Milliseconds from the call until the step is done."""
+    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    settle()
+    started = time.perf_counter()
+    step()
+    settle()
+    return (time.perf_counter() - started) * 1e3
+
+
+def queued(step: Step, device: torch.device) -> float:
+    """Milliseconds on the GPU, as in training, where the host is a step ahead.
+
+    Products keep the GPU busy while the host queues the step; a host that takes longer than they
+    do counts.
+    """
+    large = torch.ones(8192, 8192, dtype=torch.bfloat16, device=device)
+    out = torch.empty_like(large)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    for _ in range(20):  # about 30 ms on an H200
+        torch.mm(large, large, out=out)
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def measure(
+    name: str, threads: int, rounds: int, device: torch.device, way: Callable[..., float]
+) -> dict[str, float]:
+    """Median milliseconds by contestant, all interleaved; ``way`` times a step."""
     torch.set_num_threads(threads)
     contestants: dict[str, Callable[[list[nn.Parameter]], Step]] = {
         "floor 28 B": floor,
@@ -162,15 +193,9 @@ def measure(name: str, threads: int, rounds: int, device: torch.device) -> dict[
             for param, gradient in zip(params[who], gradients, strict=True):
                 param.grad.copy_(gradient)  # some peers rewrite it
             getattr(step, "before", lambda: None)()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = getattr(step, "seconds", time.perf_counter() - started)
+            took = way(step, device)
             if i >= 2:
-                times[who].append(seconds * 1e3)
+                times[who].append(took)
     return {who: statistics.median(found) for who, found in times.items()}
 
 
@@ -207,13 +232,15 @@ def main() -> None:
     print_head("One optimizer step", ["torch", *filter(importlib.util.find_spec, sorted(modules))])
     there = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     devices = [torch.device(name) for name in there if arguments.device in (None, name)]
-    for device in devices:
+    ways = {"cpu": {"alone": alone}, "cuda": {"on the GPU, behind other work": queued,
+                                              "alone, host and GPU": alone}}  # fmt: skip
+    for device, (how, way) in [(d, each) for d in devices for each in ways[d.type].items()]:
         results = {
-            (name, threads): measure(name, threads, arguments.rounds, device)
+            (name, threads): measure(name, threads, arguments.rounds, device, way)
             for threads in (arguments.threads if device.type == "cpu" else [1])
             for name in arguments.networks
         }
-        print(f"\n{device.type}, medians of {arguments.rounds} interleaved rounds\n")
+        print(f"\n{device.type}, {how}, medians of {arguments.rounds} interleaved rounds\n")
         print(table(results), flush=True)
     if len(there) == 1:
         print("\nGPU: not run (there is none here)")

@@ -159,7 +159,7 @@ def test_steps_on_a_gpu_also_in_a_cuda_graph(dtype, nesterov, scaled):
     options = {"weight_decay": 1e-3, "trust_coefficient": 0.02, "nesterov": nesterov}
     ends = []
     for device, kernel in (("cpu", "eager"), ("cuda", "native")):
-        params = [nn.Parameter(tensor.to(device)) for tensor in start]
+        params = [nn.Parameter(tensor.to(device, copy=True)) for tensor in start]
         for param in params:
             param.grad = torch.zeros_like(param)
         rate = torch.tensor(2.0, device=device)

@@ -27,6 +27,7 @@ from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 from hvd_lars.state.run_state import RunState
 from hvd_lars.train import trainer as trainer_module
+from hvd_lars.train.cuda_graphs import GraphedNetwork
 from hvd_lars.train.feed import Feed
 from hvd_lars.train.trainer import StepOptions, Trainer
 
@@ -96,7 +97,7 @@ def images(augment):
     return Images(store, store, identity, Augment(**augment), Sizes(6, 6), 0, STATISTICS, ON_DEVICE)
 
 
-def trainer_on(device, placed, precision, augment, comm=None, **options):
+def trainer_on(device, placed, precision, augment, comm=None, graphs=False, **options):
     layers = nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1)
     model = nn.Sequential(*layers, nn.Linear(112, 13), nn.Linear(13, 5)).to(device)
     comm = comm or LocalCommunicator()
@@ -111,6 +112,9 @@ def trainer_on(device, placed, precision, augment, comm=None, **options):
         lambda step: RATES[step % len(RATES)],
         comm,
         StepOptions(3, 0.1, precision, read_late=True),
+        GraphedNetwork(model, torch.zeros(8, 3, 6, 6, device=device), precision)
+        if graphs
+        else None,
     )
 
 
@@ -151,15 +155,17 @@ def test_a_steady_step_does_not_wait(monkeypatch, placed, precision, augment, op
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(("placed", "precision"), [*itertools.product(PLACED, PRECISIONS)])
-def test_a_steady_step_does_not_wait_on_a_gpu(placed, precision):
+def test_a_steady_step_does_not_wait_on_a_gpu(placed, precision, graphs):
     """As above, with torch's own watch over a real device."""
-    trainer = trainer_on(torch.device("cuda"), placed, precision, AUGMENT)
+    trainer = trainer_on(torch.device("cuda"), placed, precision, AUGMENT, graphs=graphs)
     batches = trainer.feed.from_step(0)
     for _ in range(4):  # tables and kernels are made, the allocator grows
         trainer.train_step(batches)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):
             trainer.train_step(batches)
     finally:

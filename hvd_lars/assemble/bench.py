@@ -69,6 +69,7 @@ def bench(
     broadcast_and_verify(trainer.state.tensors(), comm)
     on_gpu = trainer.feed.device.type == "cuda"
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer.model.train()
     batches = trainer.feed.from_step(0)
@@ -91,7 +92,8 @@ def bench(
         part: mean_over_ranks(took / (windows * steps), comm)
         for part, took in trainer.watch.seconds.items()
     }
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
+    # The memory of CUDA graphs counts as allocated in no step.
+    peak = torch.cuda.max_memory_reserved() if on_gpu else _resident_peak()
     numels = [param.numel() for param in trainer.model.parameters() if param.requires_grad]
     updated = sum(numels) // (comm.size if isinstance(trainer.placement, Sharded) else 1)
     return Bench(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hvd_lars.assemble.choices import settle
+from hvd_lars.assemble.forward import make_forward
 from hvd_lars.assemble.network import build_network, check_batch_norm
 from hvd_lars.assemble.placing import place
 from hvd_lars.assemble.plan import Plan, make_plan
@@ -65,13 +66,16 @@ def build_trainer(
     config = settle(config, model, source.num_classes, comm, device)
     _join_batch_norms(model, comm, config.model.bn_sync_ranks)
     placement = place(model, comm, config.optimizer, config.comm, watch)
-    _overlap_gathering(placement, model, config, launch, threads)
     optimizer = config.optimizer.build(model, plan.schedule(0), placement)
+    feed = _build_feed(config, source, comm, device, plan)
+    forward = make_forward(config, model, placement, feed)
+    if forward is None:
+        _overlap_gathering(placement, model, launch, threads)
     train = config.train
     trainer = Trainer(
         RunState(model, optimizer, average),
         placement,
-        _build_feed(config, source, comm, device, plan),
+        feed,
         plan.schedule,
         comm,
         StepOptions(
@@ -83,7 +87,7 @@ def build_trainer(
             noise_every=plan.intervals.layers,
             read_late=device.type == "cuda",
         ),
-        torch.compile(model) if train.compile else None,
+        forward,
     )
     return Built(trainer, plan, config)
 
@@ -118,13 +122,13 @@ def _join_batch_norms(model: nn.Module, comm: Communicator, ranks: int) -> None:
 
 
 def _overlap_gathering(
-    placement: Placement, model: nn.Module, config: Config, launch: Launch, threads: int
+    placement: Placement, model: nn.Module, launch: Launch, threads: int
 ) -> None:
     """Gather sharded parameters during the next forward pass, where that is faster.
 
     On the CPU, only if a core is free for it: otherwise it would slow forward down.
     """
-    if isinstance(placement, Sharded) and not config.train.compile:
+    if isinstance(placement, Sharded):
         cores = len(os.sched_getaffinity(0))
         on_gpu = next(model.parameters()).is_cuda
         if on_gpu or cores >= (launch.local_size or cores) * (threads + 1):

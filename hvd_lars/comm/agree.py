@@ -26,19 +26,25 @@ def on_root(comm: Communicator, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def on_each_node(comm: Communicator, action: Callable[[], object]) -> None:
-    """Run ``action`` once per node, on its first rank; return when all are done.
+def on_each_rank(comm: Communicator, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank and return its result there when all are done.
 
     Raises:
         UserError: on every rank alike, if an action raised UserError or OSError; the message is
             the first failing rank's.
     """
-    _, problem = _attempt(action) if comm.local_rank == 0 else (None, None)
+    result, problem = _attempt(action)
     failed = torch.zeros(comm.size, dtype=torch.int32)
     failed[comm.rank] = problem is not None
-    comm.start_all_reduce_sum(failed, "on_each_node").wait()
+    comm.start_all_reduce_sum(failed, "on_each_rank").wait()
     if failed.any():
         raise UserError(str(comm.broadcast_object(problem, int(failed.argmax()))))
+    return result  # type: ignore[return-value]
+
+
+def on_each_node(comm: Communicator, action: Callable[[], object]) -> None:
+    """As :func:`on_each_rank`, once per node, on its first rank."""
+    on_each_rank(comm, lambda: action() if comm.local_rank == 0 else None)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:

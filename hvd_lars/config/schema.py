@@ -181,6 +181,11 @@ class Train(Section):
         description="consecutive steps that may be skipped because a gradient is not finite",
     )
     compile: bool = key(binds="nothing", default=False, description="torch.compile the network")
+    cuda_graphs: Literal["auto", "on", "off"] = key(
+        binds="nothing",
+        default="auto",
+        description="run full micro-batches from CUDA graphs; auto: where they can be captured",
+    )
     eval_every: DurationField = key(
         binds="nothing",
         default=Duration(1, "epochs"),

@@ -35,6 +35,11 @@ class Feed:
     total_steps: int
     workers: int = 0
 
+    @property
+    def first_size(self) -> int:
+        """Samples of the first micro-batch of a step, the largest."""
+        return len(next(self._requests(0)).indices)
+
     def from_step(self, start: int) -> Iterator[tuple[Request, Batch]]:
         """Yield the micro-batches of step ``start`` and all later steps, in order.
 
