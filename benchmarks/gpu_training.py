@@ -115,7 +115,7 @@ def our_step(network: str, batch: int, side: int, mode: str, comm: Communicator)
         lambda step: 1e-3,
         comm,
         StepOptions(0, 0.0, how.precision, how.channels_last, read_late=DEVICE.type == "cuda"),
-        forward_of(model, source.images, how),
+        forward_of(model, source.images, how, placement),
     )
     batches = source.forever(batch)
     return lambda: (trainer.train_step(batches), list(trainer.outcomes()))
@@ -157,10 +157,12 @@ def laid_out(images: Tensor, how: Mode) -> Tensor:
     return images.contiguous(memory_format=layout)
 
 
-def forward_of(model: nn.Module, images: Tensor, how: Mode) -> Callable[[Tensor], Tensor] | None:
+def forward_of(
+    model: nn.Module, images: Tensor, how: Mode, placement: Replicated
+) -> Callable[[Tensor], Tensor] | None:
     """What computes the logits in our step, None for the model itself."""
     if how.graphs and DEVICE.type == "cuda":
-        return GraphedNetwork(model, laid_out(images, how), how.precision)
+        return GraphedNetwork(model, laid_out(images, how), how.precision, placement.gradients.take)
     return torch.compile(model) if how.compiled else None
 
 

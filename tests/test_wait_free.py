@@ -104,7 +104,7 @@ def trainer_on(device, placed, precision, augment, comm=None, graphs=False, **op
     placement = placed(model.parameters(), comm, bucket_bytes=700, early_norms=True)
     groups = parameter_groups(model, 5e-3, adapt="weights")
     optimizer = LARS(groups, placement=placement, **options)
-    source = images(augment)
+    source, take = images(augment), placement.gradients.take
     return Trainer(
         RunState(model, optimizer, MovingAverage(model, 0.9)),
         placement,
@@ -112,7 +112,7 @@ def trainer_on(device, placed, precision, augment, comm=None, graphs=False, **op
         lambda step: RATES[step % len(RATES)],
         comm,
         StepOptions(3, 0.1, precision, read_late=True),
-        GraphedNetwork(model, torch.zeros(8, 3, 6, 6, device=device), precision)
+        GraphedNetwork(model, torch.zeros(8, 3, 6, 6, device=device), precision, take)
         if graphs
         else None,
     )

@@ -38,7 +38,7 @@ def make_forward(
         return torch.compile(model)
     if train.cuda_graphs == "off" or reason:
         return None
-    found = on_each_rank(feed.comm, lambda: _capture(config, model, feed))
+    found = on_each_rank(feed.comm, lambda: _capture(config, model, placement, feed))
     try:
         graphed = on_each_rank(feed.comm, lambda: _usable(found))
     except UserError as error:
@@ -66,7 +66,9 @@ def _why_not_graphs(config: Config, placement: Placement, feed: Feed) -> str:
     return ""
 
 
-def _capture(config: Config, model: nn.Module, feed: Feed) -> GraphedNetwork | str:
+def _capture(
+    config: Config, model: nn.Module, placement: Placement, feed: Feed
+) -> GraphedNetwork | str:
     """Return the graphs, or why there are none; UserError if the run cannot go on."""
     train = config.train
     if not feed.first_size:
@@ -77,7 +79,8 @@ def _capture(config: Config, model: nn.Module, feed: Feed) -> GraphedNetwork | s
     model.train()
     try:
         images = images.contiguous(memory_format=layout)
-        return GraphedNetwork(model, images, train.precision, cut=feed.comm.size > 1)
+        take = placement.gradients.take
+        return GraphedNetwork(model, images, train.precision, take, cut=feed.comm.size > 1)
     except NotCapturable as error:
         return str(error)
     except CaptureBroken as error:

@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, final
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator, Pending, check_reducible
 from hvd_lars.optim.distributed.absent import AbsentGradient
+from hvd_lars.optim.distributed.bucket import Bucket, adopt, make_buckets
 from hvd_lars.optim.distributed.layout import check_same_layout
 from hvd_lars.optim.distributed.local_norms import LocalNorms
-from hvd_lars.optim.distributed.shard_plan import fill_buckets
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.runtime.stopwatch import Stopwatch
 from hvd_lars.runtime.torch_internals import at_end_of_backward
@@ -26,31 +25,10 @@ _LATE = (
     "backward of a step in placement.gradients.no_sync(), and begin the next step with "
     "optimizer.zero_grad()"
 )
-# Bytes of gradients that are copied in one call: on a GPU, whose launches cost the host, they need
-# memory beside the bucket; on a CPU as long as they stay in a core's cache.
-_TOGETHER, _CACHED = 16 * 2**20, 2**20
 _UNZEROED = (
     "backward() before optimizer.zero_grad(): it added to gradients that were summed over the "
     "ranks for the last step"
 )
-
-
-@dataclass(slots=True)
-class Bucket:
-    """Gradients of some parameters in one flat tensor, reduced as one message."""
-
-    params: list[nn.Parameter]
-    starts: list[int]  # of each parameter in flat
-    sizes: list[int]  # of each parameter, in bytes
-    flat: Tensor  # (numel,), padded with zeros
-    views: list[Tensor]
-    together: int  # bytes of gradients that wait to be copied at once
-    absent: list[AbsentGradient] = field(default_factory=list)  # if no rank has whole sums
-    fresh: set[int] = field(default_factory=set)  # positions whose view belongs to this window
-    missing: set[int] = field(default_factory=set)  # positions still without a gradient
-    waiting: list[int] = field(default_factory=list)  # positions whose gradient is to be copied
-    waiting_bytes: int = 0
-    pending: Pending | None = None
 
 
 class Reduction(Protocol):
@@ -119,7 +97,7 @@ class GradientBuckets:
                 f"one placement of all parameters, and give it to every optimizer"
             )
         check_same_layout(trained, comm)
-        self.buckets = list(_make_buckets(trained, bucket_bytes, reduction.multiple))
+        self.buckets = list(make_buckets(trained, bucket_bytes, reduction.multiple))
         self.place: dict[Tensor, tuple[int, int]] = {}  # bucket and position in it
         handles = []
         for b, bucket in enumerate(self.buckets):
@@ -264,13 +242,54 @@ class GradientBuckets:
         bucket.waiting.append(i)
         bucket.waiting_bytes += bucket.sizes[i]
         if bucket.waiting_bytes > bucket.together or not self._synchronizing:
-            _adopt(bucket, bucket.waiting)
-        if not self._synchronizing:
-            return
+            adopt(bucket, bucket.waiting)
+        if self._synchronizing:
+            bucket.missing.discard(i)
+            self._start_full()
+
+    def take(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Take gradients that were computed in a backward pass beside autograd's hooks.
+
+        They are added to ``param.grad``, as autograd does, and may be overwritten afterwards.
+
+        Args:
+            params: parameters of the placement.
+            gradients: of their shapes; None where there is none.
+        """
+        first: tuple[list[Tensor], list[Tensor]] = [], []
+        more: tuple[list[Tensor], list[Tensor]] = [], []
+        for param, gradient in zip(params, gradients, strict=True):
+            if gradient is None:
+                continue
+            b, i = self.place[param]
+            bucket = self.buckets[b]
+            self._check_fresh(bucket, i, param)
+            if b < self._next:
+                raise RuntimeError(_LATE)
+            view, held = bucket.views[i], param.grad
+            if held is not None and held is not view:
+                adopt(bucket, [*bucket.waiting, i])
+            views, given = first if held is None else more
+            views.append(view)
+            given.append(gradient)
+            param.grad = view
+            bucket.fresh.add(i)
+            if self._synchronizing:
+                bucket.missing.discard(i)
+        with torch.no_grad():
+            if first[0]:
+                torch._foreach_copy_(*first)
+            if more[0]:
+                torch._foreach_add_(*more)
+        self._used = self._reduced = False
+        if self._synchronizing:
+            self._start_full()
+
+    def _start_full(self) -> None:
+        """Start the buckets that are full, in order; backward then ends with :meth:`finish`."""
         if not self._callback_queued:
             self._callback_queued = True
             at_end_of_backward(self.finish)
-        bucket.missing.discard(i)
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             with self.watch.part("communication"):
                 self._start_next()
@@ -291,7 +310,7 @@ class GradientBuckets:
     def _start_next(self) -> None:
         bucket = self.buckets[self._next]
         with torch.no_grad():
-            _adopt(bucket, range(len(bucket.params)))
+            adopt(bucket, range(len(bucket.params)))
         self.local.note(self._next, bucket.views, range(len(bucket.views)))
         bucket.pending = self._reduction.start(self._next, bucket.flat)
         self._next += 1
@@ -343,49 +362,3 @@ def _remove(handles: Sequence[Any]) -> None:
 
 def _is_new(gradient: Tensor | None) -> bool:
     return gradient is not None and not isinstance(gradient, AbsentGradient)
-
-
-def _adopt(bucket: Bucket, positions: Iterable[int]) -> None:
-    """Replace ``param.grad`` by the bucket's views, with the same contents."""
-    views, gradients = [], []
-    for i in positions:
-        param, view = bucket.params[i], bucket.views[i]
-        gradient = param.grad
-        bucket.fresh.add(i)
-        if gradient is view:
-            continue
-        if gradient is None:
-            view.zero_()
-        elif gradient.is_sparse:
-            raise RuntimeError(
-                f"gradients are reduced dense; a parameter of shape {tuple(param.shape)} has a "
-                f"sparse one"
-            )
-        elif gradient.data_ptr() != view.data_ptr() or gradient.stride() != view.stride():
-            views.append(view)
-            gradients.append(gradient)
-        param.grad = view
-    bucket.waiting, bucket.waiting_bytes = [], 0
-    if views:
-        torch._foreach_copy_(views, gradients)
-
-
-def _make_buckets(params: list[nn.Parameter], bucket_bytes: int, multiple: int) -> Iterator[Bucket]:
-    """Yield buckets of one dtype and device each, in reverse order of the parameters."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for param in reversed(params):
-        kinds.setdefault((param.dtype, param.device), []).append(param)
-    for (dtype, device), members in kinds.items():
-        sizes = [param.numel() * param.element_size() for param in members]
-        for positions in fill_buckets(sizes, bucket_bytes):
-            inside = [members[p] for p in positions]
-            numel = sum(param.numel() for param in inside)
-            flat = torch.zeros(-(-numel // multiple) * multiple, dtype=dtype, device=device)
-            views, starts, start = [], [], 0
-            for param in inside:
-                views.append(flat.as_strided(param.shape, param.stride(), start))
-                starts.append(start)
-                start += param.numel()
-            nbytes = [param.numel() * param.element_size() for param in inside]
-            together = _TOGETHER if flat.is_cuda else _CACHED
-            yield Bucket(inside, starts, nbytes, flat, views, together)
