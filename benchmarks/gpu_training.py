@@ -67,7 +67,7 @@ MODES = {
         "bf16", channels_last=True, compiled=True, sizes=(16, 64)
     ),
 }
-_GRAPHS = ("off", "auto")
+_GRAPHS = ("false", "auto")
 Step = Callable[[], object]
 
 

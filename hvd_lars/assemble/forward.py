@@ -28,21 +28,21 @@ def make_forward(
         feed: the micro-batches; a graph takes those as large as the first.
 
     Raises:
-        UserError: on every rank alike: ``train.cuda_graphs: on`` cannot be had.
+        UserError: on every rank alike: ``train.cuda_graphs: true`` cannot be had.
     """
     train = config.train
     reason = _why_not_graphs(config, placement, feed)
-    if train.cuda_graphs == "on" and reason:
-        raise UserError(f"train.cuda_graphs: on: {reason}; allowed here: auto, off")
+    if train.cuda_graphs is True and reason:
+        raise UserError(f"train.cuda_graphs: true: {reason}; allowed here: auto, false")
     if train.compile:
         return torch.compile(model)
-    if train.cuda_graphs == "off" or reason:
+    if train.cuda_graphs is False or reason:
         return None
     found = on_each_rank(feed.comm, lambda: _capture(config, model, placement, feed))
     try:
         graphed = on_each_rank(feed.comm, lambda: _usable(found))
     except UserError as error:
-        if train.cuda_graphs == "on":
+        if train.cuda_graphs is True:
             raise
         if feed.comm.rank == 0:
             tell(f"{error}; the network runs as it is")
@@ -86,7 +86,7 @@ def _capture(
     except CaptureBroken as error:
         raise UserError(
             f"train.cuda_graphs: the capture failed, after which this process cannot use the GPU: "
-            f"{error}; set train.cuda_graphs: off"
+            f"{error}; set train.cuda_graphs: false"
         ) from None
     finally:
         model.train(was_training)

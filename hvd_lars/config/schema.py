@@ -181,7 +181,7 @@ class Train(Section):
         description="consecutive steps that may be skipped because a gradient is not finite",
     )
     compile: bool = key(binds="nothing", default=False, description="torch.compile the network")
-    cuda_graphs: Literal["auto", "on", "off"] = key(
+    cuda_graphs: Literal["auto", True, False] = key(
         binds="nothing",
         default="auto",
         description="run full micro-batches from CUDA graphs; auto: where they can be captured",
