@@ -56,7 +56,7 @@ PARTS = [
     Part(
         "tests",
         "Tests that need a GPU",
-        120,
+        150,
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *GPU_TESTS],
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu_kernels.py"],
     ),
@@ -64,7 +64,7 @@ PARTS = [
         "step",
         "One optimizer step",
         90,
-        ["benchmarks/lars_step.py", "--device", "cuda", "--rounds", "30"],
+        ["benchmarks/lars_step.py", "--device", "cuda", "--rounds", "10"],
         ["benchmarks/lars_step.py", "--device", "cpu", "--rounds", "2", "--threads", "1",
          "--networks", "1,000 layers"],
     ),
@@ -76,8 +76,9 @@ PARTS = [
         [TRAINING, "throughput", "--network", "resnet18", "--batches", "2", "--steps", "2",
          "--modes", "fp32", "--side", "32"],
     ),
-    Part("memory", "Memory against the estimate of `check`", 60, [TRAINING, "memory"], None),
-    Part("decode", "JPEG decoding", 60, [TRAINING, "decode"], [TRAINING, "decode", "--steps", "1"]),
+    Part("memory", "Memory against the estimate of `check`", 90, [TRAINING, "memory"], None),
+    Part("horovod", "Horovod's example", 60, [TRAINING, "horovod"], None, needs_horovod=True),
+    Part("nccl", "NCCL all-reduce of one rank", 60, [TRAINING, "nccl"], None, needs_horovod=True),
     Part(
         "accuracy",
         "Accuracy of the digits, on the GPU and on the CPU",
@@ -85,15 +86,7 @@ PARTS = [
         [TRAINING, "accuracy"],
         None,
     ),
-    Part(
-        "ranks",
-        "Several ranks on one GPU",
-        60,
-        [TRAINING, "ranks"],
-        None,
-    ),
-    Part("horovod", "Horovod's example", 60, [TRAINING, "horovod"], None, needs_horovod=True),
-    Part("nccl", "NCCL all-reduce of one rank", 60, [TRAINING, "nccl"], None, needs_horovod=True),
+    Part("decode", "JPEG decoding", 60, [TRAINING, "decode"], [TRAINING, "decode", "--steps", "1"]),
     Part(
         "doctor",
         "`hvd-lars doctor`",
@@ -101,6 +94,13 @@ PARTS = [
         ["-m", "hvd_lars", "doctor", "--megabytes", "16"],
         None,
         needs_horovod=True,
+    ),
+    Part(
+        "compiled",
+        "Training ResNet-50 compiled",
+        120,
+        [TRAINING, "throughput", "--modes", "bf16, channels last, compiled", "--batches", "64"],
+        None,
     ),
 ]  # fmt: skip
 
@@ -242,14 +242,19 @@ def run(part: Part, command: list[str], work: Path, report: Report, seconds: flo
     return code == 0
 
 
-def gpu_name(work: Path) -> str:
-    """The name of the GPU that torch finds, or an empty string."""
-    program = "from torch import cuda; print(cuda.get_device_name() if cuda.is_available() else '')"
+def gpu_name(work: Path) -> tuple[str, str]:
+    """The name of the GPU that torch finds, or an empty string; versions."""
+    program = (
+        "import torch; from torch import cuda; here = cuda.is_available(); "
+        "print(cuda.get_device_name() if here else ''); "
+        "print('torch', torch.__version__, 'cuDNN', torch.backends.cudnn.version())"
+    )
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, env=environment(work), capture_output=True, text=True)
     if found.returncode:
         raise SystemExit(f"torch does not import: {last_line(found.stderr)}")
-    return found.stdout.strip()
+    name, versions = found.stdout.splitlines()
+    return name, versions
 
 
 def commit(kit: Path | None) -> str:
@@ -306,12 +311,12 @@ def main() -> None:
     options = parser.parse_args()
     report = Report()
     with tempfile.TemporaryDirectory(prefix="hvd_lars-gpu-", ignore_cleanup_errors=True) as name:
-        gpu = gpu_name(Path(name))
+        gpu, versions = gpu_name(Path(name))
         if gpu:
             short = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
             report.target = ROOT / f"benchmarks/results/gpu-{short}.md"
         report.say(f"# {gpu or 'No GPU'}", "", f"{os.cpu_count()} cores, Python "
-                   f"{sys.version.split()[0]}, commit {commit(options.kit)}; "
+                   f"{sys.version.split()[0]}, {versions}, commit {commit(options.kit)}; "
                    f"`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`")  # fmt: skip
         if not gpu:
             report.say("", "There is no GPU here: only what a CPU can do is run, in a short form.")

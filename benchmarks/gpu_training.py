@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Training on one GPU: throughput against a plain loop, memory, decoding, accuracy, ranks, NCCL.
+"""Training on one GPU: throughput against a plain loop, memory, decoding, accuracy, NCCL.
 
     python benchmarks/gpu_training.py throughput [--batches 16 32 64 128 256] [--modes …]
 
@@ -286,16 +286,11 @@ def decode(options: argparse.Namespace) -> None:
     print(f"\nmean difference of pixels: {off:.2f} of 255")
 
 
-def train(
-    *arguments: str, ranks: int = 1, environment: dict[str, str] | None = None
-) -> dict[str, float]:
+def train(*arguments: str, environment: dict[str, str]) -> dict[str, float]:
     """Train and return the last evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "hvd_lars", "train", *arguments, f"run.dir={folder}/run"]
-        if ranks > 1:
-            launcher = ["mpirun", "--oversubscribe", "--allow-run-as-root", "-np", str(ranks)]
-            command = [*launcher, *command]
-        variables = os.environ | (environment or {})
+        variables = os.environ | environment
         done = subprocess.run(command, capture_output=True, text=True, env=variables)
         if done.returncode:
             raise SystemExit((done.stdout + done.stderr)[-2000:])
@@ -309,16 +304,6 @@ def accuracy(options: argparse.Namespace) -> None:
     for device, hidden in (("GPU", {}), ("CPU", {"CUDA_VISIBLE_DEVICES": ""})):
         found = train("digits", environment=hidden)
         print(f"| {device} | {found['top1']:.4f} | {found['loss']:.4f} |", flush=True)
-
-
-def ranks(options: argparse.Namespace) -> None:
-    """Two and three ranks on one GPU over mpi4py, against one."""
-    print("| ranks on one GPU, mpi4py | top-1 | test loss |\n|---|---|---|")
-    for count in (1, 2, 3):
-        backend = ["comm.backend=mpi"] if count > 1 else []
-        small = "train.duration=8 epochs", "schedule.base_lr=0.5"  # 32 would amplify rounding
-        found = train("digits", *small, *backend, ranks=count)
-        print(f"| {count} | {found['top1']:.4f} | {found['loss']:.6f} |", flush=True)
 
 
 def horovod(options: argparse.Namespace) -> None:
@@ -353,12 +338,12 @@ def nccl(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run one part."""
-    parts = [throughput, memory, decode, accuracy, ranks, horovod, nccl]
+    parts = [throughput, memory, decode, accuracy, horovod, nccl]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=[part.__name__ for part in parts])
     parser.add_argument("--network", default="resnet50")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES)[:-1], choices=MODES)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()

@@ -215,6 +215,8 @@ def _capture(parts: list[_Graphs]) -> None:
             for part in reversed(parts):
                 with into(part.backward):
                     part.run_backward()
+                # Without what autograd knows of it, or other passes would wait for this stream.
+                part.output = part.output.detach()
         except Exception as error:  # whatever the network, torch or the driver may raise
             raise CaptureBroken(_first_line(error)) from None
 
