@@ -29,5 +29,5 @@ trap 'rm -rf "$tools"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$tools" 'setuptools<80' wheel packaging
 PYTHONPATH="$tools" python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
     --no-binary=:all: --dest "$folder" --requirement "$folder/horovod.txt"
-git rev-parse --short HEAD > "$folder/commit.txt" 2> /dev/null || rm "$folder/commit.txt"
+git describe --always --dirty=', edited' > "$folder/commit.txt" 2> /dev/null || rm "$folder/commit.txt"
 du -sh "$folder"

@@ -230,26 +230,27 @@ def memory(options: argparse.Namespace) -> None:
     from hvd_lars.assemble.check import examine
     from hvd_lars.config.file import load_config
 
-    print("| config | micro-batch | graphs | estimated, GB | reserved, GB | ratio |")
-    print("|---|---|---|---|---|---|")
+    print("| config | micro-batch | graphs | tensors, GB | estimated, GB | reserved, GB | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    room = torch.cuda.get_device_properties(0).total_memory
     both = itertools.product((("resnet50-lars-b32768", 64), ("alexnet-lars-b8192", 128)), _GRAPHS)
     for (config, batch), graphs in both:
         overrides = [f"train.micro_batch={batch}", f"train.cuda_graphs={graphs}"]
         settings = load_config(config, overrides)
-        estimated = examine(
-            settings, 1, torch.cuda.get_device_properties(0).total_memory
-        ).memory_total
+        found = examine(settings, 1, room)
+        estimated = found.memory_total
+        tensors = estimated - found.memory["libraries"] - found.memory.get("graphs", 0)
+        row = f"| {config} | {batch} | {graphs} | {tensors / 1e9:.2f} | {estimated / 1e9:.2f} |"
         command = [sys.executable, "-m", "hvd_lars", "bench", config, *overrides]
         done = subprocess.run(
             [*command, "--steps", "3", "--windows", "3", "--json"], capture_output=True, text=True
         )
         if done.returncode:
             why = done.stderr.strip().splitlines()[-1]
-            print(f"| {config} | {batch} | {graphs} | {estimated / 1e9:.2f} | {why} | |")
+            print(f"{row} {why} | |")
             continue
         peak = json.loads(done.stdout[done.stdout.index("{") :])["peak_bytes"]
-        print(f"| {config} | {batch} | {graphs} | {estimated / 1e9:.2f} | {peak / 1e9:.2f} | "
-              f"{peak / estimated:.2f} |", flush=True)  # fmt: skip
+        print(f"{row} {peak / 1e9:.2f} | {peak / estimated:.2f} |", flush=True)
 
 
 def decode(options: argparse.Namespace) -> None:

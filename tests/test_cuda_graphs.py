@@ -3,8 +3,10 @@
 A graph's replay is stood in for by running its part again; tests/test_on_gpu.py has real ones.
 """
 
+import random
 import types
 
+import numpy as np
 import pytest
 import torch
 from commands import hvd_lars
@@ -13,14 +15,14 @@ from torchvision.models import get_model
 
 from hvd_lars import LARS, Replicated, Sharded, parameter_groups
 from hvd_lars.train import cuda_graphs
-from hvd_lars.train.cuda_graphs import GraphedNetwork, NotCapturable
+from hvd_lars.train.cuda_graphs import GraphedNetwork
+from hvd_lars.train.graph_parts import NotCapturable
 
 
 def run_again(parts):
     """In place of a capture."""
     for part in parts:
-        module = part.part
-        part.part = lambda images, module=module: type(module).forward(module, images)
+        part.part = part.part.forward  # which replays will take the place of
         part.run_forward()
         part.output_gradient = torch.zeros_like(part.output)
         part.forward = types.SimpleNamespace(replay=torch.enable_grad()(part.run_forward))
@@ -132,20 +134,70 @@ def test_capturing_leaves_buffers_gradients_and_random_state_alone():
     assert all(param.grad is None for param in model.parameters())
 
 
-class Twice(nn.Module):
+def test_a_forward_of_ones_own_stays(monkeypatch):
+    model = Net()
+    for part in (model, model.small, model.large):
+        part.forward = lambda images, own=part.forward: 3 * own(images)
+    images = torch.randn(2, 3, 8, 8)
+    wanted = model.train()(images)
+    for cut in (False, True):
+        network = network_of(model, side=8, cut=cut)
+        torch.testing.assert_close(network(images), wanted)
+        assert "forward" in vars(model.small)
+        torch.testing.assert_close(model(images), wanted)
+
+
+def test_the_blocks_of_a_list_are_parts():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            blocks = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(6)]
+            self.blocks = nn.ModuleList(blocks)
+            self.register_buffer("expanded", torch.ones(1).expand(5))
+
+        def forward(self, images):
+            for block in self.blocks:
+                images = block(images)
+            return images.mean((2, 3))
+
+    model = Blocks()
+    assert network_of(model, cut=True).parts == list(model.blocks)
+
+
+class Odd(nn.Module):
+    """Two parts and one oddity."""
+
     def __init__(self, how):
         super().__init__()
-        self.how, self.body = how, nn.Sequential(nn.Conv2d(3, 3, 1))
+        self.how, self.body = how, nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
         self.head = nn.Sequential(nn.Conv2d(3, 5, 1))
+        self.register_buffer("seen", torch.zeros(1))
         if how == "shared":
-            self.head[0].weight = nn.Parameter(torch.randn(3, 3, 1, 1))
+            self.head[0].weight = nn.Parameter(torch.randn(3, 3, 3, 3))
             self.body[0].weight = self.head[0].weight
             self.head[0].bias = nn.Parameter(torch.zeros(3))
         if how == "hook":
             self.head.register_forward_pre_hook(lambda *_: None)
+        if how == "backward hook":
+            self.head[0].register_full_backward_pre_hook(lambda *_: None)
 
     def forward(self, images):
-        logits = self.head(self.body(images)).mean((2, 3))
+        if (
+            self.how in ("random", "numpy")
+            and {"random": random, "numpy": np.random}[self.how].random() > 2
+        ):
+            return images
+        if self.how == "buffer":
+            self.seen = self.seen + images.mean().detach()
+        inner = self.body(images)
+        if self.how == "outside":
+            inner = inner + 0.01 * self.body[0](images)
+        if self.how == "no part in float32":
+            with torch.autocast("cpu", torch.bfloat16):
+                inner = self.head(inner).float()
+        else:
+            inner = self.head(inner)
+        logits = inner.mean((2, 3))
         return (logits, logits) if self.how == "two" else logits
 
 
@@ -155,11 +207,48 @@ class Twice(nn.Module):
         ("two", False, "the network takes or returns more than a tensor"),
         ("shared", True, "parts of the network share parameters"),
         ("hook", True, "Sequential has hooks, which a graph would leave out"),
+        ("backward hook", True, "Conv2d has hooks, which a graph would leave out"),
+        ("random", False, "forward draws random numbers on the host"),
+        ("numpy", False, "forward draws random numbers on the host"),
+        ("buffer", False, "forward replaces parameters or buffers"),
+        ("outside", True, "Conv2d is called inside of a part of the network and outside"),
     ],
 )
 def test_what_cannot_be_a_graph_says_why(how, cut, why):
     with pytest.raises(NotCapturable, match=why):
-        network_of(Twice(how), cut=cut)
+        network_of(Odd(how), cut=cut)
+
+
+def test_a_part_in_other_surroundings_runs_as_it_is():
+    model = Odd("no part in float32")
+    assert network_of(model, cut=True).parts == [model.body]
+    assert network_of(Odd("none"), cut=True).parts[0] is not model.body
+
+
+@pytest.mark.parametrize("where", ["before a zero", "everywhere"])
+def test_a_graph_with_wrong_gradients_is_found_out(monkeypatch, where):
+    def wrong(parts):
+        run_again(parts)
+        for part in parts:
+
+            def replay(part=part, right=part.backward.replay):
+                right()
+                last = len(part.gradients) - 4  # those of the last normalisation and convolution
+                part.gradients = tuple(
+                    g if g is None or (where == "before a zero" and i >= last) else -g
+                    for i, g in enumerate(part.gradients)
+                )
+
+            part.backward = types.SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(cuda_graphs, "_capture", wrong)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 6), nn.BatchNorm2d(5),
+        nn.Flatten(),
+    )  # fmt: skip
+    nn.init.zeros_(model[4].weight)
+    with pytest.raises(NotCapturable, match="its gradients are off by [0-9]{3}% when"):
+        network_of(model, side=8)
 
 
 def test_a_graph_that_computes_something_else_is_found_out(monkeypatch):
@@ -196,5 +285,5 @@ def test_a_run_that_cannot_have_graphs_says_so(tmp_path, how):
     elif torch.cuda.is_available():
         pytest.skip("they can be had")
     else:
-        wanted = "train.cuda_graphs: true: this rank computes on the CPU; allowed here: auto, false"
+        wanted = "train.cuda_graphs: a rank computes on the CPU"
     assert wanted in output

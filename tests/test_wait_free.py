@@ -26,6 +26,7 @@ from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 from hvd_lars.state.run_state import RunState
+from hvd_lars.train import cuda_graphs
 from hvd_lars.train import trainer as trainer_module
 from hvd_lars.train.cuda_graphs import GraphedNetwork
 from hvd_lars.train.feed import Feed
@@ -158,12 +159,16 @@ def test_a_steady_step_does_not_wait(monkeypatch, placed, precision, augment, op
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(("placed", "precision"), [*itertools.product(PLACED, PRECISIONS)])
-def test_a_steady_step_does_not_wait_on_a_gpu(placed, precision, graphs):
+def test_a_steady_step_does_not_wait_on_a_gpu(monkeypatch, placed, precision, graphs):
     """As above, with torch's own watch over a real device."""
     trainer = trainer_on(torch.device("cuda"), placed, precision, AUGMENT, graphs=graphs)
     batches = trainer.feed.from_step(0)
+    replays = []
+    apply = cuda_graphs._Replay.apply
+    monkeypatch.setattr(cuda_graphs._Replay, "apply", lambda *a: replays.append(1) or apply(*a))
     for _ in range(4):  # tables and kernels are made, the allocator grows
         trainer.train_step(batches)
+    assert (len(replays) > 0) == graphs
     try:
         torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):

@@ -11,8 +11,8 @@ from hvd_lars.config.schema import Config
 from hvd_lars.sources import BuildContext
 
 # Bytes of a GPU beside the tensors counted here: workspaces of convolutions and what PyTorch's
-# allocator holds, and what CUDA graphs add.  The larger of ResNet-50's and AlexNet's on one H200,
-# in float32 (benchmarks/results/gpu-h200.md).
+# allocator holds, and what CUDA graphs add beside their gradients.  The larger of ResNet-50's and
+# AlexNet's on one H200, in float32 (benchmarks/results/gpu-h200.md).
 _LIBRARIES, _GRAPHS = 1.4e9, 1.0e9
 
 
@@ -56,7 +56,9 @@ def examine(
         _check_batch_norm(config, plan, num_classes)
     memory = _memory(config, size, plan)
     if device_memory is not None:
-        memory["libraries"] = _LIBRARIES + (_GRAPHS if config.train.cuda_graphs else 0)
+        memory["libraries"] = _LIBRARIES
+        if config.train.cuda_graphs is not False and not config.why_no_graphs(ranks):
+            memory["graphs"] = _GRAPHS + size.parameters  # which hold gradients, too
     warnings = []
     if device_memory is not None and sum(memory.values()) > device_memory:
         room = device_memory - sum(memory.values()) + memory["activations"] - size.activations_fixed

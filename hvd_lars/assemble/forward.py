@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from hvd_lars.comm.agree import on_each_rank
 from hvd_lars.config.schema import Config
 from hvd_lars.errors import UserError
-from hvd_lars.optim import Placement, Sharded
+from hvd_lars.optim import Placement
 from hvd_lars.runtime.terminal import tell
-from hvd_lars.train.cuda_graphs import CaptureBroken, GraphedNetwork, NotCapturable
+from hvd_lars.train.cuda_graphs import CaptureBroken, GraphedNetwork
 from hvd_lars.train.feed import Feed
+from hvd_lars.train.graph_parts import NotCapturable
 
 
 def make_forward(
@@ -25,56 +26,48 @@ def make_forward(
         config: ``train.compile`` and ``train.cuda_graphs`` decide.
         model: in its final memory, the placement's.
         placement: of its parameters.
-        feed: the micro-batches; a graph takes those as large as the first.
+        feed: the micro-batches; graphs take the largest.
 
     Raises:
         UserError: on every rank alike: ``train.cuda_graphs: true`` cannot be had.
     """
-    train = config.train
-    reason = _why_not_graphs(config, placement, feed)
+    train, comm = config.train, feed.comm
+    reason = config.why_no_graphs(comm.size)
     if train.cuda_graphs is True and reason:
         raise UserError(f"train.cuda_graphs: true: {reason}; allowed here: auto, false")
     if train.compile:
         return torch.compile(model)
     if train.cuda_graphs is False or reason:
         return None
-    found = on_each_rank(feed.comm, lambda: _capture(config, model, placement, feed))
+    found = on_each_rank(comm, lambda: _capture(config, model, placement, feed))
     try:
-        graphed = on_each_rank(feed.comm, lambda: _usable(found))
+        graphed = on_each_rank(comm, lambda: _usable(found))
     except UserError as error:
         if train.cuda_graphs is True:
             raise
-        if feed.comm.rank == 0:
-            tell(f"{error}; the network runs as it is")
+        if comm.rank == 0 and feed.device.type == "cuda":
+            tell(f"{error}; the network runs without them")
         return None
-    if feed.comm.rank == 0:
+    if comm.rank == 0:
         count = len(graphed.parts)
         tell(f"train.cuda_graphs: {count} part{'s' * (count > 1)} of the network captured")
     return graphed
-
-
-def _why_not_graphs(config: Config, placement: Placement, feed: Feed) -> str:
-    """Return why no graph is tried, before anything is captured; the same on all ranks."""
-    if feed.device.type != "cuda":
-        return "this rank computes on the CPU"
-    if config.train.compile:
-        return "train.compile is on"
-    if config.model.bn_sync_ranks > 1:
-        return "model.bn_sync_ranks: BatchNorm exchanges statistics during forward"
-    if config.train.cuda_graphs == "auto" and isinstance(placement, Sharded) and feed.comm.size > 1:
-        return "optimizer.placement: sharded parameters arrive during forward"
-    return ""
 
 
 def _capture(
     config: Config, model: nn.Module, placement: Placement, feed: Feed
 ) -> GraphedNetwork | str:
     """Return the graphs, or why there are none; UserError if the run cannot go on."""
-    train = config.train
-    if not feed.first_size:
+    train, (*smaller, size) = config.train, sorted(feed.sizes)
+    if feed.device.type != "cuda":
+        return "a rank computes on the CPU"
+    if not size:
         return "a rank has no samples in a step"
+    if smaller and train.cuda_graphs == "auto":
+        # They would need memory of their own beside that of the graphs.
+        return f"micro-batches of {smaller[0]} and {size} samples are not of one size"
     layout = torch.channels_last if train.channels_last else torch.contiguous_format
-    images = torch.zeros(feed.first_size, *config.data.shapes[0], device=feed.device)
+    images = torch.zeros(size, *config.data.shapes[0], device=feed.device)
     was_training = model.training
     model.train()
     try:
@@ -83,6 +76,8 @@ def _capture(
         return GraphedNetwork(model, images, train.precision, take, cut=feed.comm.size > 1)
     except NotCapturable as error:
         return str(error)
+    except torch.cuda.OutOfMemoryError as error:
+        return str(error).partition(". ")[0]
     except CaptureBroken as error:
         raise UserError(
             f"train.cuda_graphs: the capture failed, after which this process cannot use the GPU: "

@@ -184,7 +184,7 @@ class Train(Section):
     cuda_graphs: Literal["auto", True, False] = key(
         binds="nothing",
         default="auto",
-        description="run full micro-batches from CUDA graphs; auto: where they can be captured",
+        description="run micro-batches from CUDA graphs; auto: on a GPU, if nothing is against it",
     )
     eval_every: DurationField = key(
         binds="nothing",
@@ -313,6 +313,22 @@ class Config(Section):
                 f"at most {whole}"
             )
         return self
+
+    def why_no_graphs(self, ranks: int) -> str:
+        """Return the setting that keeps a run over ``ranks`` from CUDA graphs; empty if none does.
+
+        Beside it, the machine and the network have to suit.
+        """
+        if self.train.compile:
+            return "train.compile is on"
+        if self.model.bn_sync_ranks > 1:
+            return "model.bn_sync_ranks: BatchNorm exchanges statistics during forward"
+        if self.model.checkpoint_blocks:
+            return "model.checkpoint_blocks: blocks are computed again in backward"
+        sharded = self.optimizer.placement == "sharded" and ranks > 1
+        if sharded and self.train.cuda_graphs == "auto":
+            return "optimizer.placement: sharded parameters arrive during forward"
+        return ""
 
     def with_section(self, section: str, settings: Section) -> Config:
         """Return the config with another, already validated section."""

@@ -36,9 +36,9 @@ class Feed:
     workers: int = 0
 
     @property
-    def first_size(self) -> int:
-        """Samples of the first micro-batch of a step, the largest."""
-        return len(next(self._requests(0)).indices)
+    def sizes(self) -> set[int]:
+        """Numbers of samples that this rank's micro-batches have."""
+        return {len(request.indices) for request in self._requests(0)}
 
     def from_step(self, start: int) -> Iterator[tuple[Request, Batch]]:
         """Yield the micro-batches of step ``start`` and all later steps, in order.

@@ -20,7 +20,7 @@ class KeptBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        buffers = [buffer for buffer in model.buffers() if not _is_expanded(buffer)]
+        buffers = [buffer for buffer in model.buffers() if not is_expanded(buffer)]
         self._groups = [Joined([buffers[i] for i in each]) for each in by_kind(buffers)]
         self._before: list[Tensor] = []
 
@@ -34,6 +34,7 @@ class KeptBuffers:
             group.write(torch.where(kept.to(before.device), group.read(), before))
 
 
-def _is_expanded(tensor: Tensor) -> bool:
+def is_expanded(tensor: Tensor) -> bool:
+    """Return whether several elements share memory."""
     sizes = zip(tensor.stride(), tensor.shape, strict=True)
     return any(stride == 0 and size > 1 for stride, size in sizes)
