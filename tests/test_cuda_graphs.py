@@ -242,12 +242,13 @@ def test_a_graph_with_wrong_gradients_is_found_out(monkeypatch, where):
             part.backward = types.SimpleNamespace(replay=replay)
 
     monkeypatch.setattr(cuda_graphs, "_capture", wrong)
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 6), nn.BatchNorm2d(5),
         nn.Flatten(),
     )  # fmt: skip
     nn.init.zeros_(model[4].weight)
-    with pytest.raises(NotCapturable, match="its gradients are off by [0-9]{3}% when"):
+    with pytest.raises(NotCapturable, match="its gradients are off by [0-9]+% when"):
         network_of(model, side=8)
 
 
