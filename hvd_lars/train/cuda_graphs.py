@@ -147,9 +147,9 @@ class GraphedNetwork:
                     raise NotCapturable(f"forward {what}")
             gradients = [taken.get(p, g) for p, g in zip(params, found, strict=False)]
             results = _Results(
-                [logits.detach().cpu()],
-                [buffer.cpu() for buffer in model.buffers()],
-                [torch.zeros(()) if g is None else g.cpu() for g in gradients],
+                [_on_host(logits)],
+                list(map(_on_host, model.buffers())),
+                [torch.zeros(()) if g is None else _on_host(g) for g in gradients],
             )
         torch.cuda.empty_cache()  # a graph has memory of its own
         return results
@@ -163,7 +163,11 @@ class _Graphs:
         self.params = [param for param in part.parameters() if param.requires_grad]
         self.copies = False  # its input, as the part writes into it
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self.output = self.output_gradient = sample
+        self.forget()
+
+    def forget(self) -> None:
+        """Let results go."""
+        self.output = self.output_gradient = self.input
         self.input_gradient: Tensor | None = None
         self.gradients: tuple[Tensor | None, ...] = ()
 
@@ -221,7 +225,10 @@ def _capture(parts: list[_Graphs]) -> None:
         with torch.cuda.stream(stream):
             for part in parts:
                 _rehearse(part)
+        for part in parts:
+            part.forget()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a capture cannot take it back
         try:  # in the order in which they will run, as they share memory
             for part in parts:
                 with into(part.forward):
@@ -260,6 +267,10 @@ def _rehearse(part: _Graphs) -> None:
         ) from None
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _first_line(error: Exception) -> str:
