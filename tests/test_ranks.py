@@ -15,7 +15,7 @@ from tiny import (
 
 from hvd_lars.data.sampler import accumulation
 from hvd_lars.optim import LARS, Replicated, parameter_groups
-from hvd_lars.optim.distributed import buckets
+from hvd_lars.optim.distributed import bucket
 from hvd_lars.state.checkpoint import Checkpointer
 from hvd_lars.state.progress import Progress
 from hvd_lars.state.replicas import (
@@ -73,7 +73,7 @@ def test_the_same_ranks_end_with_the_same_bits_every_time(comm, monkeypatch):
     """Whether gradients are copied one by one, some at a time, or a whole bucket's together."""
     ends = []
     for together in (0, 100, 2**20):
-        monkeypatch.setattr(buckets, "_CACHED", together)
+        monkeypatch.setattr(bucket, "_CACHED", together)
         trainer = tiny_trainer(comm, torch.float32, 7)
         for step in range(len(RATES)):
             trainer.train_step(trainer.feed.from_step(step))
