@@ -29,7 +29,8 @@ def make_forward(
         feed: the micro-batches; graphs take the largest.
 
     Raises:
-        UserError: on every rank alike: ``train.cuda_graphs: true`` cannot be had.
+        UserError: on every rank alike: ``train.cuda_graphs: true`` cannot be had, or a capture
+            failed on its way, after which its rank cannot go on.
     """
     train, comm = config.train, feed.comm
     reason = config.why_no_graphs(comm.size)
