@@ -276,7 +276,7 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[int, str, str | None]]:
     reference = min(options.batches)
     for batch in sorted(options.batches):
         for name in options.methods:
-            if batch != reference or name == "SGD" or options.full:
+            if batch != reference or name == "SGD":
                 yield batch, name, None
     for batch in sorted(options.batches):
         if batch != reference and "SGD" in options.methods:
