@@ -6,7 +6,7 @@ Kernels work on addresses, so everything that could have moved between two steps
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any, cast, final
 
 import torch
@@ -20,13 +20,12 @@ from hvd_lars.optim.norms import flat, in_layout_of, is_dense
 
 States = MutableMapping[Tensor, dict[str, Any]]
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
-_shape = attrgetter("shape")
 
 
 def _places_of(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """Return addresses, shapes and strides; ``.data = …`` and ``.set_()`` keep the objects."""
-    addresses, shapes = list(map(Tensor.data_ptr, tensors)), list(map(_shape, tensors))
-    return addresses, shapes, list(map(Tensor.stride, tensors))
+    """Return addresses, sizes and strides; ``.data = …`` and ``.set_()`` keep the objects."""
+    accessors = (Tensor.data_ptr, Tensor.numel, Tensor.stride)
+    return tuple(list(map(accessor, tensors)) for accessor in accessors)
 
 
 def _place_of(tensor: Tensor) -> _Place | None:

@@ -197,7 +197,6 @@ class LARS(PlacedOptimizer):
             placement.publish_parameters()
         for device in devices:
             device.end()
-        memory.state_ids = self._state_ids()
         self._last = memory
         return loss
 
@@ -213,9 +212,11 @@ class LARS(PlacedOptimizer):
             layers = layers_of(self.param_groups, placed, checked)
             last = _Memory(now, list(map(DeviceStep, layers)), self.state, [])
         self._last = None  # until this step is complete
-        same_states = self._state_ids() == last.state_ids
+        ids = self._state_ids()
         for device in last.devices:
-            device.begin(self.state, self.placement, same_states)
+            device.begin(self.state, self.placement, same_states=ids == last.state_ids)
+        # Only new entries: ``begin`` replaces none.
+        last.state_ids = ids if len(ids) == len(self.state) else self._state_ids()
         return last
 
     def _state_ids(self) -> list[int]:
