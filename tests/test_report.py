@@ -118,6 +118,34 @@ def test_a_page_shows_what_was_recorded(page):
     assert page.count("<svg") == 2 + 1 + 1 + 4 + 3 + 2
 
 
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    for case in ("lars/b32", "sgd/b32", "sgd/b64"):
+        (tmp_path / case).mkdir(parents=True)
+        make_run(tmp_path / case / "seed-0")
+    other = make_run(tmp_path / "lars/b32/seed-1")
+    folders = [tmp_path / f"{case}/seed-0" for case in ("lars/b32", "sgd/b32", "sgd/b64")]
+    write_report([*folders, other, folders[0]], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    names = ["lars/b32/seed-0", "sgd/b32/seed-0", "b64/seed-0", "seed-1"]
+    assert f"<h1>{', '.join(names)}</h1>" in page
+    legend = page[page.index('<ul class="legend">') :]
+    assert all(f"</i>{name}</li>" in legend[: legend.index("</ul>")] for name in names)
+
+
+def test_only_layers_with_a_trust_ratio_are_in_its_picture(tmp_path):
+    run = read_run(make_run(tmp_path / "run"))
+    plain = [r | {"trust_ratio": r["trust_ratio"] | {"features.0.bias": 1.0}} for r in run.layers]
+    page = make_page([dataclasses.replace(run, layers=plain)])
+    assert "Trust ratio λ, run: layers by step (left out: 1 without a ratio)" in page
+    assert page.count(">features.0.bias</text>") == 1  # in the picture of norms
+    sgd = [r | {"trust_ratio": dict.fromkeys(r["trust_ratio"], 1.0)} for r in run.layers]
+    page = make_page([dataclasses.replace(run, layers=sgd)])
+    assert "Trust ratio λ, run" not in page
+    ratios = page[page.index("‖w‖ / ‖g‖ (no layer has a trust ratio), run: layers by step") :]
+    assert ratios[: ratios.index("</svg>")].count("<rect") == 2 * 3
+    assert '<p class="scale">4 ' in ratios  # 2.0 / 0.5
+
+
 def test_exact_values_are_told_by_the_mouse_and_by_tables(page):
     assert "<title>lars: top-1, % 22.5 at epoch 1</title>" in page
     assert "<title>lars: learning rate γ 0.1 at step 40</title>" in page

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from statistics import median
 
 from hvd_lars.assemble.compared import compare_run
-from hvd_lars.assemble.recorded import Run, read_run
+from hvd_lars.assemble.recorded import Record, Run, read_run
 from hvd_lars.assemble.studied import read_study
 from hvd_lars.errors import UserError
 from hvd_lars.planning.site import Site
@@ -50,6 +53,7 @@ def write_report(folders: Sequence[Path], output: Path, site: Site | None = None
 
 def make_page(runs: Sequence[Run], site: Site | None = None) -> str:
     """Return the whole page as HTML; with ``site``, runs are compared with its forecast."""
+    runs = _told_apart(runs)
     sections: list[tuple[str, str, str]] = [
         ("glance", "At a glance", glance(runs)),
         ("batch", "Batch", _batch(runs)),
@@ -61,6 +65,19 @@ def make_page(runs: Sequence[Run], site: Site | None = None) -> str:
         ("environment", "Environment", _environment(runs)),
     ]
     return page_of(", ".join(run.name for run in runs), sections)
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """Return every run once, named by as much of its path as tells it from the others."""
+    once = {Path(os.path.abspath(run.folder)): run for run in runs}
+    depths = dict.fromkeys(once, 1)
+    while True:
+        names = {path: "/".join(path.parts[-depth:]) for path, depth in depths.items()}
+        same = [path for path, name in names.items() if Counter(names.values())[name] > 1]
+        if not same:
+            return [replace(run, name=names[path]) for path, run in once.items()]
+        for path in same:
+            depths[path] += 1
 
 
 def _each(runs: Sequence[Run], section: Callable[[Run], str]) -> str:
@@ -118,11 +135,21 @@ def _layers(run: Run) -> str:
     kept = run.layers[::stride]
     names = list(kept[-1]["trust_ratio"])
     columns = [f"{r['step']:,}" for r in kept]
+    # λ = 1 of the others would take up the scale of colours.
+    adapted = [name for name in names if any(r["trust_ratio"].get(name) != 1.0 for r in kept)]
+    maps: list[tuple[str, list[str], Callable[[Record, str], float | None]]] = [
+        ("Trust ratio λ", adapted, lambda r, name: r["trust_ratio"].get(name))
+        if adapted
+        else ("‖w‖ / ‖g‖ (no layer has a trust ratio)", names, _norm_ratio),
+        ("Weight norm", names, lambda r, name: r["weight_norm"].get(name)),
+    ]
     text = ""
-    for key, what in (("trust_ratio", "Trust ratio λ"), ("weight_norm", "Weight norm")):
-        values = [[float(r[key].get(name) or 0.0) for r in kept] for name in names]
+    for what, shown, value in maps:
+        values = [[value(r, name) or 0.0 for r in kept] for name in shown]
         title = f"{what}, {run.name}: layers by step"
-        text += figure(heat_map(title, names, columns, values), title)
+        left_out = len(names) - len(shown)
+        note = f" (left out: {left_out} without a ratio)" if left_out else ""
+        text += figure(heat_map(title, shown, columns, values), title + note)
     last = kept[-1]
     rows = [
         [name, *(f"{last[key][name]:.4g}" if last[key].get(name) is not None else "not finite"
@@ -131,6 +158,11 @@ def _layers(run: Run) -> str:
     ]  # fmt: skip
     numbers = table(["layer", "‖w‖", "‖g‖", "λ", "γλ"], rows)
     return text + f"<details><summary>Numbers at step {last['step']:,}</summary>{numbers}</details>"
+
+
+def _norm_ratio(record: Record, name: str) -> float | None:
+    weight, gradient = record["weight_norm"].get(name), record["gradient_norm"].get(name)
+    return weight / gradient if weight and gradient else None
 
 
 def _speed(runs: Sequence[Run]) -> str:
