@@ -5,6 +5,7 @@ import torch
 from tiny import assert_same_parameters, tiny_model
 
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
+from hvd_lars.optim.lamb import LAMB
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4)
 
@@ -80,15 +81,16 @@ def test_adasum_with_shared_ratios_is_refused(comm):
             model(torch.ones(1, 3, 6, 6)).sum().backward()
 
 
+@pytest.mark.parametrize("kind", [LARS, LAMB])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_horovods_way_to_broadcast_a_state_moves_no_weights(comm, wrapped):
+def test_horovods_way_to_broadcast_a_state_moves_no_weights(comm, wrapped, kind):
     """It takes a step with zero gradients on ranks that have no state."""
     if comm.backend != "horovod":
         return
     import horovod.torch as hvd
 
     model, untouched = tiny_model(torch.float64), tiny_model(torch.float64)
-    optimizer = LARS(parameter_groups(model, 5e-3), lr=3.0)
+    optimizer = kind(parameter_groups(model, 5e-3), lr=3.0)
     if wrapped:
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
     with pytest.raises(RuntimeError, match="load its state_dict\\(\\) on every rank"):

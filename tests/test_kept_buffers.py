@@ -42,9 +42,38 @@ def test_buffers_are_restored_where_a_step_is_skipped():
     KeptBuffers(nn.Linear(2, 2)).note()  # a model without buffers
 
 
+class Replacing(Several):
+    """A network whose forward assigns new tensors to its buffers."""
+
+    def forward(self, value):
+        self.mean = 0.5 * self.mean + value
+        self.count = self.count + 1
+
+
+def test_buffers_that_a_step_replaces_are_restored_too():
+    model = Replacing()
+    buffers = KeptBuffers(model)
+    for kept, value, wanted in ((KEPT, 4.0, 4.0), (SKIPPED, torch.nan, 4.0), (KEPT, 1.0, 3.0)):
+        buffers.note()
+        model(value)
+        buffers.restore_unless(kept)
+        assert model.mean.unique().tolist() == [wanted]
+    assert model.count == 2
+    assert model.mask.tolist() == [False] * 4
+
+
+def test_complex_buffers_keep_their_imaginary_part():
+    model = Several()
+    model.register_buffer("turns", torch.tensor([1 + 2j, 0.5j]))
+    average = MovingAverage(model, 0.75)
+    average.follow(model, KEPT)
+    model.turns += 4j
+    average.follow(model, KEPT)
+    torch.testing.assert_close(average.module.turns, torch.tensor([1 + 3j, 1.5j]))
+
+
 def test_the_average_follows_kept_steps_alone():
     model = Several()
-    del model.places  # torch's averages cannot write into shared memory either
     average = MovingAverage(model, 0.75)
     wanted = None
     for kept in (SKIPPED, KEPT, SKIPPED, KEPT, KEPT):

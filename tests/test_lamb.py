@@ -18,7 +18,7 @@ from tiny import (
 from torch import nn
 
 from hvd_lars.data.sampler import GlobalBatches
-from hvd_lars.optim import Replicated, Sharded, parameter_groups
+from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 from hvd_lars.optim.lamb import LAMB
 from hvd_lars.state.checkpoint import Checkpointer
 from hvd_lars.state.replicas import verify_agreement
@@ -172,6 +172,76 @@ def test_copies_and_states_go_on_as_the_original(tmp_path):
         assert optimizer.slot("steps", params[0]).dtype == torch.float64
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("way", ["live", "state"])
+def test_moments_follow_their_weights_into_another_layout(way):
+    ends = []
+    for switched in (False, True):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 8, 3)
+        optimizer = LAMB(conv.parameters(), lr=0.1, weight_decay=0.01)
+        for step in range(6):
+            if step == 3 and switched:
+                conv.to(memory_format=torch.channels_last)
+                if way == "state":
+                    state = copy.deepcopy(optimizer.state_dict())
+                    optimizer = LAMB(conv.parameters())
+                    optimizer.load_state_dict(state)
+            for param, gradient in zip(conv.parameters(), gradients(conv.parameters(), step),
+                                       strict=True):  # fmt: skip
+                param.grad = gradient
+            optimizer.step()
+        ends.append(conv.weight.detach().contiguous())
+    torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_a_weight_with_gaps_in_memory_is_trained():
+    gapped = nn.Parameter(made()[1][:, :1])
+    dense = nn.Parameter(gapped.detach().clone(memory_format=torch.contiguous_format))
+    for param in (gapped, dense):
+        optimizer = LAMB([param], lr=0.1)
+        for step in range(3):
+            param.grad = torch.cos(param.detach() + step)
+            optimizer.step()
+    assert not gapped.is_contiguous()
+    torch.testing.assert_close(gapped, dense)
+
+
+def test_a_parameter_counts_its_own_steps():
+    """Those that another took meanwhile are not counted; a resume would else give other steps."""
+    params = made()[:2]
+    optimizer = LAMB(params)
+    for step in range(5):
+        optimizer.zero_grad()
+        params[1].grad = torch.ones_like(params[1])
+        if step == 0:
+            params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+    assert [float(optimizer.slot("steps", param)) for param in params] == [1.0, 5.0]
+
+
+def test_a_state_of_another_optimizer_is_refused_and_changes_nothing():
+    params = made()
+    optimizer = LAMB(params, lr=0.25)
+    for other in (torch.optim.SGD(params, lr=0.1), torch.optim.Adam(params), LARS(params)):
+        with pytest.raises(ValueError, match="LAMB: the state is another optimizer's"):
+            optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_a_state_of_another_model_is_one_line():
+    params = made()
+    optimizer = LAMB(params)
+    optimizer.set_slots(params[0], {"exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3),
+                                    "steps": torch.ones((), dtype=torch.float64)})  # fmt: skip
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(RuntimeError, match=r"LAMB: exp_avg has shape \(3,\), but its weight"):
+        optimizer.step()
+
+
+def test_a_group_may_be_empty():
+    assert len(LAMB([{"params": []}, {"params": made()}]).param_groups) == 2
 
 
 def test_without_a_gradient_nothing_happens():

@@ -199,6 +199,17 @@ def test_the_newest_and_the_best_are_kept(comm, tmp_path):
     comm.barrier()
 
 
+def test_without_an_evaluation_the_newest_are_kept(comm, tmp_path):
+    folder = comm.broadcast_object(tmp_path)
+    trainer = tiny_trainer(comm, torch.float32, 16)
+    checkpointer = Checkpointer(folder, comm, keep_last=2)
+    for step in (1, 2, 3, 4):
+        trainer.state.restored(Progress(step=step))
+        checkpointer.save(trainer.state)
+    assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000003", "step-00000004"]
+    comm.barrier()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_outcomes_read_late_change_no_bit_nor_record(comm, tmp_path, precision):
     """Checkpoints, log lines and evaluations fall between and on the steps that are skipped."""

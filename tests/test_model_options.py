@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_loop, tiny_model, tiny_trainer
 from torch import nn
 
@@ -10,10 +11,12 @@ from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.schema import Model
 from hvd_lars.errors import UserError
 from hvd_lars.models import batch_norms, build_model, zero_last_gammas
+from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.sources.image_folder import ImageFolderData
 from hvd_lars.sources.images import Resize
 from hvd_lars.sources.synthetic import SyntheticData
 from hvd_lars.state.checkpoint import Checkpointer
+from hvd_lars.state.replicas import broadcast_and_verify
 from hvd_lars.state.run_state import RunState
 
 CPU = torch.device("cpu")
@@ -39,6 +42,62 @@ def test_resnets_start_as_goyal_says(name, blocks, last):
 def test_torchvisions_resnet50_is_v15():
     block = build_model("resnet50", 10).layer2[0]
     assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
+
+
+def test_a_network_with_several_outputs_is_one_line():
+    """GoogLeNet gives logits in evaluation, and more in training."""
+    settings = Model(name="googlenet", options={"aux_logits": True, "init_weights": False})
+    with pytest.raises(UserError, match="googlenet gives a GoogLeNetOutputs in training; a tensor"):
+        build_network(settings, DATA, 10, CPU)
+
+
+class Odd(nn.Module):
+    """Gives what ``kind`` says."""
+
+    def __init__(self, num_classes, kind):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(3, num_classes)
+        if kind == "expanded":
+            self.register_buffer("places", torch.arange(4.0).expand(2, 4))
+
+    def forward(self, images):
+        logits = self.layer(images.mean((2, 3)))
+        return (logits, logits) if self.kind == "tuple" else logits
+
+    def get_extra_state(self):
+        return {"calls": 3} if self.kind == "state" else None
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("tuple", "gives a tuple; a tensor of logits is expected"),
+        ("state", "keeps _extra_state, a "),
+    ],
+)
+def test_a_network_of_ones_own_that_cannot_be_trained_is_one_line(kind, message):
+    settings = Model(name="test_model_options:Odd", options={"kind": kind})
+    with pytest.raises(UserError, match=message):
+        build_network(settings, DATA, 10, CPU)
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_buffer_whose_elements_share_memory_is_a_constant(comm, tmp_path):
+    """It is neither averaged nor broadcast into, but checkpoints hold it."""
+    folder = comm.broadcast_object(tmp_path)
+    settings = Model(name="test_model_options:Odd", options={"kind": "expanded"})
+    model = build_network(settings, DATA, 10, CPU)
+    state = RunState(model, average=MovingAverage(model, 0.5))
+    broadcast_and_verify(state.tensors(), comm)
+    state.average.follow(model, torch.tensor(True))
+    saved, _ = Checkpointer(folder, comm).save(state)  # averages buffers over the ranks
+    kept = load_file(saved / "state.safetensors")
+    assert torch.equal(kept["model/places"], torch.arange(4.0).expand(2, 4))
+    Checkpointer(folder, comm).restore(state)
+    comm.barrier()
 
 
 def test_timm_by_name():

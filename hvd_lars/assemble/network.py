@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvd_lars.assemble.plan import Plan
 from hvd_lars.config.schema import Config, Model
@@ -56,18 +56,57 @@ def build_network(
                 f"model.name: {settings.name} does not take the {'×'.join(map(str, shape))} "
                 f"images of the data: {str(error).strip().splitlines()[0]}"
             ) from error
-        if tuple(logits.shape) != (2, num_classes):
+        _check_logits(logits, settings.name, num_classes, "")
+        _check_logits(_trained_on_meta(model, shape), settings.name, num_classes, " in training")
+    for name, value in model.state_dict().items():
+        if value is not None and not isinstance(value, Tensor):
             raise UserError(
-                f"model.name: {settings.name} gives {tuple(logits.shape)} for 2 images; "
-                f"(2, {num_classes}) is expected"
+                f"model.name: {settings.name} keeps {name}, a {type(value).__name__}, as extra "
+                f"state, which a checkpoint cannot hold; a buffer can be held"
             )
     return model.train()
 
 
+def _check_logits(logits: object, name: str, num_classes: int, when: str) -> None:
+    """Raise UserError if logits of 2 images have another shape; None is not checked."""
+    if logits is not None and not isinstance(logits, Tensor):
+        raise UserError(
+            f"model.name: {name} gives a {type(logits).__name__}{when}; a tensor of logits is "
+            f"expected (torchvision's aux_logits: false)"
+        )
+    if logits is not None and tuple(logits.shape) != (2, num_classes):
+        raise UserError(
+            f"model.name: {name} gives {tuple(logits.shape)} for 2 images{when}; "
+            f"(2, {num_classes}) is expected"
+        )
+
+
+def _trained_on_meta(model: nn.Module, shape: tuple[int, ...], images: int = 2) -> object:
+    """Return what the network gives in training, or None if it does not run without memory.
+
+    It runs on the ``meta`` device, which takes no time and changes no buffer.
+
+    Raises:
+        ValueError: a BatchNorm gets one value per channel.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    shadow = {name: tensor.to("meta") for name, tensor in tensors}
+    was_training = model.training
+    try:
+        given = torch.zeros(images, *shape, device="meta")
+        return torch.func.functional_call(model.train(), shadow, (given,))
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise
+        return None
+    except Exception:  # whatever a network's operations raise on this device
+        return None
+    finally:
+        model.train(was_training)
+
+
 def check_batch_norm(model: nn.Module, config: Config, plan: Plan) -> None:
     """Refuse a plan whose first step would fail, as a BatchNorm gets one value per channel.
-
-    The network runs on the ``meta`` device, which costs no memory or time.
 
     Raises:
         UserError: some micro-batches have one sample, and a BatchNorm sees one pixel of it.
@@ -79,16 +118,10 @@ def check_batch_norm(model: nn.Module, config: Config, plan: Plan) -> None:
         norm.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
         for name, norm in batch_norms(model).items()
     ]
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    shadow = {name: tensor.to("meta") for name, tensor in tensors}
-    was_training = model.training
     try:
         for shape in config.data.shapes:
-            images = torch.zeros(1, *shape, device="meta")
-            torch.func.functional_call(model.train(), shadow, (images,))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
+            _trained_on_meta(model, shape, images=1)
+    except ValueError:
         raise UserError(
             f"train.micro_batch: {plan.global_batch} samples over {plan.ranks} "
             f"rank{'s' if plan.ranks > 1 else ''} (accumulation {plan.accumulation}) leave a "
@@ -96,6 +129,5 @@ def check_batch_norm(model: nn.Module, config: Config, plan: Plan) -> None:
             f"train.global_batch or train.micro_batch so that each has 2 or more"
         ) from None
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()

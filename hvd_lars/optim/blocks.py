@@ -199,7 +199,7 @@ def _make_block(layer: Layer, states: States, placement: Placement | None) -> Bl
         if "master_weight" not in state:
             state["master_weight"] = copy.float()
         weight = state["master_weight"]
-        _check_shape("master_weight", weight, copy, param)
+        check_shape("LARS", "master_weight", weight, copy, param)
         if not torch.equal(weight.to(copy.dtype), copy):  # the parameter was edited
             weight.copy_(copy)
     if group["momentum"] != 0:
@@ -207,7 +207,7 @@ def _make_block(layer: Layer, states: States, placement: Placement | None) -> Bl
         buffer = state.get("momentum_buffer")
         if buffer is None:
             buffer = torch.zeros_like(like, dtype=weight.dtype)
-        _check_shape("momentum_buffer", buffer, like, param)
+        check_shape("LARS", "momentum_buffer", buffer, like, param)
         if buffer.stride() != like.stride() or buffer.dtype != weight.dtype:  # it was loaded
             buffer = torch.empty_like(like, dtype=weight.dtype).copy_(buffer)
         state["momentum_buffer"] = buffer
@@ -218,12 +218,12 @@ def _make_block(layer: Layer, states: States, placement: Placement | None) -> Bl
     return block
 
 
-def _check_shape(name: str, found: Tensor, like: Tensor, param: Tensor) -> None:
+def check_shape(optimizer: str, name: str, found: Tensor, like: Tensor, param: Tensor) -> None:
     """Raise RuntimeError if a state that was loaded or set has the wrong shape."""
     if found.shape != like.shape:
         part = "" if like.shape == param.shape else f", of a parameter of {tuple(param.shape)},"
         raise RuntimeError(
-            f"LARS: {name} has shape {tuple(found.shape)}, but its weight{part} has "
+            f"{optimizer}: {name} has shape {tuple(found.shape)}, but its weight{part} has "
             f"{tuple(like.shape)}: the state is of another model, of a parameter that was "
             f"replaced since, or of another world size"
         )

@@ -139,11 +139,12 @@ def check_group(group: dict[str, Any], count: int) -> None:
             )
 
 
-def check_ours(state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:
+def check_ours(optimizer: str, state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Raise ValueError if the state is another optimizer's."""
     for group in state_dict["param_groups"]:
         missing = sorted(defaults.keys() - group.keys())
         if missing:
             raise ValueError(
-                f"LARS: the state is another optimizer's: a group without {', '.join(missing)}"
+                f"{optimizer}: the state is another optimizer's: a group without "
+                f"{', '.join(missing)}"
             )

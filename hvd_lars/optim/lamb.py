@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hvd_lars.optim.blocks import check_shape
 from hvd_lars.optim.device_step import Measured, StepReport
 from hvd_lars.optim.distributed.placement import Placement
-from hvd_lars.optim.groups import CHOICES
+from hvd_lars.optim.groups import CHOICES, check_ours
 from hvd_lars.optim.kernels import Scale
 from hvd_lars.optim.layers import DeviceLayers, layers_of, signature
-from hvd_lars.optim.norms import all_finite, flat, in_layout_of, sums_of_squares
+from hvd_lars.optim.norms import all_finite, flat, in_layout_of, is_dense, sums_of_squares
 from hvd_lars.optim.placed import PlacedOptimizer
 from hvd_lars.runtime import torch_internals
 from hvd_lars.runtime.joined import by_kind
 
 
 class _Part(NamedTuple):
-    """This rank's part of a parameter, in memory order: all (n,) but ``steps``, 0-dim float64."""
+    """This rank's part of a parameter: (n,) in memory order, or the parameter's own shape.
+
+    ``steps`` is 0-dim float64.
+    """
 
     weight: Tensor
     gradient: Tensor
     mean: Tensor
     square: Tensor
     steps: Tensor  # shared by parameters that have taken the same steps
-    norm_part: slice
+    norm_part: slice | None  # elements whose squares this rank sums; None for all
+
+    def normed(self, tensor: Tensor) -> Tensor:
+        return tensor if self.norm_part is None else tensor[self.norm_part]
 
 
 class LAMB(PlacedOptimizer):
@@ -104,7 +111,7 @@ class LAMB(PlacedOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _check_group(group, self.param_groups[0])
+        _check_group(group, self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: None = None, loss_scale: Scale | None = None) -> None:  # type: ignore[override]
@@ -127,7 +134,7 @@ class LAMB(PlacedOptimizer):
             self.report = StepReport()
             return
         parts = [self._part(layer.param) for layer in layers.layers]
-        squares = self._summed(sums_of_squares([p.gradient[p.norm_part] for p in parts]))
+        squares = self._summed(sums_of_squares([p.normed(p.gradient) for p in parts]))
         gradient_norms = squares.sqrt() * unscale
         live = None if loss_scale is None else all_finite(gradient_norms)
         factor = torch.ones_like(gradient_norms[0]) * unscale
@@ -135,8 +142,8 @@ class LAMB(PlacedOptimizer):
             excess = gradient_norms.square().sum().sqrt() / largest
             factor = factor / excess.clamp_min(1.0)
         updates = self._updates(layers, parts, factor, live)
-        ours = [p.weight[p.norm_part] for p in parts]
-        ours += [u[p.norm_part] for u, p in zip(updates, parts, strict=True)]
+        ours = [p.normed(p.weight) for p in parts]
+        ours += [p.normed(u) for u, p in zip(updates, parts, strict=True)]
         weight_norms, update_norms = self._summed(sums_of_squares(ours)).sqrt().chunk(2)
         ratios = _ratios(layers, weight_norms, update_norms)
         measured = Measured(ratios, weight_norms, gradient_norms)
@@ -158,6 +165,7 @@ class LAMB(PlacedOptimizer):
         if self._known is None or self._known[0] != now:
             if not placed:
                 self._check_not_placed()
+            self._check_not_horovods_restore()
             found = layers_of(self.param_groups, placed, True)
             if not found:
                 return None
@@ -166,26 +174,31 @@ class LAMB(PlacedOptimizer):
         return self._known[1]
 
     def _share_counts(self, layers: DeviceLayers) -> None:
-        """Make parameters that have taken the same steps count them together; reads the counts."""
+        """Make parameters of this step that have taken the same steps count them together.
+
+        Reads the counts.  Parameters that are not in this step keep theirs.
+        """
         counts: dict[float, Tensor] = {}
         for layer in layers.layers:
             state = self.state[layer.param]
             steps = state.get("steps", self.new_slot("steps", layer.param))
-            state["steps"] = counts.setdefault(float(steps), steps)
+            state["steps"] = counts.setdefault(float(steps), steps.clone())
 
     def _part(self, param: Tensor) -> _Part:
         """Return this rank's part of a parameter; missing moments are created."""
         if self.placement is None:
             assert param.grad is not None
-            weight, gradient = flat(param), flat(in_layout_of(param, param.grad))
-            norm_part = slice(None)
+            weight, gradient, norm_part = param, in_layout_of(param, param.grad), None
         else:
             weight, gradient = self.placement.block(param)
             norm_part = slice(*self.placement.norm_part(param))
         state = self.state[param]
         for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(weight)
+            moment = state.get(name)
+            if moment is None:
+                moment = torch.zeros_like(weight)
+            check_shape("LAMB", name, moment, weight, param)
+            state[name] = in_layout_of(weight, moment) if is_dense(weight) else moment
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         return _Part(weight, gradient, mean, square, state["steps"], norm_part)
 
@@ -211,7 +224,11 @@ class LAMB(PlacedOptimizer):
         return updates
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does, with the counts of steps as float64 again."""
+        """Load a state as torch does, with the counts of steps as float64 again.
+
+        Raises ValueError if the state is another optimizer's.
+        """
+        check_ours("LAMB", state_dict, self.defaults)
         torch_internals.load_state_dict(self, state_dict)
         for state in self.state.values():
             state["steps"] = state["steps"].double()
@@ -225,9 +242,7 @@ class LAMB(PlacedOptimizer):
         value: Tensor | None = self.state.get(param, {}).get(name)
         if value is None or name == "steps":
             return value
-        if self.placement is None:
-            return value.view(-1).as_strided(param.shape, param.stride())
-        return self.placement.whole(param, value)
+        return value if self.placement is None else self.placement.whole(param, value)
 
     def new_slot(self, name: str, param: Tensor) -> Tensor:
         """Return zeros of a whole slot's shape: the parameter's, and 0-dim for the count."""
@@ -240,7 +255,7 @@ class LAMB(PlacedOptimizer):
         parts = {
             name: value
             if name == "steps"
-            else flat(in_layout_of(param, value))
+            else value
             if self.placement is None
             else flat(self.placement.part(param, value))
             for name, value in values.items()
@@ -249,22 +264,23 @@ class LAMB(PlacedOptimizer):
         self._known = None
 
 
-def _check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
-    """Raise ValueError for a hyper-parameter or tensor that does not fit, also beside ``first``."""
+def _check_group(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for a hyper-parameter or tensor that does not fit in or with ``groups``."""
     betas, largest = group["betas"], group["max_grad_norm"]
     fits = {
         "lr": group["lr"] >= 0 and math.isfinite(group["lr"]),
         "betas": len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
         "eps": group["eps"] > 0,
         "weight_decay": group["weight_decay"] >= 0,
-        "max_grad_norm": largest == first["max_grad_norm"] and (largest is None or largest > 0),
+        "max_grad_norm": largest == groups[0]["max_grad_norm"] and (largest is None or largest > 0),
         "max_weight_norm": group["max_weight_norm"] > 0,
         "adapt": group["adapt"] in CHOICES["adapt"],
     }
     for name, right in fits.items():
         if not right:
             raise ValueError(f"LAMB: {name} is {group[name]}, which is out of range")
-    device = first["params"][0].device
+    devices = (param.device for each in groups for param in each["params"])
+    device = next(devices, None)
     for param in group["params"]:
         if param.dtype not in (torch.float32, torch.float64) or param.device != device:
             raise ValueError(

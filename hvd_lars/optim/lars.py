@@ -6,7 +6,6 @@ update.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -68,10 +67,10 @@ class LARS(PlacedOptimizer):
 
     Args:
         params: parameters, or parameter groups from :func:`parameter_groups`.  Every argument
-            below can be set per group; a group may also hold ``adapt``: ``"own"`` (default: each
-            tensor has its own ratio), ``"layer"`` (the ratio of another tensor, whose position
-            over all groups is in the group's ``ratio_from``) or ``"none"`` (plain momentum SGD
-            with rate γ).
+            below but ``kernel`` and ``placement`` can be set per group; a group may also hold
+            ``adapt``: ``"own"`` (default: each tensor has its own ratio), ``"layer"`` (the ratio of
+            another tensor, whose position over all groups is in the group's ``ratio_from``) or
+            ``"none"`` (plain momentum SGD with rate γ).
         lr: γ, the scheduled learning rate.
         momentum: μ.
         weight_decay: β.
@@ -207,8 +206,7 @@ class LARS(PlacedOptimizer):
         if last is None or last.signature != now or last.state is not self.state:
             if not placed:
                 self._check_not_placed()
-            if not self.state:
-                _check_not_horovods_restore()
+            self._check_not_horovods_restore()
             layers = layers_of(self.param_groups, placed, checked)
             last = _Memory(now, list(map(DeviceStep, layers)), self.state, [])
         self._last = None  # until this step is complete
@@ -236,7 +234,7 @@ class LARS(PlacedOptimizer):
         loaded = []  # the state that torch loads, which a hook may have replaced
 
         def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            check_ours(state_dict, self.defaults)
+            check_ours("LARS", state_dict, self.defaults)
             loaded.append(state_dict)
 
         def after(_: Optimizer) -> None:
@@ -287,7 +285,8 @@ class LARS(PlacedOptimizer):
                 f"{tuple(param.shape)}"
             )
         part = value if self.placement is None else self.placement.part(param, value)
-        self.state[param] = {"momentum_buffer": part}
+        kept = {key: v for key, v in self.state.get(param, {}).items() if key == "master_weight"}
+        self.state[param] = kept | {"momentum_buffer": part.to(param.device)}
 
     def slot(self, name: str, param: Tensor) -> Tensor | None:
         """Return :meth:`momentum`, the only slot of this optimizer."""
@@ -307,16 +306,3 @@ class LARS(PlacedOptimizer):
         for state in self.state.values():
             if isinstance(state, dict):  # schedulers and hooks may store their own entries there
                 unfold(state)
-
-
-def _check_not_horovods_restore() -> None:
-    """Raise RuntimeError if Horovod takes a step with zero gradients to initialise the state."""
-    frame = sys._getframe()
-    while (caller := frame.f_back) is not None:
-        if caller.f_code.co_name == "broadcast_optimizer_state":
-            raise RuntimeError(
-                "hvd.broadcast_optimizer_state takes a step with zero gradients on ranks that have "
-                "no state yet, which would change their weights: a new LARS needs no broadcast; to "
-                "restore one, load its state_dict() on every rank (send it by hvd.broadcast_object)"
-            )
-        frame = caller

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch.optim import Optimizer
@@ -47,6 +48,21 @@ class PlacedOptimizer(Optimizer):
                 f"a parameter of shape {shape} is in a placement that its optimizer was not given: "
                 f"pass it as {name}(…, placement=placement)"
             )
+
+    def _check_not_horovods_restore(self) -> None:
+        """Raise RuntimeError if Horovod takes a step with zero gradients to make a state."""
+        if self.state:
+            return
+        name, frame = type(self).__name__, sys._getframe()
+        while (caller := frame.f_back) is not None:
+            if caller.f_code.co_name == "broadcast_optimizer_state":
+                raise RuntimeError(
+                    "hvd.broadcast_optimizer_state takes a step with zero gradients on ranks that "
+                    f"have no state yet, which would change their weights: a new {name} needs no "
+                    "broadcast; to restore one, load its state_dict() on every rank (send it by "
+                    "hvd.broadcast_object)"
+                )
+            frame = caller
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; a placement keeps its flat buffers."""

@@ -17,6 +17,12 @@ def by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(kinds.values())
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Return whether several elements share memory."""
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    return any(stride == 0 and size > 1 for stride, size in sizes)
+
+
 def join(tensors: Sequence[Tensor]) -> Tensor:
     """Return a copy of all elements, (total,)."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])

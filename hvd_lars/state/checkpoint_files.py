@@ -204,7 +204,8 @@ def _open(folder: Path, passed_over: tuple[str, ...]) -> Found:
 
 def _forget(folder: Path, keep_last: int) -> None:
     found = steps(folder)
-    for old in set(found[:-keep_last]) - {max(found, key=_top1)}:
+    best = {max(found, key=_top1)} if any(_top1(each) >= 0.0 for each in found) else set()
+    for old in set(found[:-keep_last]) - best:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_lars.comm.base import Communicator
+from hvd_lars.runtime.joined import is_expanded
 
 _PACK = 2**22  # bytes of small tensors sent together
 
@@ -95,7 +96,7 @@ def average_buffers(model: nn.Module, comm: Communicator) -> None:
         (buffer, _has_seen(module))
         for module in model.modules()
         for buffer in module.buffers(recurse=False)
-        if buffer.is_floating_point()
+        if buffer.is_floating_point() and not is_expanded(buffer)  # those are constants
     ]
     if not statistics:
         return

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim.protocol import Optimizer
+from hvd_lars.runtime.joined import is_expanded
 from hvd_lars.state.progress import Progress
 
 # Few, since both fall by orders of magnitude during training: older ones would outweigh the rest.
@@ -47,7 +48,8 @@ class RunState:
 
         ``SLOT/NAME`` are whole slots of the optimizer (``momentum/conv.weight``), ``model/NAME``
         parameters and buffers of the model, ``average/NAME`` those of its moving average.  All
-        are live tensors, except for sharded slots, which are gathered.
+        are live tensors, except for sharded slots, which are gathered, and for buffers of which
+        several elements share memory: constants, which are copied.
         """
         state: dict[str, Tensor] = {}
         optimizer = self.optimizer
@@ -56,9 +58,11 @@ class RunState:
             for name, param in self.model.named_parameters():
                 if (value := optimizer.slot(slot, param)) is not None:
                     state[f"{slot}/{name}"] = value
-        state.update({f"model/{name}": t for name, t in self.model.state_dict().items()})
-        if self.average is not None:
-            state.update({f"average/{name}": t for name, t in self.average.state_dict().items()})
+        models = {"model": self.model} | ({} if self.average is None else {"average": self.average})
+        for kind, model in models.items():
+            for name, value in model.state_dict().items():
+                if value is not None:  # of a module's get_extra_state
+                    state[f"{kind}/{name}"] = value.contiguous() if is_expanded(value) else value
         return state
 
     def restored(self, progress: Progress) -> None:

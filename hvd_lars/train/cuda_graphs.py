@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from hvd_lars.runtime.device import seed_generators
+from hvd_lars.runtime.joined import is_expanded
 from hvd_lars.train.graph_parts import NotCapturable, find_parts
-from hvd_lars.train.kept_buffers import is_expanded
 from hvd_lars.train.precision import Precision, autocast
 
 # Relative differences that are rounding, of outputs, buffers and gradients, tensor by tensor; and

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from hvd_lars.runtime.joined import Joined, by_kind
+from hvd_lars.runtime.joined import Joined, by_kind, is_expanded
 
 
 @final
@@ -15,26 +16,53 @@ class KeptBuffers:
     """Running statistics and other buffers of a model, as they were before a step.
 
     Args:
-        model: neither its buffers nor their memory may be replaced.  Expanded ones, of which
-            several elements share memory, are taken for constants.
+        model: may replace its buffers in a step.  Expanded ones, of which several elements share
+            memory, are taken for constants; one whose shape changes in a step is left as it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        buffers = [buffer for buffer in model.buffers() if not is_expanded(buffer)]
-        self._groups = [Joined([buffers[i] for i in each]) for each in by_kind(buffers)]
+        self._places: list[tuple[dict[str, Tensor | None], str]] = [
+            (module._buffers, name) for module in model.modules() for name in module._buffers
+        ]
+        self._present: list[Tensor | None] = []
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Take the present buffers for those to keep."""
+        self._present = self._found()
+        kept: dict[int, Tensor] = {}  # a buffer may be in several modules
+        for buffer in self._present:
+            if buffer is not None and not is_expanded(buffer):
+                kept[id(buffer)] = buffer
+        buffers = list(kept.values())
+        self._kinds = [[buffers[i] for i in each] for each in by_kind(buffers)]
+        self._groups = list(map(Joined, self._kinds))
         self._before: list[Tensor] = []
+
+    def _found(self) -> list[Tensor | None]:
+        return [buffers[name] for buffers, name in self._places]
 
     def note(self) -> None:
         """Remember the present values."""
+        if not all(map(is_, self._found(), self._present)):
+            self._adopt()
         self._before = [group.read() for group in self._groups]
 
     def restore_unless(self, kept: Tensor) -> None:
         """Set all buffers back to the noted values, unless ``kept``, a 0-dim bool, is True."""
-        for group, before in zip(self._groups, self._before, strict=True):
-            group.write(torch.where(kept.to(before.device), group.read(), before))
+        if all(map(is_, self._found(), self._present)):
+            for group, before in zip(self._groups, self._before, strict=True):
+                group.write(torch.where(kept.to(before.device), group.read(), before))
+        else:
+            self._restore_replaced(kept)
 
-
-def is_expanded(tensor: Tensor) -> bool:
-    """Return whether several elements share memory."""
-    sizes = zip(tensor.stride(), tensor.shape, strict=True)
-    return any(stride == 0 and size > 1 for stride, size in sizes)
+    def _restore_replaced(self, kept: Tensor) -> None:
+        """Do the same where the model replaced buffers since they were noted."""
+        noted: dict[int, Tensor] = {}
+        for buffers, before in zip(self._kinds, self._before, strict=True):
+            parts = torch.split(before, [buffer.numel() for buffer in buffers])
+            noted |= {id(b): part.view(b.shape) for b, part in zip(buffers, parts, strict=True)}
+        for (held, name), old in zip(self._places, self._present, strict=True):
+            now, was = held[name], noted.get(id(old))
+            if now is not None and was is not None and now.shape == was.shape:
+                held[name] = torch.where(kept.to(now.device), now, was.to(now))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import assert_same_parameters, tiny_model
+from torch import nn
 
 from hvd_lars import LAMB, LARS, Replicated, Sharded, parameter_groups
 
@@ -92,12 +93,30 @@ def test_two_optimizers_over_one_placement(comm, placed):
 def test_a_gradient_that_is_replaced_after_backward(comm, placed, new):
     model, optimizer = made(comm, placed)
     backward(comm, model)
-    if placed is Sharded and new == "none":
-        return  # it is None anyway
     param = model[0].weight
     param.grad = torch.ones_like(param) if new == "another" else None
-    with pytest.raises(RuntimeError, match="was replaced after backward had summed it"):
+    done = "replaced" if new == "another" else "set to None"
+    with pytest.raises(RuntimeError, match=f"was {done} after backward had summed it"):
         optimizer.step()
+
+
+def test_a_rank_without_samples_does_not_guess_the_order_of_two_placements(comm, placed):
+    """Rank 0's one backward pass reduces both, in an order that the other ranks cannot know."""
+    models, optimizers = zip(*(made(comm, placed) for _ in range(2)), strict=True)
+    for _ in range(2):  # with samples on every rank it is right
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        backward(comm, nn.Sequential(*models[1:], nn.Flatten(), nn.Identity()))
+        backward(comm, models[0])
+        for optimizer in optimizers:
+            optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="this rank had no backward pass in this step, and"):
+        optimizers[0].step()
+    del models, optimizers, optimizer
+    model, optimizer = made(comm, placed)  # the dropped ones do not count
+    optimizer.step()
 
 
 def test_ranks_that_start_from_other_weights_take_rank_0s(comm, placed):

@@ -93,8 +93,8 @@ class GradientBuckets:
                 )
         if (twice := placed_already(trained)) is not None:
             raise ValueError(
-                f"a parameter of shape {tuple(twice.shape)} is in another placement already: make "
-                f"one placement of all parameters, and give it to every optimizer"
+                f"a parameter of shape {tuple(twice.shape)} is in another placement already: each "
+                f"optimizer has a placement of its own, of its own parameters"
             )
         check_same_layout(trained, comm)
         self.buckets = list(make_buckets(trained, bucket_bytes, reduction.multiple))
@@ -169,6 +169,7 @@ class GradientBuckets:
                 "step() without a backward pass since the last one: it was called twice, or by "
                 "two optimizers over one placement; a window begins with optimizer.zero_grad()"
             )
+        self._check_alone()
         for bucket in self.buckets[self._next :]:
             for i, param in enumerate(bucket.params):
                 self._check_fresh(bucket, i, param)
@@ -190,6 +191,22 @@ class GradientBuckets:
         self._reduced, self._used, self._spent = False, True, True
         self.steps += 1
 
+    def _check_alone(self) -> None:
+        """Raise RuntimeError if this rank joins without a backward pass beside other placements.
+
+        The others' backward pass reduces the placements in an order that it cannot know.
+        """
+        if self._callback_queued or any(bucket.fresh for bucket in self.buckets):
+            return
+        if _others(self):
+            gc.collect()  # a dropped placement is part of a reference cycle
+            if _others(self):
+                raise RuntimeError(
+                    "this rank had no backward pass in this step, and there are several placements,"
+                    " whose sums over the ranks it could mix up: run backward on every rank, on "
+                    "0 × loss where there are no samples"
+                )
+
     def _holds_views(self) -> bool:
         return any(
             param.grad is view
@@ -199,13 +216,15 @@ class GradientBuckets:
 
     def _check_not_replaced(self) -> None:
         for bucket in self.buckets:
-            for param, view in zip(bucket.params, bucket.views, strict=True):
-                if param.grad is not view if self._in_place else _is_new(param.grad):
+            ours = bucket.views if self._in_place else bucket.absent
+            for param, gradient in zip(bucket.params, ours, strict=True):
+                if param.grad is not gradient:
                     raise RuntimeError(
-                        f"param.grad of a parameter of shape {tuple(param.shape)} was replaced "
-                        f"after backward had summed it over the ranks: "
+                        f"param.grad of a parameter of shape {tuple(param.shape)} was "
+                        f"{'set to None' if param.grad is None else 'replaced'} after backward had "
+                        f"summed it over the ranks: to drop the step call optimizer.zero_grad(); "
                         + (
-                            "write into it in place"
+                            "to change it write into it in place"
                             if self._in_place
                             else "no rank holds the whole gradient under Sharded; use Replicated"
                         )
@@ -343,6 +362,11 @@ def _placed(params: Sequence[Tensor]) -> Tensor | None:
     return next((p for p in params for place in places if p in place), None)
 
 
+def _others(buckets: GradientBuckets) -> list[GradientBuckets]:
+    alive = GradientBuckets._alive
+    return [each for each in alive if each is not buckets and each._comm is buckets._comm]
+
+
 def _hook_of(buckets: GradientBuckets, b: int, i: int) -> Callable[[Tensor], None]:
     """Return a parameter's hook for autograd, which does not keep an unused placement alive."""
     reference = weakref.ref(buckets)
@@ -358,7 +382,3 @@ def _hook_of(buckets: GradientBuckets, b: int, i: int) -> Callable[[Tensor], Non
 def _remove(handles: Sequence[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _is_new(gradient: Tensor | None) -> bool:
-    return gradient is not None and not isinstance(gradient, AbsentGradient)
