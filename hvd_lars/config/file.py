@@ -193,7 +193,10 @@ def _kept(section: str, tree: dict[Any, Any], name: object) -> dict[Any, Any]:
     """Return the keys that a section keeps when its kind changes: those shared in its family."""
     kinds: dict[object, Any] = {_tag_of(kind): kind for kind in KINDS[section]}
     default = next(iter(kinds)) if section == "optimizer" else None
-    before, after = kinds.get(tree.get("name", default)), kinds.get(name)
+    old = tree.get("name", default)
+    if not isinstance(old, str) or not isinstance(name, str):  # refused later
+        return {}
+    before, after = kinds.get(old), kinds.get(name)
     if before is None or after is None or not before.FAMILY or before.FAMILY != after.FAMILY:
         return {}
     return {key: value for key, value in tree.items() if key in after.model_fields}

@@ -33,7 +33,7 @@ class Run(Section):
         binds="nothing", default=None, description="run folder; runs/NAME-TIME when absent"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = key(
-        binds="nothing",
+        binds="run",
         default=0,
         description="seeds weights, sample order, augmentation and dropout",
     )

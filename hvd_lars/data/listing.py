@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from hvd_lars.data.lists import (
     places,
     read_list,
 )
-from hvd_lars.data.naming import count_left_out, describe_left_out, ending_of, image_endings
+from hvd_lars.data.naming import count_left_out, describe_left_out, ending_of, image_endings, shown
 from hvd_lars.data.source import Indices
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
@@ -185,6 +186,7 @@ def _list(root: Path, lists: Lists, needs_val: bool) -> dict[str, Any]:
         val = _val_list(scan, found.val, classes)
     else:
         val = _val_folder(scan, classes)
+    check_classes(folder, classes)
     arrays: dict[str, Any] = {"classes": np.array([os.fsencode(name) for name in classes])}
     for split, part in (("train", train), ("val", val)):
         labels: Indices = np.array(part.labels, dtype=np.int64)
@@ -197,6 +199,13 @@ def _list(root: Path, lists: Lists, needs_val: bool) -> dict[str, Any]:
     arrays |= {"folders": np.array(list(scan.times)), "times": np.array(list(scan.times.values()))}
     arrays["root"] = np.array(os.fsencode(folder))
     return arrays | {"left_out": np.array(describe_left_out(scan.left_out))}
+
+
+def check_classes(root: Path, classes: Sequence[str]) -> None:
+    """Raise UserError if there is nothing to tell apart, as where all images are one level down."""
+    if len(classes) < 2:
+        found = f"one class, {shown(classes[0])}" if classes else "no class"
+        raise UserError(f"data.root: {root}: found {found}; two or more are needed")
 
 
 def _in_class_folders(

@@ -12,7 +12,8 @@ from hvd_lars.errors import UserError
 
 # First row of a list, in upper or lower case: names of columns and not an image.
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "imageid", "image_id")
-_LABEL_COLUMNS = ("label", "class", "target", "category", "wnid", "class_name", "predictionstring")
+_BOXES = "predictionstring"  # Kaggle's: the class, and the places of things in the image
+_LABEL_COLUMNS = ("label", "class", "target", "category", "wnid", "class_name", _BOXES)
 _KAGGLE, _TINY = "LOC_val_solution.csv", "val_annotations.txt"
 _CLASSES, _PLACES_TRAIN, _PLACES_VAL = (
     "categories_places365.txt",
@@ -42,8 +43,8 @@ class Listed:
 def read_list(path: Path) -> list[tuple[str, str]]:
     """Read a CSV of (path, label), or lines ``path label``; returns paths and labels as text.
 
-    A first row of column names says which columns they are.  Of several words in a CSV's label,
-    the first counts, as in Kaggle's ``n01978287 85 1 499 272``.
+    A first row of column names says which columns they are.  Of a label under Kaggle's head
+    ``PredictionString``, such as ``n01978287 85 1 499 272``, the first word counts.
 
     Raises:
         UserError: the file cannot be read, or a line has no path or no label.
@@ -68,6 +69,7 @@ def read_list(path: Path) -> list[tuple[str, str]]:
 def _csv_rows(path: Path, lines: list[str]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     columns: tuple[int, int] | None = None
+    boxes = False
     try:
         for number, row in enumerate(csv.reader(lines), start=1):
             if not row or not any(row):
@@ -80,7 +82,7 @@ def _csv_rows(path: Path, lines: list[str]) -> list[tuple[str, str]]:
                 )
                 a, b = found
                 if a is not None and b is not None:
-                    columns = a, b
+                    columns, boxes = (a, b), heads[b] == _BOXES
                     continue
                 if ending_of(row[0].strip()) not in image_endings():
                     raise UserError(
@@ -92,7 +94,7 @@ def _csv_rows(path: Path, lines: list[str]) -> list[tuple[str, str]]:
             cells = [row[i].strip() if i < len(row) else "" for i in columns]
             if not all(cells):
                 raise UserError(f"{path}: line {number}: found {row!r}; needed: a path and a label")
-            rows.append((cells[0], cells[1].split()[0]))
+            rows.append((cells[0], cells[1].split()[0] if boxes else cells[1]))
     except csv.Error as error:
         raise UserError(f"{path}: not CSV: {error}") from None
     return rows
@@ -107,6 +109,8 @@ def _plain_rows(path: Path, lines: list[str]) -> list[tuple[str, str]]:
         if not name.strip():
             raise UserError(f"{path}: line {number}: found {line!r}; needed: a path and a label")
         rows.append((name.strip(), label))
+    if rows and rows[0][0].lower() in _PATH_COLUMNS and rows[0][1].lower() in _LABEL_COLUMNS:
+        del rows[0]
     return rows
 
 

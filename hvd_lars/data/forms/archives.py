@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,9 @@ class Archives:
         if twice is not None:
             raise UserError(f"data.root: {files.root}: two tar files of class {shown(twice)}")
         found = each(_images_of, inner)
+        empty = [m.name for (_, _, m), images in zip(inner, found, strict=True) if not images]
+        if empty and any(found):
+            raise UserError(f"data.root: {files.root}: {shown(empty[0])} has no image")
         train = [
             Found(label, image.name, number, image.offset, image.size)
             for label, ((number, _, _), images) in enumerate(zip(inner, found, strict=True))
@@ -104,7 +108,11 @@ def _images_of(item: tuple[int, Path, Member]) -> list[Member]:
     name = path if member.name == path.name else path / member.name
     with path.open("rb") as file:
         found = list(members(file.fileno(), name, member.offset, member.offset + member.size))
-    return _only_images(found)
+    images = _only_images(found)
+    twice = next((n for n, count in Counter(m.name for m in images).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{name}: {shown(twice)} is in it twice (tar -r or -u): unpack it")
+    return images
 
 
 def _only_images(found: list[Member]) -> list[Member]:

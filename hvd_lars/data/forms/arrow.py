@@ -9,13 +9,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
 
-from hvd_lars.data.forms.scan import Each, Files, Found, Scan, as_label, numbered_classes
+from hvd_lars.data.forms.scan import (
+    Each,
+    Files,
+    Found,
+    Scan,
+    as_label,
+    check_numbered,
+    numbered_classes,
+)
 from hvd_lars.data.located import Located
 from hvd_lars.data.naming import shown
 from hvd_lars.data.source import Indices
@@ -26,6 +34,7 @@ _TRAIN = ("train", "training")
 _WNID_AT_END = re.compile(r"_n\d{8}(?=\.[A-Za-z]+$)")
 _VAL = ("validation", "valid", "val", "test")
 DICT, _STATE = "dataset_dict.json", "state.json"
+_BATCH = 256  # rows read at once
 
 
 class _Columns(NamedTuple):
@@ -74,6 +83,7 @@ class Parquet:
             found[_VAL] = [path for path in found[_VAL] if not path.name.startswith("test")]
         if not found[_TRAIN]:
             raise UserError(f"data.root: {root}: no train*.parquet in it or in its folder data")
+        check_numbered(folder, [*found[_TRAIN], *found[_VAL]])
         return Files(root, found[_TRAIN], found[_VAL], [])
 
     def scan(self, files: Files, each: Each) -> Scan:
@@ -91,7 +101,7 @@ class ParquetImages:
     def __init__(self, root: Path, split: Located) -> None:
         self._root, self.split = root, split
         self.labels = split.labels
-        self._group: tuple[int, int, Any] | None = None  # file, first row, images of a row group
+        self._group: _RowGroup | None = None
         self._starts: dict[int, Indices] = {}
 
     def take(self, chosen: Indices) -> ParquetImages:
@@ -102,13 +112,18 @@ class ParquetImages:
         """Return an image file's bytes; raises UserError, which names the file, if that fails."""
         file, row = int(self.split.file[index]), int(self.split.offset[index])
         path = self._root / self.split.files[file]
-        kept = self._group
-        if kept is None or kept[0] != file or not 0 <= row - kept[1] < len(kept[2]):
-            kept = self._group = self._read_group(file, path, row)
-        data = kept[2][row - kept[1]].as_py()
+        arrow = _pyarrow()
+        try:
+            group = self._group
+            if group is None or group.file != file or not group.first <= row < group.end:
+                self.close()
+                group = self._group = self._open(file, path, row)
+            data = group.image(row)
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read: {_line(error)}") from None
         if data is None:
             raise UserError(f"{path}: row {row} has no image")
-        return bytes(data)
+        return data
 
     def where(self, index: int) -> str:
         """Return how messages call an image: by its file and row."""
@@ -120,29 +135,54 @@ class ParquetImages:
         return [self.split.files[i] for i in sorted(set(self.split.file.tolist()))]
 
     def close(self) -> None:
-        """Drop the row group in memory."""
+        """Close the file of the row group that is being read."""
+        if self._group is not None:
+            self._group.parquet.close()
         self._group = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop the row group in memory."""
+        """Leave out the row group that is being read."""
         return self.__dict__ | {"_group": None}
 
-    def _read_group(self, file: int, path: Path, row: int) -> tuple[int, int, Any]:
-        arrow = _pyarrow()
-        try:
-            with arrow.parquet.ParquetFile(path) as parquet:
-                if file not in self._starts:
-                    meta = parquet.metadata
-                    sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-                    self._starts[file] = np.cumsum([0, *sizes])
-                starts = self._starts[file]
-                group = int(np.searchsorted(starts, row, side="right")) - 1
-                columns = _columns(path, parquet.schema_arrow)
-                table = parquet.read_row_group(group, columns=[columns.image])
-        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read: {_line(error)}") from None
-        column = table.column(0).combine_chunks()
-        return file, int(starts[group]), _bytes_of(column)
+    def _open(self, file: int, path: Path, row: int) -> _RowGroup:
+        """Return the row group of a row, at its beginning."""
+        parquet = _pyarrow().parquet.ParquetFile(path)
+        if file not in self._starts:
+            meta = parquet.metadata
+            sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+            self._starts[file] = np.cumsum([0, *sizes])
+        starts = self._starts[file]
+        number = int(np.searchsorted(starts, row, side="right")) - 1
+        column = _columns(path, parquet.schema_arrow).image
+        batches = parquet.iter_batches(_BATCH, row_groups=[number], columns=[column])
+        return _RowGroup(file, parquet, int(starts[number]), int(starts[number + 1]), batches)
+
+
+@final
+class _RowGroup:
+    """Rows of a row group, read on in batches: a group of photographs may be larger than memory.
+
+    Args:
+        file: number of the file.
+        parquet: the open file.
+        first: its first row, later that of the batch in memory.
+        end: one after its last row.
+        batches: its record batches, with a column of images.
+    """
+
+    def __init__(
+        self, file: int, parquet: Any, first: int, end: int, batches: Iterator[Any]
+    ) -> None:
+        self.file, self.parquet, self.first, self.end = file, parquet, first, end
+        self._batches, self._images = batches, ()  # type: tuple[Iterator[Any], Any]
+
+    def image(self, row: int) -> bytes | None:
+        """Return the bytes of a row at or after ``first``; None if it has none."""
+        while row >= self.first + len(self._images):
+            self.first += len(self._images)
+            self._images = _bytes_of(next(self._batches).column(0))
+        data: bytes | None = self._images[row - self.first].as_py()
+        return data
 
 
 def _line(error: Exception) -> str:
@@ -261,10 +301,11 @@ def _columns(path: Path, schema: Any) -> _Columns:
         for wanted in ("Image", "ClassLabel")
     )
     if image is None or label is None or not types.is_integer(schema.field(label).type):
-        found = ", ".join(map(shown, schema.names))
+        found = ", ".join(f"{shown(field.name)} ({field.type})" for field in schema)
         raise UserError(
-            f"{path}: found columns {found}; needed: one of images with their bytes, and one of "
-            f"labels, such as image and label"
+            f"{path}: found columns {found}; needed: one of images with their bytes, such as image "
+            f"(struct<bytes: binary, path: string>), and one of integer labels, such as label "
+            f"(int64)"
         )
     described = features.get(label)
     classes = (described.get("names") if isinstance(described, dict) else None) or ()

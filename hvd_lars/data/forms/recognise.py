@@ -61,6 +61,14 @@ def _is_archives(root: Path) -> bool:
     return any((root / name).is_file() for name in names) or bool(archives.class_tars(root))
 
 
+def _is_packed(root: Path) -> bool:
+    """Return whether ``dataset.json`` is ours: others write files of that name, too."""
+    try:
+        return b'"format"' in (root / "dataset.json").read_bytes()
+    except OSError:
+        return False
+
+
 def _is_tfrecord(root: Path) -> bool:
     return any(tfrecord.NAME.search(path.name) for path in root.iterdir())
 
@@ -70,7 +78,7 @@ def _is_folder(root: Path) -> bool:
 
 
 _SIGNS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
-    ("shards", _has("dataset.json")),
+    ("shards", _is_packed),
     ("arrow", _has(arrow.DICT)),
     ("imagefolder", _is_folder),  # perhaps beside the archives that it was unpacked from
     ("imagenet", _is_archives),

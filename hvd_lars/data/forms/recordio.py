@@ -37,6 +37,8 @@ class RecordIO:
             part: sorted(p for p in root.glob("*.rec") if p.name.lower().startswith(names))
             for part, names in _SPLITS.items()
         }
+        if any(path.name.lower().startswith("val") for path in found["val"]):
+            found["val"] = [p for p in found["val"] if not p.name.lower().startswith("test")]
         if not found["train"]:
             raise UserError(f"data.root: {root}: no train*.rec in it")
         return Files(root, found["train"], found["val"], [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from hvd_lars.data.identity import DataIdentity, SplitIdentity, hash_of
-from hvd_lars.data.listing import Paths, cache_file, read_arrays, write_arrays
+from hvd_lars.data.listing import Paths, cache_file, check_classes, read_arrays, write_arrays
 from hvd_lars.data.located import ARRAYS, Located, LocatedSet
 from hvd_lars.data.naming import image_endings
 from hvd_lars.errors import UserError
@@ -25,6 +26,8 @@ _LARGE = 10**9  # bytes in files whose scan shows its progress
 _MOST_CLASSES = 2**20  # a larger label is damage
 _THREADS = 8  # mostly waiting for the file system
 _SPLITS = ("train", "val")
+# Perhaps with a hash, and an extension.
+_NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?(?:\.[a-z]+)?$")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -92,6 +95,19 @@ def as_label(value: float, path: Path, at: int, unit: str = "the record at byte"
     if not (0 <= value < _MOST_CLASSES and float(value).is_integer()):
         raise UserError(f"{path}: {unit} {at} has label {value}; allowed: 0 to {_MOST_CLASSES - 1}")
     return int(value)
+
+
+def check_numbered(root: Path, paths: Sequence[Path]) -> None:
+    """Raise UserError if one of the files ``…-NNNNN-of-NNNNN`` is missing."""
+    seen: dict[tuple[str, int], set[int]] = {}  # numbers by what precedes them and their count
+    for path in paths:
+        if match := _NUMBERED.search(path.name):
+            key = path.name[: match.start(1)], int(match.group(2))
+            seen.setdefault(key, set()).add(int(match.group(1)))
+    for (stem, count), numbers in seen.items():
+        missing = next((number for number in range(count) if number not in numbers), None)
+        if missing is not None:
+            raise UserError(f"data.root: {root}: no {stem}{missing:05d}-of-{count:05d} in it")
 
 
 def numbered_classes(train: Sequence[Found]) -> list[str]:
@@ -164,6 +180,7 @@ def _scanned(form: Form, files: Files) -> tuple[dict[str, Any], dict[str, Paths]
     names = {}
     if not scan.train:
         raise UserError(f"data.root: {files.train[0]}: no image in it")
+    check_classes(files.root, scan.classes)
     for part, paths in (("train", files.train), ("val", files.val)):
         found, names[part] = _table(part, getattr(scan, part), scan.classes, paths)
         arrays |= found

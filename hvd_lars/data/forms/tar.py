@@ -35,6 +35,7 @@ def members(file: int, path: Path, begin: int, end: int) -> Iterator[Member]:
         if at + tarfile.BLOCKSIZE > end or len(head) < tarfile.BLOCKSIZE:
             raise UserError(f"{path}: truncated at byte {at}")
         if not any(head):
+            check_padding(file, path, at, end)
             return
         try:
             size = int(head[124:136].strip(b"\0 ") or b"0", 8)
@@ -49,10 +50,37 @@ def members(file: int, path: Path, begin: int, end: int) -> Iterator[Member]:
         kind = head[156:157]
         if kind == tarfile.GNUTYPE_LONGNAME:
             name = os.pread(file, size, data).rstrip(b"\0").decode(errors="replace")
-        elif kind in _TYPES:
-            name = name or head[:100].partition(b"\0")[0].decode(errors="replace")
-            yield Member(name.rpartition("/")[2], data, size)
-            name = ""
+        elif kind == tarfile.XHDTYPE:
+            name = _pax_path(os.pread(file, size, data)) or name
         elif kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
             raise UserError(f"{path}: a link at byte {at}; only files are expected")
+        else:
+            if kind in _TYPES:
+                name = name or head[:100].partition(b"\0")[0].decode(errors="replace")
+                yield Member(name.rpartition("/")[2], data, size)
+            name = ""
         at = data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _pax_path(records: bytes) -> str:
+    """Return the name in a pax header, records of ``LENGTH key=value`` and a new line; or ""."""
+    while records:
+        length, _, _ = records.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(records):
+            return ""
+        record, records = records[: int(length)], records[int(length) :]
+        key, _, value = record[len(length) + 1 : -1].partition(b"=")
+        if key == b"path":
+            return value.decode(errors="replace")
+    return ""
+
+
+def check_padding(file: int, path: Path, at: int, end: int) -> None:
+    """Raise UserError if zeros at ``at`` do not end a tar file at ``end``, but hide more of it."""
+    rest = end - at
+    # Two blocks of zeros end it, and more fill up a record.
+    if rest > tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE or any(os.pread(file, rest, at)):
+        raise UserError(
+            f"{path}: zeros at byte {at}, {rest:,} bytes before its end: damaged, or several tar "
+            f"files in one, or padded to more than {tarfile.RECORDSIZE:,} bytes (tar -b): unpack it"
+        )

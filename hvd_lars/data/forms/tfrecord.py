@@ -20,7 +20,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from hvd_lars.data.forms.scan import Each, Files, Found, Scan, as_label, numbered_classes
+from hvd_lars.data.forms.scan import (
+    Each,
+    Files,
+    Found,
+    Scan,
+    as_label,
+    check_numbered,
+    numbered_classes,
+)
 from hvd_lars.data.naming import shown
 from hvd_lars.errors import UserError
 
@@ -43,20 +51,14 @@ class TFRecord:
     def find(self, root: Path) -> Files:
         """Return the files; UserError names one that is missing of the ``NNNNN`` in a name."""
         parts: dict[str, list[Path]] = {"train": [], "val": []}
-        seen: dict[tuple[str, int], set[int]] = {}  # numbers by what precedes them and their count
         for path in sorted(root.iterdir()) if root.is_dir() else ():
             match = NAME.search(path.name)
             if match is None or not path.is_file():
                 continue
             parts["train" if match.group(1) == "train" else "val"].append(path)
-            stem, count = path.name[: match.start(2)], int(match.group(3))
-            seen.setdefault((stem, count), set()).add(int(match.group(2)))
         if not parts["train"]:
             raise UserError(f"data.root: {root}: no train-NNNNN-of-NNNNN in it")
-        for (stem, count), numbers in seen.items():
-            missing = next((number for number in range(count) if number not in numbers), None)
-            if missing is not None:
-                raise UserError(f"data.root: {root}: no {stem}{missing:05d}-of-{count:05d} in it")
+        check_numbered(root, [*parts["train"], *parts["val"]])
         names = root / _NAMES_OF_CLASSES
         return Files(root, parts["train"], parts["val"], [names] if names.is_file() else [])
 

@@ -1,7 +1,7 @@
 """Zip files whose images are stored, not compressed: ``train/CLASS/…/image``, ``val/…``.
 
 All may be in one file, with any folders above ``train`` and ``val``, or in ``train.zip`` and
-``val.zip`` with or without those folders.
+``val.zip``: there with or without such folders, if all images are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hvd_lars.errors import UserError
 
 _LOCAL = struct.Struct("<4s22xHH")  # of a member: signature, lengths of its name and extra field
 _SPLITS = {"train": "train", "val": "val", "validation": "val"}
+_BOTH = ("train", "val")
 
 
 class Zipped:
@@ -82,21 +83,30 @@ def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str
     own = _SPLITS.get(path.stem)
     rows = []
     left_out: Counter[str] = Counter()
+    seen: set[str] = set()
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            images = []
             for info in archive.infolist():
                 parts = info.filename.split("/")
-                if info.is_dir():
-                    continue
-                # In train.zip, a class may be called train.
-                at = -1 if own else next((i for i, part in enumerate(parts) if part in _SPLITS), -1)
-                if own and len(parts) > 2 and _SPLITS.get(parts[0]) == own:
-                    at = 0
-                split, below = (_SPLITS[parts[at]] if at >= 0 else own), parts[at + 1 :]
                 hidden = next((part for part in parts if is_litter(part)), None)
-                if hidden or split is None or len(below) < 2 or ending_of(parts[-1]) not in endings:
+                if not info.is_dir() and (hidden or ending_of(parts[-1]) not in endings):
                     count_left_out(left_out, hidden or parts[-1])
+                elif not info.is_dir():
+                    images.append((info, parts))
+            places = [_place_of_split(parts, own) for _, parts in images]
+            if own and None in places:  # train.zip, in which a class may be called train
+                places = [-1] * len(images)
+            for (info, parts), at in zip(images, places, strict=True):
+                below = parts[-1:] if at is None else parts[at + 1 :]
+                if len(below) < 2:
+                    count_left_out(left_out, parts[-1])
                     continue
+                assert at is not None
+                split = own or _SPLITS[parts[at]]
+                if info.filename in seen:
+                    raise UserError(f"{path}: {shown(info.filename)}: is in it twice")
+                seen.add(info.filename)
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                     raise UserError(
                         f"{path}: {shown(info.filename)}: compressed or encrypted; images must be "
@@ -107,6 +117,12 @@ def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str
     except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a zip file, or damaged: {error}") from None
     return rows, left_out
+
+
+def _place_of_split(parts: list[str], own: str | None) -> int | None:
+    """Return the position of a split's folder, in ``own``'s file of its own above a class."""
+    wanted, folders = ((own,), parts[:-2]) if own else (_BOTH, parts)
+    return next((i for i, part in enumerate(folders) if _SPLITS.get(part) in wanted), None)
 
 
 def _data_of(path: Path, file: int, info: zipfile.ZipInfo) -> int:

@@ -206,6 +206,12 @@ def _load_foreign(
             raise UserError(
                 f"data.root: {folder}: neither {DATASET} nor shards that match {pattern} in it"
             )
+    both = sorted(set(paths["train"]) & set(paths["val"]))
+    if both:
+        raise UserError(
+            f"data.root: {both[0]}: matches data.train_shards {patterns['train']} and "
+            f"data.val_shards {patterns['val']}; give patterns that no shard has in common"
+        )
     names = {key: tuple(str(p.relative_to(folder)) for p in paths[key]) for key in paths}
     sizes = {str(p.relative_to(folder)): p.stat().st_size for key in paths for p in paths[key]}
     times = [p.stat().st_mtime_ns for key in paths for p in paths[key]]

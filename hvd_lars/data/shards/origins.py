@@ -13,7 +13,8 @@ from hvd_lars.data.shards.samples import scan_tar
 from hvd_lars.data.shards.samples_to_pack import Samples
 from hvd_lars.errors import UserError
 
-_THREADS = 16  # mostly waiting for the file system
+# Mostly waiting for the file system.  Each keeps up to 64 files open, of 1,024 that are allowed.
+_THREADS = 8
 
 
 def stamps(shards: Mapping[str, Samples]) -> dict[str, str]:
@@ -46,13 +47,13 @@ def compare(
         target: the folder of the shards.
         shards: by name.
         progress: called with the numbers of compared shards and of all shards.
-        threads: shards compared at once.
+        threads: shards compared at once, at most 8.
 
     Raises:
         UserError: files have changed or cannot be read; names the first, and gives their number.
     """
     changed: list[str] = []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(min(threads, _THREADS)) as pool:
         running = [
             pool.submit(_changed, target / name, samples) for name, samples in shards.items()
         ]

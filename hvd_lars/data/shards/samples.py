@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hvd_lars.data.forms.tar import check_padding
 from hvd_lars.data.naming import count_left_out, image_endings, is_litter, shown
 from hvd_lars.errors import UserError
 
@@ -29,6 +30,7 @@ def scan_tar(path: Path, left_out: Counter[str] | None = None) -> list[tuple[int
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             samples = _samples(path, file.fileno(), tar, left_out)
+            check_padding(file.fileno(), path, tar.offset, path.stat().st_size)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: truncated, or not an uncompressed tar file: {error}") from None
     rows = []
