@@ -240,12 +240,14 @@ def zipped(folder, target, top="imagenet/", compression=zipfile.ZIP_STORED):
     return target
 
 
-def zip_each(folder, target):
+def zip_each(folder, target, above=None):
+    """``above`` are folders above the split's, as in Kaggle's tree; None for classes alone."""
     target.mkdir()
     for split in ("train", "val"):
+        top = "" if above is None else f"{above}{split}/"
         with zipfile.ZipFile(target / f"{split}.zip", "w") as archive:
             for name, path in shuffled(images(folder, split), 6):
-                archive.write(path, f"{name}/{path.name}")
+                archive.write(path, f"{top}{name}/{path.name}")
     return target
 
 

@@ -79,6 +79,53 @@ def test_long_names_and_folders_inside_are_read(folder, archives):
     assert found.num_train == 3
 
 
+def tar_with(names, image, kind):
+    """A tar file whose entries are images, or folders where the name ends in /."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=kind) as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            if name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+                tar.addfile(member)
+            else:
+                member.size = len(image)
+                tar.addfile(member, io.BytesIO(image))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_no_image_is_lost_to_a_long_name(folder, archives, kind):
+    """Of a file, or of a folder, which is not the next file's."""
+    image = sorted((folder / "train/ant").iterdir())[0].read_bytes()
+    long = "d" * 130
+    names = [f"{long}/", f"{long}/{long}.JPEG", "x.JPEG", f"{long}/", "y.JPEG"]
+    ant = tar_with(names, image, kind)
+    others = [(f"{c}.tar", tar_of([("a.JPEG", image)])) for c in ("bee", "cat")]
+    (archives / TRAIN).write_bytes(tar_of([("ant.tar", ant), *others]))
+    assert from_archives(archives).num_train == 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda ant, image: ant[: len(ant) // 2] + bytes(len(ant) - len(ant) // 2),
+         "ant.tar: zeros at byte"),
+        (lambda ant, image: ant + ant, "ant.tar: zeros at byte"),
+        (lambda ant, image: bytes(10240), "ant.tar has no image"),
+        (lambda ant, image: tar_of([("a.JPEG", image)] * 2), "ant.tar: a.JPEG is in it twice"),
+    ],
+)  # fmt: skip
+def test_class_tars_that_would_lose_or_repeat_images_are_named(folder, archives, spoil, message):
+    image = sorted((folder / "train/ant").iterdir())[0].read_bytes()
+    ant = tar_of([(f"{i}.JPEG", bytes(512 - 1) + b"x") for i in range(64)])
+    others = [(f"{c}.tar", tar_of([("a.JPEG", image)])) for c in ("bee", "cat")]
+    (archives / TRAIN).write_bytes(tar_of([("ant.tar", spoil(ant, image)), *others]))
+    with pytest.raises(UserError, match=message) as caught:
+        from_archives(archives)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def changed(name, change):
     def apply(root):
         path = root / name

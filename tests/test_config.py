@@ -116,12 +116,23 @@ extra: 1
         ("run.name=../up", "run.name: found '../up'"),
         ("train.eval_every=0 epochs", "eval_every is 0 epochs; it must be above 0"),
         ("comm.backend=nccl", "must be 'auto', 'horovod', 'mpi' or 'local'"),
+        ("comm.bucket_mb=x", "comm.bucket_mb: found 'x'; must be a valid number or 'auto'"),
+        ("data.name=[a]", "data.name: found \"['a']\"; allowed: digits"),
+        ("optimizer.name={a: 1}", "optimizer.name: found \"{'a': 1}\"; allowed: lars"),
     ],
 )
 def test_mistakes_on_the_command_line_are_told_as_such(write, change, message):
     (line,) = lines_of(write(MINIMAL), change)
     assert line.startswith("command line: ")
     assert message in line
+
+
+def test_a_section_that_the_command_line_begins_is_its_own(write):
+    path = write(MINIMAL)
+    overrides = ["data={name: imagefolder, root: /x}", "data.expect.train=3"]
+    assert lines_of(path, *overrides) == [
+        f"command line: data.expect.{key}: missing; it is required" for key in ("eval", "classes")
+    ]
 
 
 @pytest.mark.parametrize("override", ["train", "=3", "train.=3", "run.seed.x=3"])

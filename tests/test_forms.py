@@ -7,6 +7,7 @@ import zipfile
 
 import forms
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from test_image_folder import make_folder, source_of
@@ -15,6 +16,7 @@ from hvd_lars.assemble.check import examine
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.binding import changes
 from hvd_lars.config.file import load_config
+from hvd_lars.data.forms import arrow
 from hvd_lars.data.forms.archives import DEVKIT, VAL
 from hvd_lars.data.forms.recognise import recognise
 from hvd_lars.data.lists import read_list
@@ -22,7 +24,7 @@ from hvd_lars.data.shards.cache import verify
 from hvd_lars.data.shards.index import load_shards
 from hvd_lars.data.shards.origins import compare
 from hvd_lars.data.shards.samples import scan_tar
-from hvd_lars.data.shards.samples_to_pack import collect
+from hvd_lars.data.shards.samples_to_pack import collect, stored_order
 from hvd_lars.data.shards.shrink import Shrink
 from hvd_lars.data.shards.writer import pack
 from hvd_lars.errors import UserError
@@ -39,6 +41,8 @@ WRITERS = {
     "several labels": (forms.recordio, {"labels": 3}),
     "zip": (forms.zipped, {}),
     "zip for each": (forms.zip_each, {}),
+    "zip for each with its folder": (forms.zip_each, {"above": ""}),
+    "zip for each with folders": (forms.zip_each, {"above": "ILSVRC/Data/CLS-LOC/"}),
     "kaggle": (forms.kaggle, {}),
     "tiny": (forms.tiny, {}),
     "places": (forms.places, {}),
@@ -120,6 +124,44 @@ def test_parquet_is_packed_and_not_read_in_place(folder, tmp_path):
     root = forms.parquet(folder, tmp_path / "parquet")
     with pytest.raises(UserError, match=f"pack it first: hvd-lars pack {root} FOLDER"):
         built(root)
+
+
+def test_parquet_is_read_a_batch_at_a_time(folder, tmp_path, monkeypatch):
+    """In stored order without starting again; in any other order all the same."""
+    monkeypatch.setattr(arrow, "_BATCH", 2)
+    found = collect(str(forms.parquet(folder, tmp_path / "parquet"))).train
+    stored = [(split, path.read_bytes()) for split, path in forms.images(folder, "train")]
+    opened = []
+    open_group = arrow.ParquetImages._open
+    monkeypatch.setattr(arrow.ParquetImages, "_open",
+                        lambda *a: opened.append(a) or open_group(*a))  # fmt: skip
+    for order in (range(len(found)), reversed(range(len(found)))):
+        for index in order:
+            assert found.read(index) == stored[index][1]
+    ordered = stored_order(found)
+    opened.clear()
+    for index in ordered:
+        found.read(int(index))
+    assert len(opened) == -(-len(found) // 5)  # once for each row group
+
+
+def test_a_missing_parquet_file_is_named(folder, tmp_path):
+    root = forms.parquet(folder, tmp_path / "parquet")
+    os.rename(root / "data/train-00000-of-00001.parquet",
+              root / "data/train-00002-of-00003-0a1b2c.parquet")  # fmt: skip
+    with pytest.raises(UserError, match="no train-00000-of-00003 in it"):
+        collect(str(root))
+
+
+def test_columns_that_do_not_fit_are_named_with_their_types(folder, tmp_path):
+    root = forms.parquet(folder, tmp_path / "parquet")
+    path = next(root.glob("data/train*"))
+    table = pyarrow.parquet.read_table(path).replace_schema_metadata({})
+    labels = pyarrow.array([float(value) for value in table["label"].to_pylist()])
+    at = table.schema.get_field_index("label")
+    pyarrow.parquet.write_table(table.set_column(at, "label", labels), path)
+    with pytest.raises(UserError, match=r"label \(double\).*; needed: .* of integer labels"):
+        collect(str(root))
 
 
 def test_names_of_hugging_face_are_the_folders(folder, tmp_path):
@@ -210,6 +252,47 @@ def test_a_first_row_of_unknown_names_is_no_image(folder, tmp_path, text, messag
 def test_paths_of_a_list_may_have_spaces_and_commas(tmp_path):
     (tmp_path / "list").write_text("my dir/a,b.jpg\t5\nmy dir/c.jpg\t0\n")
     assert read_list(tmp_path / "list") == [("my dir/a,b.jpg", "5"), ("my dir/c.jpg", "0")]
+
+
+def test_a_list_has_whole_names_of_classes_and_perhaps_a_head(tmp_path):
+    rows = [("a.jpg", "great white shark"), ("b.jpg", "great grey owl")]
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{a},{b}\n" for a, b in rows))
+    (tmp_path / "list.tsv").write_text("Path\tLabel\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
+    assert read_list(tmp_path / "list.csv") == read_list(tmp_path / "list.tsv") == rows
+    (tmp_path / "boxes.csv").write_text("ImageId,PredictionString\nx,n01978287 85 1 499 272\n")
+    assert read_list(tmp_path / "boxes.csv") == [("x", "n01978287")]
+
+
+def test_one_class_is_no_data_set(folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.copytree(folder / "train", tmp_path / "images/train/all")
+    shutil.copytree(folder / "val", tmp_path / "images/val/all")
+    with pytest.raises(UserError, match="found one class, all; two or more are needed"):
+        built(tmp_path / "images")
+
+
+def test_a_dataset_json_of_others_is_no_sign_of_shards(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "images")
+    (root / "dataset.json").write_text('{"author": "somebody"}')
+    check_same(built(root), source_of(folder))
+
+
+def test_records_to_test_on_are_left_out_beside_those_to_validate(folder, tmp_path):
+    root = forms.recordio(folder, tmp_path / "form")
+    shutil.copy(root / "train.rec", root / "test.rec")
+    check_same(built(root), source_of(folder))
+    os.rename(root / "val.rec", root / "other.rec")
+    assert built(root).num_eval == built(root).num_train
+
+
+def test_a_shard_is_not_in_both_splits(folder, tmp_path):
+    pack(str(folder), tmp_path / "shards", 1, 5, QUIET)
+    (tmp_path / "foreign").mkdir()
+    for path in (tmp_path / "shards").glob("*.tar"):
+        name = path.name.replace("imagenet", "retrieval")
+        shutil.copy(path, tmp_path / "foreign" / f"retrieval-{name}")
+    with pytest.raises(UserError, match=r"retrieval.*train.*\.tar: matches data.train_shards"):
+        built(tmp_path / "foreign", name="shards")
 
 
 def test_an_unpacked_folder_beside_its_archives_is_read(folder, tmp_path):
@@ -392,6 +475,13 @@ def damaged(name, change):
     return apply
 
 
+def add_again(root):
+    path = next(root.glob("*.zip"))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        name = next(name for name in archive.namelist() if "/train/" in name)
+        archive.writestr(name, b"later")
+
+
 @pytest.mark.parametrize(
     ("write", "options", "change", "message"),
     [
@@ -460,6 +550,7 @@ def damaged(name, change):
             damaged("*.zip", lambda d: d.replace(b"PK\3\4", b"PK\3\5")),
             "no member at byte",
         ),
+        (forms.zipped, {}, lambda root: add_again(root), "is in it twice"),
         (forms.kaggle, {}, damaged("LOC*.csv", lambda d: d[: len(d) // 2]), "has no label in"),
         (forms.tiny, {}, damaged("val/val*.txt", lambda d: b"a"), "needed: an image, a class"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hvd_lars.assemble.dataset import build_source
 from hvd_lars.assemble.network import build_network
 from hvd_lars.assemble.resuming import check_same_data
 from hvd_lars.comm.agree import on_root
@@ -14,7 +15,6 @@ from hvd_lars.health.agreement import Agreement
 from hvd_lars.launchers.environment import Launch
 from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.runtime.device import choose_device, set_threads
-from hvd_lars.sources import BuildContext
 from hvd_lars.state import run_folder
 from hvd_lars.state.checkpoint import find_checkpoint, restore
 from hvd_lars.state.checkpoint_files import choose
@@ -37,7 +37,7 @@ def evaluate_run(
     device = choose_device(comm.local_rank)
     chosen = on_root(comm, lambda: choose(folder / run_folder.CHECKPOINTS, which))
     found = find_checkpoint(chosen, comm)
-    source = config.data.build(BuildContext(comm, config.run.seed, device.type == "cuda"))
+    source = build_source(config, comm, device)
     allowed = config.run.allow_other_data
     check_same_data(found.data, source.identity, allowed, found.folder, comm.rank, only_eval=True)
     model = build_network(config.model, config.data, source.num_classes, device)

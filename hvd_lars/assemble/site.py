@@ -9,13 +9,13 @@ import time
 import torch
 
 from hvd_lars.assemble.bench import bench, mean_over_ranks
+from hvd_lars.assemble.dataset import build_source
 from hvd_lars.comm.base import Communicator
 from hvd_lars.config.schema import Config
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.launchers.environment import Launch
 from hvd_lars.planning.site import Site
 from hvd_lars.runtime.device import choose_device
-from hvd_lars.sources import BuildContext
 from hvd_lars.state.run_folder import environment_facts
 from hvd_lars.train.feed import Feed
 
@@ -82,7 +82,7 @@ def _input_rate(config: Config, comm: Communicator, device: torch.device) -> flo
     location = config.data.location
     if location is not None and not location.exists():
         return None
-    source = config.data.build(BuildContext(comm, config.run.seed, device.type == "cuda"))
+    source = build_source(config, comm, device)
     micro_batch = min(config.train.micro_batch, source.num_train // comm.size)
     batches = GlobalBatches(
         source.num_train, micro_batch * comm.size, config.run.seed, pairs=config.data.mixes_pairs

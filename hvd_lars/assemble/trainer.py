@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hvd_lars.assemble.choices import settle
+from hvd_lars.assemble.dataset import build_source
 from hvd_lars.assemble.forward import make_forward
 from hvd_lars.assemble.network import build_network, check_batch_norm
 from hvd_lars.assemble.placing import place
@@ -27,7 +28,6 @@ from hvd_lars.optim import Placement, Sharded
 from hvd_lars.runtime.device import choose_device, set_threads
 from hvd_lars.runtime.stopwatch import Stopwatch
 from hvd_lars.runtime.terminal import tell
-from hvd_lars.sources import BuildContext
 from hvd_lars.state.run_state import RunState
 from hvd_lars.train.feed import Feed
 from hvd_lars.train.trainer import StepOptions, Trainer
@@ -60,7 +60,7 @@ def build_trainer(
     """
     threads = set_threads(config.train.threads, launch)
     device = choose_device(comm.local_rank)
-    source = config.data.build(BuildContext(comm, config.run.seed, device.type == "cuda"))
+    source = build_source(config, comm, device)
     plan = make_plan(config, source.num_train, comm.size)
     model, average = _build_models(config, comm, plan, source.num_classes, device)
     config = settle(config, model, source.num_classes, comm, device)

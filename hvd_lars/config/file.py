@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -19,6 +20,8 @@ from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_MUST = "; must be "
+_TYPE = re.compile(r"constrained-\w+|literal\[.*\]|float|int|str|bool")  # a union's, in pydantic
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -123,18 +126,20 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     # Choose the kind of a section before its keys, which depend on the kind.
     choices = tuple(f"{section}.name=" for section in KINDS)
     overrides = sorted(overrides, key=lambda text: not text.startswith(choices))
+    own = copy.deepcopy(own)  # as it is in the file
     overridden = {_override(tree, text) for text in overrides}
     overridden |= {section for section in KINDS if f"{section}.name" in overridden}
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = []
-        for detail in error.errors(include_url=False):
-            key, message = _explain(detail)  # type: ignore[arg-type]
-            # A section's own error may come from any override inside the section.
-            given = any(
-                f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden
-            )
+        for key, message, missing in _explained(error):
+            # A section's own error may come from any override inside the section, and so may a
+            # key that it lacks, if the files have no such section.
+            section = key.rpartition(".")[0]
+            made = missing and not _holds(own, section) and not _holds(base, section)
+            inside = f"{section if made else key}."
+            given = any(f"{key}.".startswith(f"{k}.") or k.startswith(inside) for k in overridden)
             file = base_path if _holds(base, key) and not _holds(own, key) else path
             lines.append(f"{'command line' if given else file}: {message}")
         raise UserError("\n".join(lines)) from None
@@ -157,8 +162,9 @@ def with_keys(config: Config, values: Mapping[str, object], source: str) -> Conf
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(each)[1] for each in error.errors(include_url=False)]  # type: ignore[arg-type]
-        raise UserError("\n".join(f"{source}: {line}" for line in lines)) from None
+        raise UserError(
+            "\n".join(f"{source}: {message}" for _, message, _ in _explained(error))
+        ) from None
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -234,10 +240,29 @@ def _override(tree: dict[Any, Any], text: str, source: str = "command line") -> 
     return key
 
 
+def _explained(error: ValidationError) -> list[tuple[str, str, bool]]:
+    """Return for each mistake its key, a line about it, and whether the key is missing.
+
+    What one key may be instead is joined, where it may be of several types.
+    """
+    lines: list[tuple[str, str, bool]] = []
+    for detail in error.errors(include_url=False):
+        key, message = _explain(detail)  # type: ignore[arg-type]
+        start, must, allowed = message.partition(_MUST)
+        if must and lines and lines[-1][1].startswith(start + _MUST):
+            lines[-1] = key, f"{lines[-1][1]} or {allowed}", False
+        else:
+            lines.append((key, message, detail["type"] == "missing"))
+    return lines
+
+
 def _explain(detail: dict[str, Any]) -> tuple[str, str]:
     """Return the key path and a line that says what was found there and what is allowed."""
-    # A tagged union adds its tag to the path (data.digits.copies); the file has no such key.
+    # A union adds a tag or a type to the path (data.digits.copies, comm.bucket_mb.float); the file
+    # has no such key.
     parts = [_printable(str(part)) for part in detail["loc"]]
+    if detail["type"] != "extra_forbidden" and _TYPE.fullmatch(parts[-1] if parts else ""):
+        del parts[-1]
     if len(parts) > 1 and parts[0] in KINDS:
         del parts[1]
     key = ".".join(parts)
@@ -262,7 +287,7 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return key, f"{key}: {found}; must be a section of keys and values"
     message = detail["msg"].removeprefix("Input should be ")
-    return key, f"{key}: {found}; must be {message}"
+    return key, f"{key}: {found}{_MUST}{message}"
 
 
 def _printable(key: str) -> str:

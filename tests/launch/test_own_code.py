@@ -75,6 +75,26 @@ def test_mistakes_are_one_line(folder, overrides, message):
     assert not (folder / "run").exists() or "sample" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("Stripes(number,", "Stripes(number - 2 * LATER,"),
+         "510 images to train and 100 to evaluate on, rank 0 has 512 and 100; all ranks"),
+        (("Stripes(100,", "Stripes(100 - 2 * LATER,"),
+         "512 images to train and 98 to evaluate on, rank 0 has 512 and 100; all ranks"),
+    ],
+)  # fmt: skip
+def test_ranks_with_other_images_are_named(folder, change, message):
+    text = (folder / "stripes.py").read_text()
+    later = "import os\n\nLATER = os.environ['OMPI_COMM_WORLD_RANK'] != '0'\n"
+    (folder / "stripes.py").write_text(later + text.replace(*change))
+    program = warm_python("-m", "hvd_lars", "train", "stripes.yaml", "run.dir=run")
+    result = run_here("mpirun", 2, program, HANG_GUARD)
+    assert result.returncode == 2, result.stdout
+    assert f"data: rank 1 has {message}" in result.stdout
+    assert not (folder / "run").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_exception_in_the_users_code_keeps_its_traceback(folder, workers):
     text = (folder / "stripes.py").read_text()

@@ -280,6 +280,7 @@ def test_another_run_starts_from_a_checkpoint(finished, tmp_path):
         (["--resume-from", "/no/such"], "--resume-from: /no/such: no such run folder"),
         (["run.dir=RUN"], "holds a run already; name another folder, or --resume it"),
         (["run.dir=RUN", "--resume", "CONFIG"], "schedule.base_lr: found 3.0, the run has 32.0"),
+        (["run.dir=RUN", "--resume", "SEED"], "run.seed: found 7, the run has 0"),
         (["run.dir=RUN", "--resume", "ALL DAMAGED"], "damaged"),
         (["run.dir=RUN", "--resume", "run.seed=7", "ALL DAMAGED"], "damaged"),
         (["run.dir=NEW", "--resume-from", "EMPTY"], "no checkpoint (a folder step-N) in it"),
@@ -294,9 +295,10 @@ def test_another_run_starts_from_a_checkpoint(finished, tmp_path):
 )
 def test_what_cannot_be_resumed_is_one_line(finished, tmp_path, options, message):
     config = "digits"
-    if options[-1] == "CONFIG":
+    if options[-1] in ("CONFIG", "SEED"):
+        change = "s/base_lr: .*/base_lr: 3.0/" if options[-1] == "CONFIG" else "s/seed: .*/seed: 7/"
         shown = subprocess.run(
-            ["sed", "s/base_lr: .*/base_lr: 3.0/", finished / "config.yaml"],
+            ["sed", change, finished / "config.yaml"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         (tmp_path / "other.yaml").write_text(shown.stdout)
