@@ -10,15 +10,17 @@
 #
 #   CONFIG=resnet50-lars-b8192 bsub < launch/lsf.sh
 #
-# On LSF with jsrun (Summit's kind).  OPTIONS="key=value …" replaces values of the config, RUN names
-# the run folder.  One rank a GPU: GPUS_PER_NODE (6) and CORES_PER_GPU (7) say how many there are.
-# Five minutes before the time is up the ranks keep a checkpoint and end with code 75, with which
-# LSF queues the job again (-Q); it goes on in its run folder.
+# On LSF with jsrun (Summit's kind).  OPTIONS="key=value …" replaces values of the config; RUN names
+# the run folder, or else the config's run.dir.  One rank a GPU: GPUS_PER_NODE (6) and CORES_PER_GPU
+# (7) say how many there are.  Five minutes before the time is up the ranks keep a checkpoint and end
+# with code 75, with which LSF queues the job again (-Q); it goes on in its run folder.
 set -uo pipefail
 
 : "${CONFIG:?is not set: CONFIG=my.yaml bsub < launch/lsf.sh}"
 read -r -a options <<<"${OPTIONS:-}"
-run=${RUN:-runs/lsf-${LSB_JOBID:?not inside LSF}}
+run=${RUN:-}
+[ -n "$run" ] || run=$(hvd-lars check "$CONFIG" ${options[@]+"${options[@]}"} --run-dir) || exit 2
+[ -n "$run" ] || run=runs/lsf-${LSB_JOBID:?not inside LSF}
 # "batch 1 node1 42 node2 42": all hosts but the one that launches.
 nodes=$(tr ' ' '\n' <<<"${LSB_MCPU_HOSTS:-}" | grep -vEc '^[0-9]*$|batch|login')
 

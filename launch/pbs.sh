@@ -6,20 +6,22 @@
 #
 #   qsub -v CONFIG=resnet50-lars-b8192,SETUP="module load openmpi" launch/pbs.sh
 #
-# OPTIONS="key=value …" replaces values of the config, RUN names the run folder, HOURS the time after
-# which the ranks keep a checkpoint and end with code 75: give a little less than the walltime.  The
-# script then submits itself again, with QSUB="-q gpu -A project …" as options.  SCRIPTS is the folder
-# that it lies in, launch/ of where it is submitted if not given.
+# OPTIONS="key=value …" replaces values of the config; RUN names the run folder, or else the config's
+# run.dir.  After HOURS the ranks keep a checkpoint and end with code 75: give a little less than the
+# walltime.  The script then submits itself again, with QSUB="-q gpu -A project …" as options.
+# SCRIPTS is the folder that it lies in, launch/ of where it is submitted if not given.
 set -uo pipefail
 
 cd "${PBS_O_WORKDIR:?qsub sets it}" || exit 2
 : "${CONFIG:?is not set: qsub -v CONFIG=my.yaml launch/pbs.sh}"
-run=${RUN:-runs/pbs-${PBS_JOBID%%.*}}
 scripts=${SCRIPTS:-launch}
 read -r -a setup <<<"${SETUP:-}"
 read -r -a options <<<"${OPTIONS:-}"
 read -r -a submit <<<"${QSUB:-}"
 [ ${#setup[@]} -eq 0 ] || "${setup[@]}"
+run=${RUN:-}
+[ -n "$run" ] || run=$(hvd-lars check "$CONFIG" ${options[@]+"${options[@]}"} --run-dir) || exit 2
+[ -n "$run" ] || run=runs/pbs-${PBS_JOBID%%.*}
 
 NP=$(wc -l <"$PBS_NODEFILE") bash "$scripts/mpirun.sh" "$CONFIG" ${options[@]+"${options[@]}"} \
     "run.dir=$run" "run.max_hours=${HOURS:-23.8}" --resume &

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan for")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--run-dir", action="store_true", help="print run.dir alone, for scripts; empty if not set"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,6 +54,10 @@ def run(options: argparse.Namespace) -> int:
     configs = [text for text in options.configs if text not in overrides]
     if not configs:
         raise UserError("check: no config is given, only overrides")
+    if options.run_dir:
+        found = (load_config(name, overrides).run.dir or "" for name in configs)
+        print(*map(os.path.expanduser, found), sep="\n")
+        return 0
     return check(configs, overrides, options.ranks, options.device_memory, options.json)
 
 

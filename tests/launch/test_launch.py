@@ -59,7 +59,9 @@ def test_openmpi(monkeypatch):
 def test_slurm_outside_and_inside_an_allocation(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     script = str(LAUNCH / "slurm.sbatch")
-    assert line("slurm", "-np", "8") == ["sbatch", "--ntasks=8", script, *TRAINING]
+    sized = ["sbatch", "--nodes=2", "--ntasks=8"]  # 4 on a node, as the script has it
+    assert line("slurm", "-np", "8") == [*sized, script, *TRAINING]
+    assert line("slurm", "-np", "9")[1:3] == ["--nodes=3", "--ntasks=9"]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert line("slurm") == [
         "srun", "--mpi=pmix", "--cpu-bind=none", "--kill-on-bad-exit=1",

@@ -107,6 +107,33 @@ def test_horovodrun_sh_takes_the_hosts_of_an_allocation(tmp_path):
         assert found[1:3] == ["--hosts", hosts]
 
 
+@pytest.mark.parametrize("script", ["slurm.sbatch", "pbs.sh", "lsf.sh"])
+@pytest.mark.parametrize("own", [True, False])
+def test_schedulers_scripts_take_the_configs_run_folder(tmp_path, script, own):
+    """Else each job has a folder of its own."""
+    base = Path(__file__).parents[2] / "configs/digits.yaml"
+    ours = f"extends: {base}\nrun: {{dir: {'runs/mine' if own else 'null'}}}\n"
+    (tmp_path / "my.yaml").write_text(ours)
+    for name in ("srun", "jsrun", "mpirun"):
+        program(tmp_path, name, f'echo "{name} $*"')
+    config = str(tmp_path / "my.yaml")
+    (tmp_path / "nodes").write_text("a\n")
+    variables = {"CONFIG": config, "OPTIONS": "run.seed=3", "PBS_NODEFILE": str(tmp_path / "nodes")}
+    variables |= {f"{name}_JOBID": "7" for name in ("PBS", "LSB")} | {"SLURM_JOB_ID": "7"}
+    variables |= {"PBS_O_WORKDIR": str(LAUNCH.parent), "PRINT": "1", "LSB_MCPU_HOSTS": "a 42"}
+    given = [config, "run.seed=3"] if script == "slurm.sbatch" else []
+    found = subprocess.run(
+        ["bash", LAUNCH / script, *given],
+        env=launcher_environment()
+        | {"PATH": f"{tmp_path}:{launcher_environment()['PATH']}"}
+        | variables,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    folder = "runs/mine" if own else f"runs/{script[: script.index('.')]}-7"
+    assert f"train {config} run.seed=3 run.dir={folder} " in found.stdout, found.stderr
+    assert found.returncode == 0
+
+
 @pytest.mark.parametrize("name", ["mpirun.sh", "horovodrun.sh"])
 def test_scripts_say_how_they_are_used(name):
     found = subprocess.run(["bash", LAUNCH / name], capture_output=True, text=True, check=False)

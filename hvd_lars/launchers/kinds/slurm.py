@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hvd_lars.launchers.start import Request, Start, script
 
 
@@ -13,4 +15,9 @@ def start(request: Request) -> Start:
         kind = request.environment.get("MPI_TYPE", "pmix")
         options = [f"--mpi={kind}", "--cpu-bind=none", "--kill-on-bad-exit=1"]
         return Start(["srun", *options, *size, "hvd-lars", "train", *request.training])
-    return Start(["sbatch", *size, str(script("slurm.sbatch")), *request.without_resume()])
+    path = script("slurm.sbatch")
+    if request.ranks is not None:
+        per_node = re.search(r"--ntasks-per-node=(\d+)", path.read_text())
+        assert per_node is not None
+        size = [f"--nodes={-(-request.ranks // int(per_node.group(1)))}", *size]
+    return Start(["sbatch", *size, str(path), *request.without_resume()])
