@@ -19,6 +19,7 @@ what is allowed.
 
 ```yaml
 data: {name: digits}
+optimizer: {adapt: layer, weight_decay: 5.0e-4}   # of a network without normalisation
 schedule: {base_lr: 32.0, warmup: gradual, warmup_duration: 4 epochs}
 train: {duration: 20 epochs, global_batch: 1024}
 ```

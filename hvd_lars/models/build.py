@@ -105,10 +105,11 @@ def build_model(name: str, num_classes: int, options: Mapping[str, Any] | None =
         return model
     try:
         return _build_known(name, num_classes, own)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         if not own:
             raise
-        raise UserError(f"model.options: {name} does not take them: {error}") from None
+        hint = "; model.init_from loads weights from a file" if "weights" in own else ""
+        raise UserError(f"model.options: {name} does not take them: {error}{hint}") from None
 
 
 def _build_known(name: str, num_classes: int, own: dict[str, Any]) -> nn.Module:

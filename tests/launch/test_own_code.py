@@ -64,6 +64,8 @@ def test_the_example_of_the_page_trains_alike_on_one_rank_and_two(folder):
         (["model.name=stripes:absent"], "model.name: stripes:absent: stripes has no absent"),
         (["model.name=stripes:build", "model.options={number: 3}"], "unexpected keyword argument"),
         (["model.name=resnet18", "model.options={depth: 3}"], "model.options: resnet18 does not"),
+        (["model.name=resnet18", "model.options={weights: IMAGENET1K_V1}"],
+         "but got 2 instead.; model.init_from loads weights from a file"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(folder, overrides, message):
