@@ -1,11 +1,14 @@
 """What recipes change in a network."""
 
+from unittest import mock
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_loop, tiny_model, tiny_trainer
 from torch import nn
 
+from hvd_lars.assemble import network
 from hvd_lars.assemble.network import build_network
 from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.config.schema import Model
@@ -82,6 +85,27 @@ def test_a_network_of_ones_own_that_cannot_be_trained_is_one_line(kind, message)
     settings = Model(name="test_model_options:Odd", options={"kind": kind})
     with pytest.raises(UserError, match=message):
         build_network(settings, DATA, 10, CPU)
+
+
+def test_looking_at_the_output_in_training_leaves_nothing_behind():
+    """Such as a tensor of another device that forward keeps."""
+
+    class Keeps(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.layer, self.calls, self.kept = nn.LazyLinear(num_classes), [], None
+
+        def forward(self, images):
+            self.calls.append(images.device)
+            if self.training:
+                self.kept = images
+            return self.layer(images.flatten(1))
+
+    made = []
+    with mock.patch.object(network, "build_model", lambda *_: made.append(Keeps(10)) or made[0]):
+        model = build_network(Model(name="resnet18"), DATA, 10, CPU)
+    assert model is made[0]
+    assert (model.calls, model.kept, model.training) == ([CPU], None, True)
 
 
 @pytest.mark.ranks(1, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -84,25 +84,23 @@ def _check_logits(logits: object, name: str, num_classes: int, when: str) -> Non
 def _trained_on_meta(model: nn.Module, shape: tuple[int, ...], images: int = 2) -> object:
     """Return what the network gives in training, or None if it does not run without memory.
 
-    It runs on the ``meta`` device, which takes no time and changes no buffer.
+    A copy on the ``meta`` device runs, which takes no time and leaves the network as it is.
 
     Raises:
         ValueError: a BatchNorm gets one value per channel.
     """
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    shadow = {name: tensor.to("meta") for name, tensor in tensors}
-    was_training = model.training
+    kept: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for param in model.parameters():
+        kept[id(param)] = nn.Parameter(param.detach().to("meta"), param.requires_grad)
     try:
-        given = torch.zeros(images, *shape, device="meta")
-        return torch.func.functional_call(model.train(), shadow, (given,))
+        with torch.no_grad():
+            return copy.deepcopy(model, kept).train()(torch.zeros(images, *shape, device="meta"))
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             raise
         return None
     except Exception:  # whatever a network's operations raise on this device
         return None
-    finally:
-        model.train(was_training)
 
 
 def check_batch_norm(model: nn.Module, config: Config, plan: Plan) -> None:

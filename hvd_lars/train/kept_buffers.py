@@ -40,7 +40,7 @@ class KeptBuffers:
         self._before: list[Tensor] = []
 
     def _found(self) -> list[Tensor | None]:
-        return [buffers[name] for buffers, name in self._places]
+        return [buffers.get(name) for buffers, name in self._places]
 
     def note(self) -> None:
         """Remember the present values."""
@@ -63,6 +63,6 @@ class KeptBuffers:
             parts = torch.split(before, [buffer.numel() for buffer in buffers])
             noted |= {id(b): part.view(b.shape) for b, part in zip(buffers, parts, strict=True)}
         for (held, name), old in zip(self._places, self._present, strict=True):
-            now, was = held[name], noted.get(id(old))
+            now, was = held.get(name), noted.get(id(old))
             if now is not None and was is not None and now.shape == was.shape:
                 held[name] = torch.where(kept.to(now.device), now, was.to(now))

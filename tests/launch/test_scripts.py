@@ -121,7 +121,8 @@ def test_schedulers_scripts_take_the_configs_run_folder(tmp_path, script, own):
     variables = {"CONFIG": config, "OPTIONS": "run.seed=3", "PBS_NODEFILE": str(tmp_path / "nodes")}
     variables |= {f"{name}_JOBID": "7" for name in ("PBS", "LSB")} | {"SLURM_JOB_ID": "7"}
     variables |= {"PBS_O_WORKDIR": str(LAUNCH.parent), "PRINT": "1", "LSB_MCPU_HOSTS": "a 42"}
-    given = [config, "run.seed=3"] if script == "slurm.sbatch" else []
+    slurm = script == "slurm.sbatch"
+    given = [config, "run.seed=3", "--resume-from", "runs/a"] if slurm else []
     found = subprocess.run(
         ["bash", LAUNCH / script, *given],
         env=launcher_environment()
@@ -130,7 +131,8 @@ def test_schedulers_scripts_take_the_configs_run_folder(tmp_path, script, own):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     folder = "runs/mine" if own else f"runs/{script[: script.index('.')]}-7"
-    assert f"train {config} run.seed=3 run.dir={folder} " in found.stdout, found.stderr
+    given = "--resume-from runs/a " if slurm else ""
+    assert f"train {config} run.seed=3 {given}run.dir={folder} " in found.stdout, found.stderr
     assert found.returncode == 0
 
 

@@ -174,13 +174,17 @@ class _RowGroup:
         self, file: int, parquet: Any, first: int, end: int, batches: Iterator[Any]
     ) -> None:
         self.file, self.parquet, self.first, self.end = file, parquet, first, end
-        self._batches, self._images = batches, ()  # type: tuple[Iterator[Any], Any]
+        self._batches = batches
+        self._images: Any = ()
 
     def image(self, row: int) -> bytes | None:
-        """Return the bytes of a row at or after ``first``; None if it has none."""
+        """Return the bytes of a row at or after ``first``, None if it has none; OSError if cut."""
         while row >= self.first + len(self._images):
             self.first += len(self._images)
-            self._images = _bytes_of(next(self._batches).column(0))
+            batch = next(self._batches, None)
+            if batch is None:
+                raise OSError(f"it has no row {row}")
+            self._images = _bytes_of(batch.column(0))
         data: bytes | None = self._images[row - self.first].as_py()
         return data
 
