@@ -240,12 +240,17 @@ def zipped(folder, target, top="imagenet/", compression=zipfile.ZIP_STORED):
     return target
 
 
-def zip_each(folder, target, above=None):
-    """``above`` are folders above the split's, as in Kaggle's tree; None for classes alone."""
+def zip_each(folder, target, above=None, strays=False):
+    """``above`` are folders above the split's, as in Kaggle's tree; None for classes alone.
+
+    With ``strays``, images lie above the classes, too.
+    """
     target.mkdir()
     for split in ("train", "val"):
         top = "" if above is None else f"{above}{split}/"
         with zipfile.ZipFile(target / f"{split}.zip", "w") as archive:
+            for stray in ("cover.png", f"{split}/preview.png") if strays else ():
+                archive.writestr(stray, b"")
             for name, path in shuffled(images(folder, split), 6):
                 archive.write(path, f"{top}{name}/{path.name}")
     return target

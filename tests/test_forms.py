@@ -41,6 +41,7 @@ WRITERS = {
     "several labels": (forms.recordio, {"labels": 3}),
     "zip": (forms.zipped, {}),
     "zip for each": (forms.zip_each, {}),
+    "zip for each with strays": (forms.zip_each, {"above": "", "strays": True}),
     "zip for each with its folder": (forms.zip_each, {"above": ""}),
     "zip for each with folders": (forms.zip_each, {"above": "ILSVRC/Data/CLS-LOC/"}),
     "kaggle": (forms.kaggle, {}),

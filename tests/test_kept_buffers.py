@@ -62,6 +62,21 @@ def test_buffers_that_a_step_replaces_are_restored_too():
     assert model.mask.tolist() == [False] * 4
 
 
+def test_a_buffer_of_several_modules_stays_one():
+    model, other = Replacing(), nn.Module()
+    model.other = other
+    other.register_buffer("mask", model.mask)
+    buffers, mask = KeptBuffers(model), model.mask
+    for _ in range(2):
+        buffers.note()
+        model(1.0)
+        model.mask[2] = True
+        buffers.restore_unless(SKIPPED)
+    assert model.mask is mask
+    assert other.mask is mask
+    assert not mask.any()
+
+
 def test_complex_buffers_keep_their_imaginary_part():
     model = Several()
     model.register_buffer("turns", torch.tensor([1 + 2j, 0.5j]))

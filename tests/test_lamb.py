@@ -17,6 +17,7 @@ from tiny import (
 )
 from torch import nn
 
+from hvd_lars.comm.local import LocalCommunicator
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
 from hvd_lars.optim.lamb import LAMB
@@ -238,6 +239,34 @@ def test_a_state_of_another_model_is_one_line():
     params[0].grad = torch.ones_like(params[0])
     with pytest.raises(RuntimeError, match=r"LAMB: exp_avg has shape \(3,\), but its weight"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_state_goes_into_a_placement_and_out_of_it(wide):
+    """A placement's moments are flat."""
+    ends = []
+    for placed in ([False, False], [True, False], [False, True]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        if wide:
+            model.to(memory_format=torch.channels_last)
+        state = None
+        for number, here in enumerate(placed):
+            placement = Replicated(model.parameters(), LocalCommunicator()) if here else None
+            optimizer = LAMB(model.parameters(), lr=0.1, placement=placement)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            for step in range(2):
+                optimizer.zero_grad()
+                images = torch.arange(48.0).view(1, 3, 4, 4).sin() + step + number
+                model(images).square().sum().backward()
+                optimizer.step()
+            state = copy.deepcopy(optimizer.state_dict())
+            del optimizer, placement
+            model.zero_grad()
+        ends.append(torch.cat([p.detach().contiguous().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(ends[1], ends[0])
+    torch.testing.assert_close(ends[2], ends[0])
 
 
 def test_a_group_may_be_empty():

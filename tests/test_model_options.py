@@ -108,6 +108,23 @@ def test_looking_at_the_output_in_training_leaves_nothing_behind():
     assert (model.calls, model.kept, model.training) == ([CPU], None, True)
 
 
+def test_a_network_that_cuts_its_batch_is_built():
+    """Two images are one for each of its halves, of which BatchNorm has no statistics."""
+
+    class Halves(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.norm, self.layer = nn.BatchNorm1d(3), nn.Linear(3, num_classes)
+
+        def forward(self, images):
+            means = images.mean((2, 3))
+            parts = means.chunk(2) if self.training else [means]
+            return self.layer(torch.cat([self.norm(part) for part in parts]))
+
+    with mock.patch.object(network, "build_model", lambda *_: Halves(10)):
+        assert build_network(Model(name="resnet18"), DATA, 10, CPU).training
+
+
 @pytest.mark.ranks(1, 2)
 def test_a_buffer_whose_elements_share_memory_is_a_constant(comm, tmp_path):
     """It is neither averaged nor broadcast into, but checkpoints hold it."""

@@ -37,7 +37,7 @@ def evaluate_run(
     device = choose_device(comm.local_rank)
     chosen = on_root(comm, lambda: choose(folder / run_folder.CHECKPOINTS, which))
     found = find_checkpoint(chosen, comm)
-    source = build_source(config, comm, device)
+    source = build_source(config, comm, device, only_eval=True)
     allowed = config.run.allow_other_data
     check_same_data(found.data, source.identity, allowed, found.folder, comm.rank, only_eval=True)
     model = build_network(config.model, config.data, source.num_classes, device)

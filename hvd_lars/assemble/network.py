@@ -87,7 +87,7 @@ def _trained_on_meta(model: nn.Module, shape: tuple[int, ...], images: int = 2) 
     A copy on the ``meta`` device runs, which takes no time and leaves the network as it is.
 
     Raises:
-        ValueError: a BatchNorm gets one value per channel.
+        ValueError: of one image, a BatchNorm gets one value per channel.
     """
     kept: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for param in model.parameters():
@@ -96,7 +96,7 @@ def _trained_on_meta(model: nn.Module, shape: tuple[int, ...], images: int = 2) 
         with torch.no_grad():
             return copy.deepcopy(model, kept).train()(torch.zeros(images, *shape, device="meta"))
     except ValueError as error:
-        if "more than 1 value per channel" in str(error):
+        if images == 1 and "more than 1 value per channel" in str(error):
             raise
         return None
     except Exception:  # whatever a network's operations raise on this device

@@ -197,6 +197,7 @@ class LAMB(PlacedOptimizer):
             moment = state.get(name)
             if moment is None:
                 moment = torch.zeros_like(weight)
+            moment = _in_form_of(weight, moment, param)
             check_shape("LAMB", name, moment, weight, param)
             state[name] = in_layout_of(weight, moment) if is_dense(weight) else moment
         mean, square = state["exp_avg"], state["exp_avg_sq"]
@@ -287,6 +288,20 @@ def _check_group(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> Non
                 f"LAMB takes float32 or float64 on one device, {device}; found {param.dtype} on "
                 f"{param.device}"
             )
+
+
+def _in_form_of(weight: Tensor, moment: Tensor, param: Tensor) -> Tensor:
+    """Return a moment of a state without a placement for a weight in one, or the reverse.
+
+    A placement's are flat, in the parameter's memory order.  Others are returned as they are.
+    """
+    if moment.dim() == weight.dim() or moment.numel() != weight.numel():
+        return moment
+    if weight.dim() == 1 and moment.shape == param.shape:
+        return flat(in_layout_of(param, moment))
+    if moment.dim() == 1 and is_dense(weight):
+        return moment.contiguous().as_strided(weight.shape, weight.stride())
+    return moment
 
 
 def _adam(

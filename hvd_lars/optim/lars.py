@@ -298,7 +298,11 @@ class LARS(PlacedOptimizer):
         return torch.zeros_like(param)
 
     def set_slots(self, param: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Set the momentum, the only slot of this optimizer."""
+        """Set the momentum, the only slot of this optimizer.
+
+        A half parameter's float32 master begins anew from it, as in another process.
+        """
+        self.state.pop(param, None)
         self.set_momentum(param, values["momentum"])
 
     def unfold_momentum(self) -> None:

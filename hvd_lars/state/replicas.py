@@ -85,7 +85,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def average_buffers(model: nn.Module, comm: Communicator) -> None:
-    """Replace floating-point buffers (BatchNorm's running statistics) by their mean over ranks.
+    """Replace floating-point and complex buffers (running statistics) by their mean over ranks.
 
     Each rank gathers statistics of its own samples; evaluation and checkpoints need one model.
     Ranks whose layer has seen no batch, as with more ranks than samples in a step, do not count.
@@ -93,10 +93,11 @@ def average_buffers(model: nn.Module, comm: Communicator) -> None:
     if comm.size == 1:
         return
     statistics = [
-        (buffer, _has_seen(module))
+        (torch.view_as_real(buffer) if buffer.is_complex() else buffer, _has_seen(module))
         for module in model.modules()
         for buffer in module.buffers(recurse=False)
-        if buffer.is_floating_point() and not is_expanded(buffer)  # those are constants
+        if (buffer.is_floating_point() or buffer.is_complex())
+        and not is_expanded(buffer)  # those are constants
     ]
     if not statistics:
         return

@@ -62,7 +62,12 @@ class KeptBuffers:
         for buffers, before in zip(self._kinds, self._before, strict=True):
             parts = torch.split(before, [buffer.numel() for buffer in buffers])
             noted |= {id(b): part.view(b.shape) for b, part in zip(buffers, parts, strict=True)}
+        done: dict[int, Tensor] = {}  # by what was there: it may be in several modules
         for (held, name), old in zip(self._places, self._present, strict=True):
             now, was = held.get(name), noted.get(id(old))
-            if now is not None and was is not None and now.shape == was.shape:
-                held[name] = torch.where(kept.to(now.device), now, was.to(now))
+            if now is None or was is None or now.shape != was.shape:
+                continue
+            if id(now) not in done:
+                value = torch.where(kept.to(now.device), now, was.to(now))
+                done[id(now)] = now.copy_(value) if now is old else value
+            held[name] = done[id(now)]

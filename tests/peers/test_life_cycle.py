@@ -101,7 +101,10 @@ def test_a_gradient_that_is_replaced_after_backward(comm, placed, new):
 
 
 def test_a_rank_without_samples_does_not_guess_the_order_of_two_placements(comm, placed):
-    """Rank 0's one backward pass reduces both, in an order that the other ranks cannot know."""
+    """Rank 0's one backward pass reduces both, in an order that the other ranks cannot know.
+
+    One that takes part in no backward pass of any rank is no such case, nor is a single rank.
+    """
     models, optimizers = zip(*(made(comm, placed) for _ in range(2)), strict=True)
     for _ in range(2):  # with samples on every rank it is right
         for optimizer in optimizers:
@@ -112,6 +115,14 @@ def test_a_rank_without_samples_does_not_guess_the_order_of_two_placements(comm,
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad()
+    backward(comm, models[1])
+    for optimizer in reversed(optimizers):
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    if comm.size == 1:
+        optimizers[0].step()
+        return
     with pytest.raises(RuntimeError, match="this rank had no backward pass in this step, and"):
         optimizers[0].step()
     del models, optimizers, optimizer

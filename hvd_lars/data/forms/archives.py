@@ -109,7 +109,7 @@ def _images_of(item: tuple[int, Path, Member]) -> list[Member]:
     with path.open("rb") as file:
         found = list(members(file.fileno(), name, member.offset, member.offset + member.size))
     images = _only_images(found)
-    twice = next((n for n, count in Counter(m.name for m in images).items() if count > 1), None)
+    twice = next((n for n, count in Counter(m.path for m in images).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{name}: {shown(twice)} is in it twice (tar -r or -u): unpack it")
     return images

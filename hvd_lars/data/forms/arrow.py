@@ -34,7 +34,7 @@ _TRAIN = ("train", "training")
 _WNID_AT_END = re.compile(r"_n\d{8}(?=\.[A-Za-z]+$)")
 _VAL = ("validation", "valid", "val", "test")
 DICT, _STATE = "dataset_dict.json", "state.json"
-_BATCH = 256  # rows read at once
+_BATCH, _BUFFER = 256, 2**20  # rows, and bytes of a file, read at once
 
 
 class _Columns(NamedTuple):
@@ -146,7 +146,8 @@ class ParquetImages:
 
     def _open(self, file: int, path: Path, row: int) -> _RowGroup:
         """Return the row group of a row, at its beginning."""
-        parquet = _pyarrow().parquet.ParquetFile(path)
+        # pyarrow would otherwise read the whole group before its first batch.
+        parquet = _pyarrow().parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
         if file not in self._starts:
             meta = parquet.metadata
             sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
@@ -160,7 +161,9 @@ class ParquetImages:
 
 @final
 class _RowGroup:
-    """Rows of a row group, read on in batches: a group of photographs may be larger than memory.
+    """Rows of a row group, read on in batches, as a group of photographs may be larger than memory.
+
+    Of the group one page is in memory, which pyarrow writes with up to some thousand rows.
 
     Args:
         file: number of the file.

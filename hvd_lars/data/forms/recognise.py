@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -31,7 +32,7 @@ class Recognised(NamedTuple):
 
 
 def recognise(root: Path) -> Recognised:
-    """Return the form of the data set in ``root``, by names of files; none is read.
+    """Return the form of the data set in ``root``, by names of files and by ``dataset.json``.
 
     Raises:
         UserError: nothing known is there; the message says what was seen, and which forms exist.
@@ -62,11 +63,14 @@ def _is_archives(root: Path) -> bool:
 
 
 def _is_packed(root: Path) -> bool:
-    """Return whether ``dataset.json`` is ours: others write files of that name, too."""
+    """Return whether ``dataset.json`` is ours, perhaps damaged: others have such files, too."""
     try:
-        return b'"format"' in (root / "dataset.json").read_bytes()
+        found = json.loads((root / "dataset.json").read_bytes())
     except OSError:
         return False
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(found, dict) and "format" in found
 
 
 def _is_tfrecord(root: Path) -> bool:

@@ -14,11 +14,12 @@ _TYPES = {tarfile.REGTYPE, tarfile.AREGTYPE}
 
 
 class Member(NamedTuple):
-    """A file: its name without folders, and its offset and size in bytes."""
+    """A file: its name without folders, its offset and size in bytes, and its path."""
 
     name: str
     offset: int
     size: int
+    path: str = ""
 
 
 def members(file: int, path: Path, begin: int, end: int) -> Iterator[Member]:
@@ -56,17 +57,26 @@ def members(file: int, path: Path, begin: int, end: int) -> Iterator[Member]:
             raise UserError(f"{path}: a link at byte {at}; only files are expected")
         else:
             if kind in _TYPES:
-                name = name or head[:100].partition(b"\0")[0].decode(errors="replace")
-                yield Member(name.rpartition("/")[2], data, size)
+                name = name or _path_in(head)
+                yield Member(name.rpartition("/")[2], data, size, name)
             name = ""
         at = data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _path_in(head: bytes) -> str:
+    """Return the path in a header; POSIX's begins in another field, which GNU uses otherwise."""
+    name, prefix = head[:100].partition(b"\0")[0], head[345:500].partition(b"\0")[0]
+    if prefix and head[257:263] == b"ustar\0":
+        name = prefix + b"/" + name
+    return name.decode(errors="replace")
 
 
 def _pax_path(records: bytes) -> str:
     """Return the name in a pax header, records of ``LENGTH key=value`` and a new line; or ""."""
     while records:
         length, _, _ = records.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(records):
+        known = length.isdigit() and len(length) < 20
+        if not known or not 0 < int(length) <= len(records):
             return ""
         record, records = records[: int(length)], records[int(length) :]
         key, _, value = record[len(length) + 1 : -1].partition(b"=")

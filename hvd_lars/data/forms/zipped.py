@@ -95,7 +95,8 @@ def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str
                 elif not info.is_dir():
                     images.append((info, parts))
             places = [_place_of_split(parts, own) for _, parts in images]
-            if own and None in places:  # train.zip, in which a class may be called train
+            in_folders = [at for (_, parts), at in zip(images, places, strict=True) if parts[1:]]
+            if own and None in in_folders:  # train.zip, in which a class may be called train
                 places = [-1] * len(images)
             for (info, parts), at in zip(images, places, strict=True):
                 below = parts[-1:] if at is None else parts[at + 1 :]
@@ -120,8 +121,8 @@ def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str
 
 
 def _place_of_split(parts: list[str], own: str | None) -> int | None:
-    """Return the position of a split's folder, in ``own``'s file of its own above a class."""
-    wanted, folders = ((own,), parts[:-2]) if own else (_BOTH, parts)
+    """Return the position of a split's folder; in ``own``'s file of its own, above a class."""
+    wanted, folders = ((own,), parts[: max(1, len(parts) - 2)]) if own else (_BOTH, parts)
     return next((i for i, part in enumerate(folders) if _SPLITS.get(part) in wanted), None)
 
 

@@ -196,11 +196,12 @@ class GradientBuckets:
 
         The others' backward pass reduces the placements in an order that it cannot know.
         """
-        if self._callback_queued or any(bucket.fresh for bucket in self.buckets):
+        ready = self._callback_queued or any(bucket.fresh for bucket in self.buckets)
+        if ready or self._comm.size == 1:
             return
-        if _others(self):
+        if _in_window(self):
             gc.collect()  # a dropped placement is part of a reference cycle
-            if _others(self):
+            if _in_window(self):
                 raise RuntimeError(
                     "this rank had no backward pass in this step, and there are several placements,"
                     " whose sums over the ranks it could mix up: run backward on every rank, on "
@@ -362,9 +363,13 @@ def _placed(params: Sequence[Tensor]) -> Tensor | None:
     return next((p for p in params for place in places if p in place), None)
 
 
-def _others(buckets: GradientBuckets) -> list[GradientBuckets]:
-    alive = GradientBuckets._alive
-    return [each for each in alive if each is not buckets and each._comm is buckets._comm]
+def _in_window(buckets: GradientBuckets) -> list[GradientBuckets]:
+    """Return the other placements over the same ranks that wait for gradients, too."""
+    return [
+        each
+        for each in GradientBuckets._alive
+        if each is not buckets and each._comm is buckets._comm and not (each._reduced or each._used)
+    ]
 
 
 def _hook_of(buckets: GradientBuckets, b: int, i: int) -> Callable[[Tensor], None]:
