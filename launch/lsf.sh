@@ -19,7 +19,7 @@ set -uo pipefail
 : "${CONFIG:?is not set: CONFIG=my.yaml bsub < launch/lsf.sh}"
 read -r -a options <<<"${OPTIONS:-}"
 run=${RUN:-}
-[ -n "$run" ] || run=$(hvd-lars check "$CONFIG" ${options[@]+"${options[@]}"} --run-dir) || exit 2
+[ -n "$run" ] || run=$(hvd-lars check "$CONFIG" ${options[@]+"${options[@]}"} --get run.dir) || exit 2
 [ -n "$run" ] || run=runs/lsf-${LSB_JOBID:?not inside LSF}
 # "batch 1 node1 42 node2 42": all hosts but the one that launches.
 nodes=$(tr ' ' '\n' <<<"${LSB_MCPU_HOSTS:-}" | grep -vEc '^[0-9]*$|batch|login')

@@ -7,8 +7,8 @@
 #   qsub -v CONFIG=resnet50-lars-b8192,SETUP="module load openmpi" launch/pbs.sh
 #
 # OPTIONS="key=value …" replaces values of the config; RUN names the run folder, or else the config's
-# run.dir.  After HOURS the ranks keep a checkpoint and end with code 75: give a little less than the
-# walltime.  The script then submits itself again, with QSUB="-q gpu -A project …" as options.
+# run.dir.  After HOURS, or else the config's run.max_hours, or 23.8, the ranks keep a checkpoint and
+# end with code 75: give a little less than the walltime.  The script then submits itself again, with QSUB="-q gpu -A project …" as options.
 # SCRIPTS is the folder that it lies in, launch/ of where it is submitted if not given.
 set -uo pipefail
 
@@ -20,17 +20,21 @@ read -r -a options <<<"${OPTIONS:-}"
 read -r -a submit <<<"${QSUB:-}"
 [ ${#setup[@]} -eq 0 ] || "${setup[@]}"
 run=${RUN:-}
-[ -n "$run" ] || run=$(hvd-lars check "$CONFIG" ${options[@]+"${options[@]}"} --run-dir) || exit 2
+value() { hvd-lars check "$CONFIG" ${options[@]+"${options[@]}"} --get "$1"; }
+[ -n "$run" ] || run=$(value run.dir) || exit 2
+hours=${HOURS:-}
+[ -n "$hours" ] || hours=$(value run.max_hours) || exit 2
+hours=${hours:-23.8}
 [ -n "$run" ] || run=runs/pbs-${PBS_JOBID%%.*}
 
 NP=$(wc -l <"$PBS_NODEFILE") bash "$scripts/mpirun.sh" "$CONFIG" ${options[@]+"${options[@]}"} \
-    "run.dir=$run" "run.max_hours=${HOURS:-23.8}" --resume &
+    "run.dir=$run" "run.max_hours=$hours" --resume &
 job=$!
 trap 'kill -USR1 "$job" 2>/dev/null' USR1 TERM # mpirun hands SIGUSR1 on to every rank
 while wait "$job"; code=$?; [ "$code" -gt 128 ] && kill -0 "$job" 2>/dev/null; do :; done
 
 if [ "$code" = 75 ]; then # qrerun is for operators only
-    export CONFIG SETUP="${SETUP:-}" OPTIONS="${OPTIONS:-}" HOURS="${HOURS:-23.8}" RUN="$run"
+    export CONFIG SETUP="${SETUP:-}" OPTIONS="${OPTIONS:-}" HOURS="$hours" RUN="$run"
     export QSUB="${QSUB:-}" SCRIPTS="$scripts"
     qsub ${submit[@]+"${submit[@]}"} -v CONFIG,SETUP,OPTIONS,HOURS,RUN,QSUB,SCRIPTS \
         "$scripts/pbs.sh" && exit 0

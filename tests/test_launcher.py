@@ -50,7 +50,24 @@ TORCHRUN = Launch("torchrun", 1, 2, 1, 2, mpi=False)
                 "SLURM_STEP_ID": "0",
                 "SLURM_STEP_TASKS_PER_NODE": "3(x2)",
             },
-            Launch("srun", 5, 6, 2, None, mpi=True),
+            Launch("srun", 5, 6, 2, 3, mpi=True),
+        ),
+        (
+            {
+                "PMI_RANK": "5",  # of srun --mpi=pmi2
+                "PMI_SIZE": "6",
+                "SLURM_PROCID": "5",
+                "SLURM_STEP_NUM_TASKS": "6",
+                "SLURM_LOCALID": "1",
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_TASKS_PER_NODE": "4,2",
+                "SLURM_CPUS_PER_TASK": "8",
+            },
+            Launch("srun", 5, 6, 1, None, mpi=True, threads=8),
+        ),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "4"},
+            Launch("a launcher with PMI", 1, 4, 0, None, mpi=True),
         ),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, ALONE),  # a batch script, not srun's task
         (

@@ -85,6 +85,19 @@ def test_tensorboard_holds_scalars_and_histograms(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_tensorboard_forgets_steps_that_a_resumed_run_takes_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begun, loss, steps in ((0, 1.0, (10, 20, 30)), (20, 2.0, (30, 40))):
+        logger = make_logger("tensorboard", tmp_path, {}, begun)
+        for step in steps:
+            logger.write(TRAIN | {"step": step, "loss": loss})
+        logger.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(e.step, e.value) for e in found] == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "file"),
     [

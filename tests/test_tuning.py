@@ -8,12 +8,14 @@ import shutil
 
 import optuna
 import pytest
+import torch
 from commands import hvd_lars
 
 from hvd_lars.assemble.studied import read_study
 from hvd_lars.config.file import dump_config, load_config
 from hvd_lars.config.trials import check_space, trial_config, tuned_config
 from hvd_lars.errors import UserError
+from hvd_lars.models import build_model
 from hvd_lars.report.study import study_page
 from hvd_lars.settings.durations import Duration
 from hvd_lars.tuning import TuneSettings
@@ -311,6 +313,38 @@ def test_a_trial_without_its_values_yet_is_not_reported(tmp_path):
     for cut in [place + 1 for place, byte in enumerate(journal) if byte == ord("\n")][1:]:
         (tmp_path / JOURNAL).write_bytes(journal[:cut])
         assert study_page(read_study(tmp_path)).count("<section") == 4
+
+
+def test_a_trial_that_is_stopped_in_order_is_not_given_up(tmp_path):
+    wanted = settings(trials=2)
+    for _ in range(5):
+        study = Study(tmp_path, wanted)
+        assert study.ask().number == 0
+        study.interrupted()
+        assert study.given_up == []
+    assert [Study(tmp_path, wanted).ask().number for _ in range(4)] == [0, 0, 0, 1]
+
+
+def test_what_is_missing_for_a_while_ends_no_trial(tmp_path):
+    """Only where another trial could be run in the same job are its values to blame."""
+    folder, weights = tmp_path / "study", tmp_path / "weights.pt"
+    model = build_model("digits_alexnet", 10)
+    torch.save(model.state_dict(), weights)
+    options = ["digits", f"run.dir={folder}", *STEPS, f"model.init_from={weights}"]
+    options.append("tune={space: {schedule.base_lr: {choices: [8.0, 16.0]}}, sampler: grid}")
+    code, output = hvd_lars("tune", *options)
+    assert code == 0, output
+    shutil.rmtree(folder)
+    weights.rename(tmp_path / "aside")
+    for _ in range(2):
+        code, output = hvd_lars("tune", *options, "--resume")
+        assert code == 2, output
+        assert "weights.pt" in output
+    assert [trial.ended for trial in read_trials(folder)] == ["running"]
+    (tmp_path / "aside").rename(weights)
+    code, output = hvd_lars("tune", *options, "--resume")
+    assert code == 0, output
+    assert [trial.ended for trial in read_trials(folder)] == ["finished", "finished"]
 
 
 def test_a_trial_that_ends_every_job_is_given_up(tmp_path):

@@ -11,11 +11,13 @@ from hvd_lars.metrics import Bar, Console, JsonLines, Sink, make_logger
 from hvd_lars.state import run_folder
 
 
-def make_sinks(config: Config, folder: Path, total_steps: int, alone: bool) -> list[Sink]:
+def make_sinks(
+    config: Config, folder: Path, total_steps: int, alone: bool, step: int
+) -> list[Sink]:
     """Return rank 0's sinks: files in the run folder, the console, and other loggers.
 
-    ``alone``: no launcher is between this process and the terminal.  (mpirun gives its ranks a
-    terminal of their own, wherever their output goes.)
+    ``step``: that the run goes on from.  ``alone``: no launcher is between this process and the
+    terminal.  (mpirun gives its ranks a terminal of their own, wherever their output goes.)
     """
     sinks: list[Sink] = [
         JsonLines(folder / run_folder.METRICS, ("train", "eval", "event")),
@@ -29,4 +31,4 @@ def make_sinks(config: Config, folder: Path, total_steps: int, alone: bool) -> l
     elif console == "lines":
         sinks.append(Console(total_steps))
     values = {k: v for k, v in values_of(config).items() if not k.startswith(("recipe", "extends"))}
-    return sinks + [make_logger(name, folder, values) for name in config.run.loggers]
+    return sinks + [make_logger(name, folder, values, step) for name in config.run.loggers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvd_lars.config.binding import changes
@@ -14,6 +14,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.state import run_folder
+from hvd_lars.state.checkpoint_files import steps
 
 
 def as_before(config: Config, stored: Config, given: Collection[str], where: Path) -> Config:
@@ -58,10 +59,20 @@ class Resume:
         source: run folder or checkpoint to start a new run folder from; None: resume in the run's
             own folder from its newest checkpoint, or start there if it has none yet.
         given: keys set on the command line.
+        again: a run that began at ``source`` may be in its own folder already, and then goes on
+            there: a scheduler starts the same command again.
     """
 
     source: Path | None
     given: tuple[str, ...]
+    again: bool = False
+
+    def in_own_folder(self, config: Config) -> Resume:
+        """Return how to resume if the run's own folder has a checkpoint already."""
+        if self.source is None or not self.again or config.run.dir is None:
+            return self
+        own = expand_user(config.run.dir, "run.dir") / run_folder.CHECKPOINTS
+        return replace(self, source=None) if steps(own) else self
 
 
 def config_to_resume(config: Config, resume: Resume) -> Config:

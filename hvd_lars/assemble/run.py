@@ -78,7 +78,13 @@ def build_run(
         stops = _stop_requests(built.config, folder if comm.rank == 0 else None, snapshots)
     if comm.rank == 0:
         sinks = [
-            *make_sinks(built.config, folder, built.plan.intervals.total, launch is ALONE),
+            *make_sinks(
+                built.config,
+                folder,
+                built.plan.intervals.total,
+                launch is ALONE,
+                state.progress.step,
+            ),
             *sinks,
         ]
     return _make_loop(built, folder, stops, take_snapshot, sinks), folder

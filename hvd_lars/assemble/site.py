@@ -45,7 +45,7 @@ def measure_site(
         compute.append((float(size), found.step_seconds - waiting))
         parameters = found.parameters
     device = choose_device(comm.local_rank)
-    local = launch.local_size or comm.size
+    local = launch.local_size or _ranks_per_node(comm)
     return Site(
         config=name,
         ranks=comm.size,
@@ -57,6 +57,13 @@ def measure_site(
         input_cores=len(os.sched_getaffinity(0)) / local,
         environment=environment_facts(),
     )
+
+
+def _ranks_per_node(comm: Communicator) -> int:
+    """Return the ranks of the fullest node, if they are spread evenly."""
+    nodes = torch.tensor(int(comm.local_rank == 0))
+    comm.start_all_reduce_sum(nodes, "nodes").wait()
+    return -(-comm.size // max(1, int(nodes)))
 
 
 def _all_reduces(comm: Communicator, device: torch.device) -> tuple[tuple[float, float], ...]:

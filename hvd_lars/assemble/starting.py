@@ -88,8 +88,12 @@ def find_start(
     if snapshot is not None:
         config, directory = snapshot.settings
     elif resume is not None:
-        config = on_root(comm, lambda: config_to_resume(config, resume))
-    continues = snapshot is not None or (resume is not None and resume.source is None)
+        asked = resume
+        resume = found = on_root(comm, lambda: asked.in_own_folder(config))
+        config = on_root(comm, lambda: config_to_resume(config, found))
+    continues = snapshot is not None or (
+        resume is not None and (resume.source is None or resume.again)
+    )
     if directory is not None and not continues:
         wanted = directory
         on_root(comm, lambda: str(run_folder.refuse_other_run(wanted)))

@@ -159,7 +159,12 @@ class _Job:
     def ask(self) -> Trial | None:
         """Return the next trial; on rank 0."""
         assert self._study is not None
-        return self._study.ask()
+        trial = self._study.ask()
+        while self._study.given_up:
+            number = self._study.given_up.pop()
+            warn(f"trial {number + 1}: the job ended before its first evaluation, several times")
+            self._drop_checkpoints(number)
+        return trial
 
     def run(self, trial: Trial) -> tuple[Trial | None, str | None]:
         """Run a trial's seeds; return how it ended, or None and why it was interrupted."""
@@ -173,6 +178,7 @@ class _Job:
             if stopped == PRUNED:
                 return self._end(values, "pruned"), None
             if stopped is not None:
+                on_root(self._comm, self._interrupted)
                 return None, stopped
             if value is None:
                 return self._end(values, "diverged"), None
@@ -207,7 +213,8 @@ class _Job:
         Raises:
             _ImpossibleError: the trial's values cannot be run, alone or together.
             UserError: it cannot be built for another reason.  A later job goes on with the next
-                trial, unless this was the first.
+                trial if another's values could be run in this job, and tries this one again if not:
+                a folder may be missing for a while.
         """
         comm = self._comm
         try:
@@ -228,7 +235,7 @@ class _Job:
                 sinks=(watcher,) if comm.rank == 0 else (),
             )
         except UserError as error:
-            if trial.number > 0 and seed == 0:
+            if self._num_train is not None and seed == 0:
                 self._end((), "impossible")
             name, lines = trial_with(trial.params), str(error).splitlines()
             raise UserError("\n".join(f"{name}: {line}" for line in lines)) from None
@@ -243,6 +250,10 @@ class _Job:
         assert self._study is not None
         self._study.run_done(values)
         self._drop_checkpoints(number)
+
+    def _interrupted(self) -> None:
+        assert self._study is not None
+        self._study.interrupted()
 
     def _end(self, values: Sequence[float], ended: Ended) -> Trial:
         """Tell the study how the current trial ended, and return it; collective."""

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan for")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
-        "--run-dir", action="store_true", help="print run.dir alone, for scripts; empty if not set"
+        "--get", metavar="KEY", help="print the value of a key alone, for scripts; empty for null"
     )
 
 
@@ -54,9 +54,9 @@ def run(options: argparse.Namespace) -> int:
     configs = [text for text in options.configs if text not in overrides]
     if not configs:
         raise UserError("check: no config is given, only overrides")
-    if options.run_dir:
-        found = (load_config(name, overrides).run.dir or "" for name in configs)
-        print(*map(os.path.expanduser, found), sep="\n")
+    if options.get is not None:
+        for name in configs:
+            print(value_of(load_config(name, overrides), options.get))
         return 0
     return check(configs, overrides, options.ranks, options.device_memory, options.json)
 
@@ -104,6 +104,21 @@ def check(
     if problems:
         raise UserError("\n".join(problems))
     return 0
+
+
+def value_of(config: Config, key: str) -> str:
+    """Return a key's value as text; raises UserError for a section, or where there is no such key.
+
+    The home in ``~/…`` is written out.
+    """
+    found: Any = config.model_dump(mode="json")
+    for name in key.split("."):
+        if not isinstance(found, dict) or name not in found:
+            raise UserError(f"--get: found {key!r}, which is no key of the config")
+        found = found[name]
+    if isinstance(found, dict | list):
+        raise UserError(f"--get: found {key!r}, which has more than one value")
+    return "" if found is None else os.path.expanduser(str(found))
 
 
 def parse_bytes(text: str) -> float:

@@ -33,8 +33,10 @@ def run(options: argparse.Namespace) -> int:
     """Replace this process by the command, or print it."""
     if options.ranks is not None and options.ranks < 1:
         raise UserError(f"-np: found {options.ranks}; must be 1 or more")
-    load_config(options.config, options.overrides)  # find mistakes before the job is queued
+    config = load_config(options.config, options.overrides)  # its mistakes, before it is queued
     resume = ["--resume"] if options.resume else []
     training = [options.config, *options.overrides, *resume]
-    request = Request(options.on, training, options.ranks, options.hosts, options.nic, os.environ)
+    request = Request(
+        options.on, training, options.ranks, options.hosts, options.nic, os.environ, config.run.dir
+    )
     return submit(start_of(request), options.print_only)

@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="resume in run.dir from its newest checkpoint, or start there if it has none",
     )
     parser.add_argument(
-        "--resume-from", type=Path, metavar="PATH", help="start from a run folder or a checkpoint"
+        "--resume-from",
+        type=Path,
+        metavar="PATH",
+        help="start from a run folder or a checkpoint; with --resume, unless run.dir has its own",
     )
     parser.add_argument("--quiet", action="store_true", help="same as run.console=none")
 
@@ -65,7 +68,7 @@ def train(
     resume = None
     if options.resume or options.resume_from is not None:
         keys = tuple(text.partition("=")[0] for text in options.overrides)
-        resume = Resume(options.resume_from, keys)
+        resume = Resume(options.resume_from, keys, again=options.resume)
     loop, folder = build_run(config, comm, launch, resume, snapshots, after_snapshot)
     run = config.run
     elastic = snapshots is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class Launch:
     threads: int | None = None
 
 
+_COUNT = re.compile(r"(\d+)(?:\(x\d+\))?")  # SLURM's 4(x2): 4 on each of 2 nodes
 ALONE = Launch("no launcher", 0, 1, 0, 1, mpi=False)
 
 
@@ -69,7 +71,9 @@ ENVIRONMENTS = (
         *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ),
     Environment(
-        "mpirun (MPICH, Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
+        "mpirun (MPICH, Intel MPI)",
+        *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        also="MPI_LOCALRANKID",  # srun --mpi=pmi2 sets the first two
     ),
     Environment(
         "mpirun (MVAPICH2)",
@@ -83,6 +87,7 @@ ENVIRONMENTS = (
         threads="SLURM_CPUS_PER_TASK",
     ),
     Environment("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    Environment("a launcher with PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     Environment("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", mpi=False),
 )
 
@@ -110,7 +115,7 @@ def detect_launch(environment: Mapping[str, str]) -> Launch:
                 f"other; the rank must be below the size"
             )
         local_size, threads = (
-            int(text) if (text := environment.get(name, "")).isdigit() else None
+            int(match.group(1)) if (match := _COUNT.fullmatch(environment.get(name, ""))) else None
             for name in (known.local_size, known.threads)
         )
         return Launch(known.launcher, rank, size, local_rank, local_size, known.mpi, threads)

@@ -30,6 +30,7 @@ class Request:
         hosts: ``a:4,b:4``; None for those of the allocation, or this machine.
         nic: network interface for all traffic.
         environment: environment variables, possibly a scheduler's.
+        run_dir: the config's run.dir with its overrides; None if it names none.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Request:
     hosts: str | None
     nic: str | None
     environment: Mapping[str, str]
+    run_dir: str | None = None
 
     def variables(self) -> dict[str, str]:
         """Return the variables that pass hosts, ranks and interface to a script of launch/."""
@@ -53,8 +55,10 @@ class Request:
 
     def with_run_folder(self, root: str) -> Request:
         """Return the request with a run.dir, so that a restarted job finds its run."""
-        if any(word.startswith("run.dir=") for word in self.training):
-            return self
+        if self.run_dir is not None:  # supervise looks for it among the words
+            given = any(word.startswith("run.dir=") for word in self.training)
+            own = [] if given else [f"run.dir={self.run_dir}"]
+            return replace(self, training=[*self.training, *own])
         name = f"{Path(self.training[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         return replace(self, training=[*self.training, f"run.dir={root}/{name}"])
 

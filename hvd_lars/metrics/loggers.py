@@ -28,16 +28,17 @@ def check_loggers(names: tuple[str, ...]) -> None:
             )
 
 
-def make_logger(name: str, folder: Path, config: Mapping[str, Any]) -> Sink:
+def make_logger(name: str, folder: Path, config: Mapping[str, Any], step: int = 0) -> Sink:
     """Return a sink that writes into the run folder; a failure warns once and stops only the sink.
 
     Args:
         name: one of ``LOGGERS``.
         folder: the run folder.
         config: dotted keys and their values, for loggers that show them.
+        step: that the run goes on from; records of later steps, which are taken again, are hidden.
     """
     kinds: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {
-        "tensorboard": _TensorBoard,
+        "tensorboard": lambda folder, config: _TensorBoard(folder, config, step),
         "mlflow": _MLflow,
         "wandb": _Wandb,
     }
@@ -90,10 +91,11 @@ def scalars_of(record: Mapping[str, Any]) -> dict[str, float]:
 class _TensorBoard:
     """Writes scalars and histograms of the trust ratios to ``tensorboard/``."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        purged = step + 1 if step else None
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
         self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()))
 
     def write(self, record: Mapping[str, Any]) -> None:

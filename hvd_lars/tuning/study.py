@@ -74,6 +74,7 @@ class Study:
             for params in settings.grid()[len(self._study.get_trials(deepcopy=False)) :]:
                 self._study.enqueue_trial(params)
         self._current: optuna.trial.Trial | None = None
+        self.given_up: list[int] = []  # trials that ask() ended, for the caller to clear
 
     def ask(self) -> Trial | None:
         """Return the next trial to run, or None if none is left.
@@ -105,8 +106,15 @@ class Study:
         values = trial.user_attrs.get(_VALUES, [])
         if starts > _MOST_STARTS and not values and not self._curve():
             self.tell([], "impossible")  # such as for want of memory, which ends the job
+            self.given_up.append(trial.number)
             return self.ask()
         return Trial(trial.number, params, values, "running")
+
+    def interrupted(self) -> None:
+        """Note that the job was asked to stop: the current trial's start does not count."""
+        assert self._current is not None
+        starts = self._study.get_trials(deepcopy=False)[self._current_number()].user_attrs[_STARTS]
+        self._current.set_user_attr(_STARTS, starts - 1)
 
     def _curve(self) -> dict[int, float]:
         """Return what the current trial has reported, by evaluation."""

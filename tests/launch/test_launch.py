@@ -69,6 +69,19 @@ def test_slurm_outside_and_inside_an_allocation(monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("on", ["horovodrun", "kubernetes"])
+def test_the_configs_run_folder_is_kept(on, tmp_path):
+    base = Path(__file__).parents[2] / "configs/digits.yaml"
+    (tmp_path / "my.yaml").write_text(f"extends: {base}\nrun: {{dir: runs/mine}}\n")
+    for given in ([], ["run.dir=runs/other"]):
+        training = [str(tmp_path / "my.yaml"), *given]
+        code, output = hvd_lars("launch", "--on", on, "--print-only", *training)
+        assert code == 0, output
+        wanted = "runs/other" if given else "runs/mine"
+        assert output.count("run.dir=") == 1
+        assert f"run.dir={wanted}" in output
+
+
 def test_pbs_and_lsf():
     training = ["digits", "train.duration=2epochs", "run.seed=3"]
     options = "train.duration=2epochs run.seed=3"

@@ -271,6 +271,10 @@ def test_another_run_starts_from_a_checkpoint(finished, tmp_path):
     wanted, found = state_after(finished), state_after(other)
     assert all(wanted[name].equal(found[name]) for name in wanted)
     assert what_was_measured(other)[0]["step"] == 15
+    # A scheduler starts the same command again: the run goes on where it is.
+    code, output = hvd_lars(*training(other), "--resume-from", source, "--resume")
+    assert code == 0, output
+    assert "nothing is left to do" in output
 
 
 @pytest.mark.parametrize(

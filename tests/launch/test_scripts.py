@@ -1,5 +1,6 @@
 """launch/*.sh: what they would run, and how they pass signals and codes on."""
 
+import json
 import os
 import shlex
 import shutil
@@ -122,7 +123,7 @@ def test_schedulers_scripts_take_the_configs_run_folder(tmp_path, script, own):
     variables |= {f"{name}_JOBID": "7" for name in ("PBS", "LSB")} | {"SLURM_JOB_ID": "7"}
     variables |= {"PBS_O_WORKDIR": str(LAUNCH.parent), "PRINT": "1", "LSB_MCPU_HOSTS": "a 42"}
     slurm = script == "slurm.sbatch"
-    given = [config, "run.seed=3", "--resume-from", "runs/a"] if slurm else []
+    given = ["--resume-from", "runs/a", config, "--quiet", "run.seed=3"] if slurm else []
     found = subprocess.run(
         ["bash", LAUNCH / script, *given],
         env=launcher_environment()
@@ -131,9 +132,62 @@ def test_schedulers_scripts_take_the_configs_run_folder(tmp_path, script, own):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     folder = "runs/mine" if own else f"runs/{script[: script.index('.')]}-7"
-    given = "--resume-from runs/a " if slurm else ""
-    assert f"train {config} run.seed=3 {given}run.dir={folder} " in found.stdout, found.stderr
+    words = ["--resume-from", "runs/a", config, "--quiet"] if slurm else [config]
+    hours = " run.max_hours=23.8" if script == "pbs.sh" else ""
+    wanted = f"train {' '.join(words)} run.seed=3 run.dir={folder}{hours} --resume"
+    assert wanted in found.stdout, found.stderr
     assert found.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "after", "requeued"),
+    [
+        (1, "SIGUSR1", None, False),  # the stop was an earlier job's: this one failed at its start
+        (2, "SIGUSR1", None, False),
+        (143, "SIGUSR1", "SIGTERM", True),
+        (143, None, "STOP file that says requeue", True),
+        (143, None, "STOP file", False),
+        (75, None, None, True),
+        (0, None, "finished", False),
+    ],
+)
+def test_a_job_is_requeued_if_it_stopped_on_request(tmp_path, code, before, after, requeued):
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def line(reason, second):
+        event = {"kind": "event", "step": 3, "event": "stop", "reason": reason}
+        return json.dumps(event | {"unix_seconds": second}) + "\n"
+
+    (run / "metrics.jsonl").write_text("" if before is None else line(before, 1))
+    (tmp_path / "more").write_text("" if after is None else line(after, 2))
+    program(tmp_path, "srun", f'cat "{tmp_path}/more" >>"{run}/metrics.jsonl"; exit {code}')
+    program(tmp_path, "scontrol", f'echo "$*" >"{tmp_path}/asked"')
+    found = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch", "digits", f"run.dir={run}"],
+        env=launcher_environment()
+        | {"PATH": f"{tmp_path}:{launcher_environment()['PATH']}", "SLURM_JOB_ID": "7"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if requeued else "")
+    assert found.returncode == (0 if requeued else code), found.stderr
+
+
+def test_pbs_sh_keeps_the_configs_hours(tmp_path):
+    program(tmp_path, "mpirun", 'echo "mpirun $*"')
+    (tmp_path / "nodes").write_text("a\n")
+    variables = {"CONFIG": "digits", "OPTIONS": "run.max_hours=5", "PBS_JOBID": "7", "PRINT": "1"}
+    variables |= {"PBS_NODEFILE": str(tmp_path / "nodes"), "PBS_O_WORKDIR": str(LAUNCH.parent)}
+    for hours, wanted in (("", "5.0"), ("2", "2")):
+        found = subprocess.run(
+            ["bash", LAUNCH / "pbs.sh"],
+            env=launcher_environment()
+            | {"PATH": f"{tmp_path}:{launcher_environment()['PATH']}", "HOURS": hours}
+            | variables,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert f" run.max_hours={wanted} --resume" in found.stdout, found.stderr
 
 
 @pytest.mark.parametrize("name", ["mpirun.sh", "horovodrun.sh"])

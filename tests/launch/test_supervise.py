@@ -118,6 +118,31 @@ def test_it_gives_up_after_attempts_without_progress(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("localhost slots=2", "localhost:2"),
+        ("localhost\t slots=2 max_slots=4  # of one line", "localhost:2"),
+        ("localhost:2", "localhost:2"),
+        ("localhost", "localhost:1"),
+    ],
+)
+def test_hosts_are_read_as_mpirun_writes_them(tmp_path, line, found):
+    (tmp_path / "hosts").write_text(f"# ours\n\n{line}\n")
+    command = ["echo", "on", "{hosts}", f"run.dir={tmp_path}", "--resume"]
+    assert f"on {found} run.dir" in end_of(
+        supervise(["--hostfile", str(tmp_path / "hosts")], command), 0
+    )
+
+
+@pytest.mark.parametrize("line", ["a b", "a:x", "a slots=x", ":2"])
+def test_a_host_that_is_none_is_named(tmp_path, line):
+    (tmp_path / "hosts").write_text(line + "\n")
+    command = ["echo", "{hosts}", f"run.dir={tmp_path}", "--resume"]
+    output = end_of(supervise(["--hostfile", str(tmp_path / "hosts")], command), 2)
+    assert f"hosts: found {line!r}; a host is NAME, NAME:SLOTS or NAME slots=N" in output
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [(["--hostfile", "/no"], "--hostfile: /no:"), (["--host-discovery-script", "/no"], "/no: ")],
 )
