@@ -93,8 +93,8 @@ def draw_accuracy(result: dict[str, Any], axes: Axes) -> None:
     if known is not None:
         axes.axvline(known, color="0.35", linestyle=":", linewidth=1.2)
         axes.annotate(
-            f"critical batch {known:,.0f}", (known, 0.5), xycoords=("data", "axes fraction"),
-            rotation=90, xytext=(-12, 0), va="center", textcoords="offset points", color="0.35",
+            f"critical batch {known:,.0f}", (known, 0.91), xycoords=("data", "axes fraction"),
+            rotation=90, xytext=(-12, 0), va="top", textcoords="offset points", color="0.35",
             fontsize="small",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
