@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from unittest import mock
 
 import pytest
 
@@ -46,6 +48,10 @@ def test_a_second_ctrl_c_interrupts():
 
 def test_time_and_a_file_are_requests(tmp_path):
     assert agreed(StopRequests(max_seconds=0.0)) == "run.max_hours"
+    file = tmp_path / "begun"
+    file.touch()  # as echo requeue > STOP begins
+    with mock.patch.object(time, "sleep", lambda _: file.write_text("requeue\n")):
+        assert agreed(StopRequests(file)) == "STOP file that says requeue"
     stops = StopRequests(tmp_path / "STOP")
     assert agreed(stops) is None
     (tmp_path / "STOP").symlink_to("/no/such")  # any entry of that name

@@ -39,14 +39,17 @@ _SIGNALS = {
     signal.SIGTERM: "SIGTERM",
 }
 _LOOK_EVERY = 1.0  # seconds between checks of the file system
+_WRITTEN_IN = 0.2  # seconds in which ``echo requeue > STOP`` fills the file that it makes
 
 
 def _request_in(stop_file: Path) -> str:
     try:
-        with stop_file.open("rb") as file:
-            return REQUEUE_FILE if file.read(7) == b"requeue" else STOP_FILE
+        if not (text := stop_file.read_bytes()):
+            time.sleep(_WRITTEN_IN)
+            text = stop_file.read_bytes()
     except OSError:  # a dangling link is a request too
         return STOP_FILE
+    return REQUEUE_FILE if text.startswith(b"requeue") else STOP_FILE
 
 
 @final
