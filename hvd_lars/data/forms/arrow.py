@@ -23,6 +23,7 @@ from hvd_lars.data.forms.scan import (
     as_label,
     check_numbered,
     numbered_classes,
+    without_test,
 )
 from hvd_lars.data.located import Located
 from hvd_lars.data.naming import shown
@@ -79,8 +80,7 @@ class Parquet:
         folder = root / "data" if any(root.glob("data/*.parquet")) else root
         paths = sorted(path for path in folder.glob("*.parquet") if path.is_file())
         found = {names: [p for p in paths if p.name.startswith(names)] for names in (_TRAIN, _VAL)}
-        if any(path.name.startswith("val") for path in found[_VAL]):
-            found[_VAL] = [path for path in found[_VAL] if not path.name.startswith("test")]
+        found[_VAL] = without_test(found[_VAL])
         if not found[_TRAIN]:
             raise UserError(f"data.root: {root}: no train*.parquet in it or in its folder data")
         check_numbered(folder, [*found[_TRAIN], *found[_VAL]])

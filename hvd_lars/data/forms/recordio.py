@@ -14,7 +14,15 @@ import mmap
 import struct
 from pathlib import Path
 
-from hvd_lars.data.forms.scan import Each, Files, Found, Scan, as_label, numbered_classes
+from hvd_lars.data.forms.scan import (
+    Each,
+    Files,
+    Found,
+    Scan,
+    as_label,
+    numbered_classes,
+    without_test,
+)
 from hvd_lars.data.located import RECORD_MAGIC
 from hvd_lars.errors import UserError
 
@@ -37,8 +45,7 @@ class RecordIO:
             part: sorted(p for p in root.glob("*.rec") if p.name.lower().startswith(names))
             for part, names in _SPLITS.items()
         }
-        if any(path.name.lower().startswith("val") for path in found["val"]):
-            found["val"] = [p for p in found["val"] if not p.name.lower().startswith("test")]
+        found["val"] = without_test(found["val"])
         if not found["train"]:
             raise UserError(f"data.root: {root}: no train*.rec in it")
         return Files(root, found["train"], found["val"], [])

@@ -97,6 +97,13 @@ def as_label(value: float, path: Path, at: int, unit: str = "the record at byte"
     return int(value)
 
 
+def without_test(val: list[Path]) -> list[Path]:
+    """Return the files to evaluate on: none of ``test…`` where there are files of ``val…``."""
+    if not any(path.name.lower().startswith("val") for path in val):
+        return val
+    return [path for path in val if not path.name.lower().startswith("test")]
+
+
 def check_numbered(root: Path, paths: Sequence[Path]) -> None:
     """Raise UserError if one of the files ``…-NNNNN-of-NNNNN`` is missing."""
     seen: dict[tuple[str, int], set[int]] = {}  # numbers by what precedes them and their count
