@@ -16,7 +16,8 @@ in it is not run again, even where the folder is gone.  ``benchmarks/plot_large_
 
 The short form searches the rate only, with 8 trials of one seed; ``--full`` searches the warmup and
 the weight decay too, with 20 trials of three seeds: of one seed, a search may choose a rate at the
-edge where training diverges.  A trial is half as long as a run, with its whole schedule.
+edge where training diverges.  A trial is half as long as a run, with its whole schedule, unless
+``--trial-epochs`` says otherwise: of a shorter one, a search may choose a longer warmup.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ class Bench:
             space["schedule.warmup_duration"] = {"choices": ramps}
             space["optimizer.weight_decay"] = {"log": [5e-5, 5e-3]}
         search = search or {
-            "space": space, "trials": options.trials, "seeds": options.search_seeds
+            "space": space, "trials": options.trials, "seeds": options.search_seeds,
+            "duration": f"{options.trial_epochs:g} epochs",
         }  # fmt: skip
         return [
             *(text.format(root=options.root) if "root" in text else text
@@ -296,6 +298,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=sorted(METHODS))
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--trials", type=int)
+    parser.add_argument("--trial-epochs", type=float, help="of a trial; half of --epochs if absent")
     parser.add_argument("--search-seeds", type=int, help="runs of a trial that finishes")
     parser.add_argument("--seeds", type=int, help="held-out runs of each method")
     parser.add_argument("--vary", type=int, metavar="BATCH", help="one of --batches")
@@ -309,6 +312,7 @@ def parse() -> argparse.Namespace:
     options.methods = options.methods or list(METHODS if full else SHORT_METHODS)
     options.epochs = options.epochs or case.epochs
     options.trials = options.trials or (20 if full else 8)
+    options.trial_epochs = options.trial_epochs or options.epochs / 2
     options.search_seeds = options.search_seeds or (3 if full else 1)
     options.seeds = options.seeds or (5 if full else 3)
     if options.output is not None and not options.output.absolute().parent.is_dir():
@@ -345,9 +349,11 @@ def measure(bench: Bench, batch: int, name: str, change: str | None, table: Tabl
 def search_of(options: argparse.Namespace) -> str:
     """Say how the values were found."""
     keys = "Rate, warmup and weight decay" if options.full else "The rate"
+    share = options.trial_epochs / options.epochs
+    runs = {0.5: "runs half as long", 1.0: "whole runs"}.get(share, f"runs {share:.2g} as long")
     return (
         f"{keys} of each method by {options.trials} trials of `tune` on {HELD_OUT_IMAGES:.0%} of "
-        f"the training images, held out, in runs half as long with {options.search_seeds} seeds; "
+        f"the training images, held out, in {runs} with {options.search_seeds} seeds; "
         f"{options.seeds} runs with other seeds on all images."
     )
 
@@ -390,6 +396,8 @@ def main() -> None:
         print("| batch | method | values | test accuracy, % |\n|---|---|---|---|", flush=True)
     form = "full" if options.full else "short"
     folder = options.folder / f"{options.case}-{form}-{options.epochs}"
+    if options.trial_epochs != options.epochs / 2:
+        folder = folder.with_name(f"{folder.name}-{options.trial_epochs:g}")
     bench = Bench(comm, CASES[options.case], folder, options)
     study = {
         "case": options.case, "epochs": options.epochs, "search": search_of(options),
