@@ -1,6 +1,7 @@
 """Loggers of other people: what they are told, and that none can stop a run."""
 
 import importlib.util
+import json
 
 import pytest
 
@@ -113,3 +114,44 @@ def test_mlflow_and_wandb_write_into_the_run_folder(tmp_path, capsys, monkeypatc
     logger.close()
     assert "continuing without it" not in capsys.readouterr().err
     assert (tmp_path / file).exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.part("MLflow")
+def test_mlflow_goes_on_in_the_run_that_a_resumed_run_began(tmp_path, capsys, monkeypatch):
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for begun, config, steps in ((0, {"a": 1}, (3, 6)), (6, {"a": 2}, (9,))):
+        logger = make_logger("mlflow", tmp_path, config, begun)
+        for step in steps:
+            logger.write(TRAIN | {"step": step})
+        logger.close()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [experiment] = client.search_experiments(filter_string="name = 'hvd_lars'")
+
+    def runs():
+        return client.search_runs([experiment.experiment_id])
+
+    [run] = runs()
+    curve = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in curve] == [3, 6, 9]
+    assert run.data.params == {"a": "1"}  # as it began: MLflow refuses other values
+    client.delete_run(run.info.run_id)
+    make_logger("mlflow", tmp_path, {}, 9).close()
+    assert len(runs()) == 1
+    assert runs()[0].info.run_id != run.info.run_id
+    assert "continuing without it" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.part("Weights & Biases")
+def test_wandb_gives_a_resumed_run_the_id_of_the_run_it_began(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for step in (0, 6):
+        make_logger("wandb", tmp_path, {}, step).close()
+    [kept] = json.loads((tmp_path / "loggers.json").read_text()).values()
+    parts = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert parts
+    assert [part.name for part in parts if kept not in part.name] == []

@@ -6,6 +6,7 @@ Each is an extra of setup.py, imported only when selected.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any, final
 
 from hvd_lars.errors import UserError
 from hvd_lars.metrics.sinks import Sink
+from hvd_lars.runtime.files import replace_text
 from hvd_lars.runtime.terminal import warn
 
 LOGGERS = ("tensorboard", "mlflow", "wandb")  # also the names of their packages
+_IDS = "loggers.json"  # in the run folder: their ids of the run, by logger
 
 
 def check_loggers(names: tuple[str, ...]) -> None:
@@ -115,9 +118,25 @@ class _TensorBoard:
         self._writer.close()
 
 
+def _kept_id(folder: Path, logger: str) -> str | None:
+    """Return the id that a logger gave the run when it began; None if it begins now."""
+    path = folder / _IDS
+    found: str | None = json.loads(path.read_text()).get(logger) if path.exists() else None
+    return found
+
+
+def _keep_id(folder: Path, logger: str, found: str) -> None:
+    path = folder / _IDS
+    ids = json.loads(path.read_text()) if path.exists() else {}
+    replace_text(path, json.dumps(ids | {logger: found}) + "\n")
+
+
 @final
 class _MLflow:
-    """Writes parameters and metrics to ``mlflow.db``, or to MLFLOW_TRACKING_URI if set."""
+    """Writes parameters and metrics to ``mlflow.db``, or to MLFLOW_TRACKING_URI if set.
+
+    A resumed run goes on in the run that it began, unless that was deleted.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import mlflow
@@ -127,10 +146,20 @@ class _MLflow:
             database = (folder / "mlflow.db").absolute()
             mlflow.set_tracking_uri(f"sqlite:///{database}")
         mlflow.set_experiment("hvd_lars")
-        mlflow.start_run(run_name=folder.name)
+        if (kept := _kept_id(folder, "mlflow")) is not None and self._go_on(kept):
+            return
+        run = mlflow.start_run(run_name=folder.name)
+        _keep_id(folder, "mlflow", run.info.run_id)
         items = list(config.items())
         for begin in range(0, len(items), 100):  # MLflow's limit per call
             mlflow.log_params(dict(items[begin : begin + 100]))
+
+    def _go_on(self, kept: str) -> bool:
+        try:
+            self._mlflow.start_run(run_id=kept)
+        except self._mlflow.exceptions.MlflowException:  # deleted, or another server's
+            return False
+        return True
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write the record, unless it is an event or of layers."""
@@ -144,18 +173,27 @@ class _MLflow:
 
 @final
 class _Wandb:
-    """Writes offline, to ``wandb/`` in the run folder, unless WANDB_MODE is set."""
+    """Writes offline, to ``wandb/`` in the run folder, unless WANDB_MODE is set.
+
+    A resumed run has the id of the run that it began: online it goes on there, offline
+    ``wandb sync --append`` joins the parts.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
+        mode = os.environ.get("WANDB_MODE", "offline")
+        kept = os.environ.get("WANDB_RUN_ID") or _kept_id(folder, "wandb")
         self._run: Any = wandb.init(
             project="hvd_lars",
             name=folder.name,
             dir=str(folder),
             config=dict(config),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
+            id=kept,
+            resume="allow" if kept and mode == "online" else None,
         )
+        _keep_id(folder, "wandb", self._run.id)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write the record, unless it is an event."""
