@@ -11,8 +11,9 @@ noise scale and trust ratios of a run are kept.  ``--vary B`` runs LARS at the b
 one thing of it changed: warmup, decay, momentum, weight decay.
 
 Everything lies in ``--folder``: a study that was stopped or killed goes on where it was, in any
-number of pieces, with the same command.  FILE is written after every method; a method that stands
-in it is not run again, even where the folder is gone.  ``benchmarks/plot_large_batch.py`` draws it.
+number of pieces, with the same command, and with more trials it adds them.  FILE is written after
+every method; a method that stands in it is not run again, even where the folder is gone.
+``benchmarks/plot_large_batch.py`` draws it.
 
 The short form searches the rate only, with 8 trials of one seed; ``--full`` searches the warmup and
 the weight decay too, with 20 trials of three seeds: of one seed, a search may choose a rate at the
@@ -28,6 +29,7 @@ import os
 import shlex
 import statistics
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,16 +144,14 @@ class Bench:
         ]  # fmt: skip
         return dict(found.best.params), trials
 
-    def held_out(
-        self, batch: int, name: str, values: dict[str, Any], seed: int, change: str | None = None
-    ) -> float:
+    def held_out(self, batch: int, name: str, values: dict[str, Any], seed: int) -> float:
         """Return the test accuracy of one run in percent; it is not run again once it is done."""
         optimizer = "SGD" if name in ("linear", "sqrt") else name
         config = load_config(self.case.config, self._overrides(batch, optimizer))
         # A run whose steps are all skipped ends with the accuracy of chance, as it should here.
         changes = {"data.val_fraction": None, "train.max_skipped_steps": 10**9}
         config = with_keys(tuned_config(config, values), changes, name)
-        folder = self.folder / f"b{batch}-{name}/{change or ''}/seed-{seed}"
+        folder = self._folder(batch, name, values) / f"seed-{seed}"
         config = config.with_values("run", dir=str(folder), seed=seed)
         done = folder / "top1.json"
         found = on_root(self.comm, lambda: json.loads(done.read_text()) if done.exists() else None)
@@ -166,12 +166,16 @@ class Bench:
             on_root(self.comm, lambda: done.write_text(json.dumps(found)))
         return float(found)
 
-    def observed(self, batch: int, name: str) -> dict[str, Any]:
+    def observed(self, batch: int, name: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the critical batch by epoch and the trust ratios of the first held-out run."""
-        run = read_run(self.folder / f"b{batch}-{name}/seed-{FIRST_HELD_OUT}")
+        run = read_run(self._folder(batch, name, values) / f"seed-{FIRST_HELD_OUT}")
         keep = ("step", "epoch", "trust_ratio")
         ratios = [{key: record[key] for key in keep} for record in run.layers]
         return {"critical_batches": run.critical_batches, "ratios": ratios}
+
+    def _folder(self, batch: int, name: str, values: dict[str, Any]) -> Path:
+        """Return where runs with these values lie: a search with more trials finds others."""
+        return self.folder / f"b{batch}-{name}/{zlib.crc32(json.dumps(values).encode()):08x}"
 
     def settings(self) -> list[str]:
         """Return what all methods and batches have in common, as overrides of the config."""
@@ -200,9 +204,10 @@ class Bench:
             space["schedule.warmup_duration"] = {"choices": ramps}
             space["optimizer.weight_decay"] = {"log": [5e-5, 5e-3]}
         search = search or {
-            "space": space, "trials": options.trials, "seeds": options.search_seeds,
-            "duration": f"{options.trial_epochs:g} epochs",
+            "space": space, "trials": options.trials, "seeds": options.search_seeds
         }  # fmt: skip
+        if options.trial_epochs is not None:
+            search = search | {"duration": f"{options.trial_epochs:g} epochs"}
         return [
             *(text.format(root=options.root) if "root" in text else text
               for text in self.settings()),
@@ -312,7 +317,6 @@ def parse() -> argparse.Namespace:
     options.methods = options.methods or list(METHODS if full else SHORT_METHODS)
     options.epochs = options.epochs or case.epochs
     options.trials = options.trials or (20 if full else 8)
-    options.trial_epochs = options.trial_epochs or options.epochs / 2
     options.search_seeds = options.search_seeds or (3 if full else 1)
     options.seeds = options.seeds or (5 if full else 3)
     if options.output is not None and not options.output.absolute().parent.is_dir():
@@ -337,19 +341,19 @@ def measure(bench: Bench, batch: int, name: str, change: str | None, table: Tabl
     if change is not None and values:
         values = values | bench.variant(change)
     seeds = range(FIRST_HELD_OUT, FIRST_HELD_OUT + options.seeds) if values else ()
-    found = [bench.held_out(batch, name, values, seed, change) for seed in seeds]
+    found = [bench.held_out(batch, name, values, seed) for seed in seeds]
     row = {"batch": batch, "method": name, "params": values, "top1": found, "trials": trials}
     if change is not None:
         row["change"] = change
     elif bench.comm.rank == 0 and found:
-        row |= bench.observed(batch, name)
+        row |= bench.observed(batch, name, values)
     return row
 
 
 def search_of(options: argparse.Namespace) -> str:
     """Say how the values were found."""
     keys = "Rate, warmup and weight decay" if options.full else "The rate"
-    share = options.trial_epochs / options.epochs
+    share = (options.trial_epochs or 0.5 * options.epochs) / options.epochs
     runs = {0.5: "runs half as long", 1.0: "whole runs"}.get(share, f"runs {share:.2g} as long")
     return (
         f"{keys} of each method by {options.trials} trials of `tune` on {HELD_OUT_IMAGES:.0%} of "
@@ -396,7 +400,7 @@ def main() -> None:
         print("| batch | method | values | test accuracy, % |\n|---|---|---|---|", flush=True)
     form = "full" if options.full else "short"
     folder = options.folder / f"{options.case}-{form}-{options.epochs}"
-    if options.trial_epochs != options.epochs / 2:
+    if options.trial_epochs is not None:
         folder = folder.with_name(f"{folder.name}-{options.trial_epochs:g}")
     bench = Bench(comm, CASES[options.case], folder, options)
     study = {
