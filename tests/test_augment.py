@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_image_folder import make_folder, source_of
 
+from hvd_lars.config.file import load_config
 from hvd_lars.data.augment import Augment
 from hvd_lars.data.images import DeviceWork
 from hvd_lars.data.mixing import mix_pairs
@@ -150,3 +151,11 @@ def test_mixing_gives_the_same_images_however_the_batch_is_cut(folder):
             found |= dict(zip(piece.tolist(), images, strict=True))
     for i, index in enumerate(indices.tolist()):
         torch.testing.assert_close(found[index], whole[i])
+
+
+@pytest.mark.parametrize(
+    ("augment", "there"), [("trivial_augment: true", False), ("hue: 0.1", True)]
+)
+def test_what_would_wait_for_the_gpu_stays_in_the_workers(augment, there):
+    data = f"data={{name: imagefolder, root: /nowhere, augment: {{{augment}}}}}"
+    assert load_config("digits", [data]).data._device_work(gpu=True).augment == there

@@ -1,5 +1,7 @@
 """Precision, compression and the choice of kernel and placement."""
 
+import weakref
+
 import pytest
 import torch
 from tiny import assert_same_parameters, tiny_model, tiny_trainer
@@ -127,6 +129,20 @@ def test_what_is_left_to_measurement_is_settled_alike_on_all_ranks_and_told(comm
     # The model itself takes no step and gets no hooks.
     assert all(param.grad is None and not param._backward_hooks for param in model.parameters())
     torch.testing.assert_close(tiny_model(torch.float32).state_dict(), model.state_dict())
+
+
+def test_a_trial_leaves_nothing_on_the_device(comm):
+    config = load_config("digits", ["train.micro_batch=4", "data={name: synthetic, image_size: 6}"])
+    trial, alive = choices._Trial(tiny_model(torch.float32), 5, config, comm, CPU), []
+
+    def seconds(model, *rest):
+        alive.extend(map(weakref.ref, model.parameters()))
+        return take(model, *rest)
+
+    take, trial._seconds = trial._seconds, seconds
+    trial.milliseconds()
+    assert alive
+    assert all(reference() is None for reference in alive)
 
 
 def test_compression_is_refused_where_it_cannot_be(comm):

@@ -250,3 +250,21 @@ def test_tables_are_made_again_only_for_what_moved(take_kernel, monkeypatch):
         optimizer.step()
     assert len(made) <= 2
     assert len(renewed) == count + 1
+
+
+def test_tables_live_as_long_as_the_gradients_that_a_captured_step_reads(take_kernel):
+    """A replay refers to nothing; without a placement no one else keeps the tables."""
+    param = nn.Parameter(torch.ones(5))
+    optimizer = LARS([param], lr=1.0, kernel=take_kernel("gpu"))
+    param.grad = torch.ones(5)
+    for _ in range(2):
+        optimizer.step()
+    [device] = optimizer._last.devices
+    alive = weakref.ref(device._gradients.tables)
+    gpu._sums_tables.cache_clear()  # as 256 other lists of tensors would
+    optimizer.step()
+    assert alive() is not None
+    param.grad.data = torch.ones(5)  # elsewhere: other tables
+    optimizer.step()
+    gpu._sums_tables.cache_clear()
+    assert alive() is None

@@ -10,7 +10,10 @@ from torch import nn
 
 from hvd_lars.assemble import network
 from hvd_lars.assemble.network import build_network
+from hvd_lars.assemble.run import build_run
+from hvd_lars.comm import detect_launch
 from hvd_lars.comm.local import LocalCommunicator
+from hvd_lars.config.file import load_config
 from hvd_lars.config.schema import Model
 from hvd_lars.errors import UserError
 from hvd_lars.models import batch_norms, build_model, zero_last_gammas
@@ -218,3 +221,14 @@ def test_the_average_follows_the_weights_and_is_saved(tmp_path):
     plain = tiny_model(torch.float64, seed=9, norm=True)  # evaluated without its average
     checkpointer.restore(RunState(plain))
     assert torch.equal(plain[0].weight, trainer.model[0].weight)
+
+
+def test_the_average_lies_in_memory_as_the_weights_do(tmp_path):
+    """Or torch updates it tensor by tensor."""
+    overrides = ["model.name=mnist_alexnet", "model.ema_decay=0.9", "train.channels_last=true"]
+    overrides += [f"run.dir={tmp_path}"]
+    loop, _ = build_run(load_config("digits", overrides), LocalCommunicator(), detect_launch({}))
+    state = loop.trainer.state
+    assert any(weight.stride()[1:2] == (1,) for weight in state.model.parameters())
+    for name, weight in state.model.named_parameters():
+        assert state.average.module.get_parameter(name).stride() == weight.stride()

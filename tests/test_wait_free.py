@@ -14,6 +14,7 @@ import torch
 from test_image_folder import STATISTICS
 from tiny import RATES
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvd_lars.comm.base import Then
@@ -24,7 +25,7 @@ from hvd_lars.data.identity import made_identity
 from hvd_lars.data.images import DeviceWork, Images, Sizes
 from hvd_lars.data.sampler import GlobalBatches
 from hvd_lars.models.moving_average import MovingAverage
-from hvd_lars.optim import LARS, Replicated, Sharded, parameter_groups
+from hvd_lars.optim import LAMB, LARS, Replicated, Sharded, parameter_groups
 from hvd_lars.state.run_state import RunState
 from hvd_lars.train import cuda_graphs
 from hvd_lars.train import trainer as trainer_module
@@ -37,7 +38,7 @@ PLACED, PRECISIONS = (Replicated, Sharded), ("fp32", "bf16", "fp16")
 ON_DEVICE = DeviceWork(augment=True)
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 AUGMENT = {"lighting": 0.1, "random_erasing": 0.9, "mixup": 0.4, "cutmix": 1.0}
-COLOURS = {"trivial_augment": True, "brightness": 0.4, "hue": 0.1}
+COLOURS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 
 
 class Waits(TorchDispatchMode):
@@ -51,6 +52,15 @@ class Waits(TorchDispatchMode):
         """Note a wait, and the package's line that it comes from."""
         frames = [f for f in traceback.extract_stack() if "/hvd_lars/" in f.filename]
         self.found.append((wait, *(f"{f.filename}:{f.lineno}" for f in frames[-1:])))
+
+    def __enter__(self):
+        self.lists = _Lists(self.add)
+        self.lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.lists.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -77,6 +87,25 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class _Lists(TorchFunctionMode):
+    """Tells of Python lists that torch copies to the device; to ``meta`` it copies nothing."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.add = add
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("tensor", "as_tensor") and torch.device(kwargs.get("device", "cpu")) == DEVICE:
+            self.add("numbers of Python, copied to the device")
+        if name in ("__getitem__", "__setitem__") and args[0].device == DEVICE:
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(place, (list, np.ndarray)) for place in places):
+                self.add("a list of places, copied to the device")
+        return func(*args, **kwargs)
+
+
 class Kept:
     """In place of the values of a step that arrive a step later: it was kept."""
 
@@ -98,13 +127,15 @@ def images(augment):
     return Images(store, store, identity, Augment(**augment), Sizes(6, 6), 0, STATISTICS, ON_DEVICE)
 
 
-def trainer_on(device, placed, precision, augment, comm=None, graphs=False, **options):
+def trainer_on(
+    device, placed, precision, augment, comm=None, graphs=False, optimizer=LARS, **options
+):
     layers = nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1)
     model = nn.Sequential(*layers, nn.Linear(112, 13), nn.Linear(13, 5)).to(device)
     comm = comm or LocalCommunicator()
     placement = placed(model.parameters(), comm, bucket_bytes=700, early_norms=True)
     groups = parameter_groups(model, 5e-3, adapt="weights")
-    optimizer = LARS(groups, placement=placement, **options)
+    optimizer = optimizer(groups, placement=placement, **options)
     source, take = images(augment), placement.gradients.take
     return Trainer(
         RunState(model, optimizer, MovingAverage(model, 0.9)),
@@ -125,6 +156,13 @@ def moved(batches):
         yield request, tuple(t.to(DEVICE, non_blocking=True) for t in (pixels, labels))
 
 
+def share_counts(self, layers):
+    """As LAMB's method, which reads the counts when the layers change."""
+    steps = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for layer in layers.layers:
+        self.state[layer.param]["steps"] = steps
+
+
 PLAIN = [(placed, precision, AUGMENT, {}) for placed in PLACED for precision in PRECISIONS]
 
 
@@ -134,11 +172,14 @@ PLAIN = [(placed, precision, AUGMENT, {}) for placed in PLACED for precision in 
         *PLAIN,
         (Replicated, "fp32", AUGMENT | COLOURS, {"nesterov": True, "zero_norm": "skip"}),
         (Sharded, "fp16", AUGMENT, {"denominator": "combined", "trust_clip": True}),
+        (Replicated, "fp32", AUGMENT, {"kernel": "eager"}),
+        (Replicated, "fp16", AUGMENT, {"optimizer": LAMB}),
     ],
 )
 def test_a_steady_step_does_not_wait(monkeypatch, placed, precision, augment, options):
     monkeypatch.setattr(trainer_module, "Readback", Kept)
     monkeypatch.setattr(trainer_module, "autocast", lambda *_: nullcontext())  # meta has none
+    monkeypatch.setattr(LAMB, "_share_counts", share_counts)
     trainer = trainer_on(DEVICE, placed, precision, augment, **options)
     trainer.state.average._begun = True  # as after a first good step
     batches = moved(trainer.feed.from_step(0))
@@ -157,18 +198,24 @@ def test_a_steady_step_does_not_wait(monkeypatch, placed, precision, augment, op
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize(("placed", "precision"), [*itertools.product(PLACED, PRECISIONS)])
-def test_a_steady_step_does_not_wait_on_a_gpu(monkeypatch, placed, precision, graphs):
+@pytest.mark.parametrize(
+    ("placed", "precision", "options"),
+    [
+        *itertools.product(PLACED, PRECISIONS, [{"graphs": False}, {"graphs": True}]),
+        (Replicated, "fp32", {"kernel": "eager"}),
+        (Replicated, "fp16", {"optimizer": LAMB}),
+    ],
+)
+def test_a_steady_step_does_not_wait_on_a_gpu(monkeypatch, placed, precision, options):
     """As above, with torch's own watch over a real device."""
-    trainer = trainer_on(torch.device("cuda"), placed, precision, AUGMENT, graphs=graphs)
+    trainer = trainer_on(torch.device("cuda"), placed, precision, AUGMENT | COLOURS, **options)
     batches = trainer.feed.from_step(0)
     replays = []
     apply = cuda_graphs._Replay.apply
     monkeypatch.setattr(cuda_graphs._Replay, "apply", lambda *a: replays.append(1) or apply(*a))
     for _ in range(4):  # tables and kernels are made, the allocator grows
         trainer.train_step(batches)
-    assert (len(replays) > 0) == graphs
+    assert (len(replays) > 0) == options.get("graphs", False)
     try:
         torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):

@@ -6,6 +6,7 @@ A run keeps the choices in its ``config.yaml``, as others would change its bits.
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
 
@@ -83,6 +84,8 @@ class _Trial:
         placement = place(model, self._comm, config.optimizer, config.comm)
         optimizer = config.optimizer.build(model, 0.0, placement)
         taken = [self._seconds(model, optimizer, placement) for _ in range(_TRIALS + 2)]
+        del model, placement, optimizer
+        gc.collect()  # a placement is part of a reference cycle, which keeps the device's memory
         total = torch.tensor(statistics.median(taken[2:]) * 1e3, dtype=torch.float64)
         self._comm.start_all_reduce_sum(total, "step_milliseconds").wait()
         return total.item() / self._comm.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -44,6 +45,7 @@ def measure_site(
         waiting = found.part_seconds["communication"] + found.part_seconds["data"]
         compute.append((float(size), found.step_seconds - waiting))
         parameters = found.parameters
+        gc.collect()  # as in the trials of choices.py
     device = choose_device(comm.local_rank)
     local = launch.local_size or _ranks_per_node(comm)
     return Site(

@@ -104,11 +104,11 @@ def _build_models(
         taken = on_root(comm, lambda: load_weights(model, path, num_classes))
         for line in taken.lines() if comm.rank == 0 else ():
             tell(f"model.init_from: {path}: {line}")
+    if config.train.channels_last:  # before the average, whose memory is then like the model's
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = None
     if config.model.ema_decay is not None:
         average = MovingAverage(model, config.model.ema_decay)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, average
 
 

@@ -179,7 +179,8 @@ def _dense_gradient(param: Tensor, grad: Tensor) -> Tensor:
         raise RuntimeError(
             f"LARS: a gradient of {tuple(grad.shape)} for a parameter of {tuple(param.shape)}"
         )
-    return flat(in_layout_of(param, grad)) if is_dense(param) else grad
+    # Not the gradient itself: that could move while it stays the same object.
+    return flat(in_layout_of(param, grad)) if is_dense(param) else grad.detach()
 
 
 def _make_block(layer: Layer, states: States, placement: Placement | None) -> Block:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple, final
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from hvd_lars.optim.blocks import Blocks, States
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.kernels import Block, Kernel, Scale, choose_kernel
+from hvd_lars.optim.kernels.block import Tabled
 from hvd_lars.optim.kernels.fused import unfold_all
 from hvd_lars.optim.layers import DeviceLayers
 from hvd_lars.optim.norms import all_finite
@@ -48,6 +50,7 @@ class DeviceStep:
         self._current: Sequence[Block] = []
         self._kernel: Kernel | None = None  # of the last step
         self._one, self._constants = Constant(), KeptConstants()
+        self._gradients: Tabled[Tensor] = Tabled()
         # Sums of squares of this rank's parts, (layers,) float64; None if unknown.
         self.weight_sums: Tensor | None = None
         self._known: Tensor | None = None  # the same, if still valid in this step
@@ -91,16 +94,26 @@ class DeviceStep:
             gradients = placement.early.take(self.layers.adapted, placement.gradients, kernel)
         if gradients is None:
             if placement is None and not combined:  # whole: saves a call per layer
-                parts = [block.gradient for block in sources]
+                gradients = used.sums_of_squares(self._whole_gradients(sources))
             else:
                 parts = [_gradient(block, unscale, combined) for block in sources]
-            gradients = used.sums_of_squares(parts)
+                gradients = used.sums_of_squares(parts)
         if self._known is None:
             weights = used.sums_of_squares([_norm_part(block, block.weight) for block in sources])
         else:
             places = self.layers.places
             weights = self._known if places is None else self._known[places]
         return torch.cat([weights, gradients])
+
+    def _whole_gradients(self, sources: Sequence[Block]) -> Tabled[Tensor]:
+        """Return the gradients, in the list of the last step if none has moved.
+
+        The kernel's tables go with it, so that a captured CUDA graph keeps them.
+        """
+        now = [block.gradient for block in sources]
+        if len(now) != len(self._gradients) or not all(map(is_, now, self._gradients)):
+            self._gradients = Tabled(now)
+        return self._gradients
 
     def measure(self, sums: Tensor, unscale: Scale) -> Measured:
         """Compute norms and every layer's λ from the sums over all ranks."""

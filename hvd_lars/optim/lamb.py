@@ -151,8 +151,8 @@ class LAMB(PlacedOptimizer):
         rates = [float(layer.group["lr"]) for layer in layers.layers]
         for members in by_kind(updates):
             moved, dtype = [updates[i] for i in members], updates[members[0]].dtype
-            scales = [ratio.to(dtype) for ratio in ratios[members].unbind()]
-            torch._foreach_mul_(moved, scales)
+            scales = ratios.to(dtype).unbind()  # indexing by a list would wait for the device
+            torch._foreach_mul_(moved, [scales[i] for i in members])
             torch._foreach_mul_(moved, [rates[i] for i in members])
             torch._foreach_sub_([parts[i].weight for i in members], moved)
         if placement is not None:

@@ -185,7 +185,8 @@ class ImageSettings(SourceSettings):
     def _device_work(self, gpu: bool) -> DeviceWork:
         from hvd_lars.data.images import DeviceWork
 
-        return DeviceWork(augment=gpu)
+        # Most of TrivialAugment's operations in torchvision wait for the device.
+        return DeviceWork(augment=gpu and not self.augment.trivial_augment)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -269,11 +270,11 @@ class PhotographSettings(ImageSettings):
         import torch
 
         from hvd_lars.data.encoded import why_not_on
+        from hvd_lars.data.images import DeviceWork
 
-        work = super()._device_work(gpu)
         if self.decode == "cpu":
-            return work
+            return super()._device_work(gpu)
         problem = why_not_on(torch.device("cuda")) if gpu else "this rank computes on the CPU"
         if problem:
             raise UserError(f"data.decode: gpu: {problem}; data.decode=cpu works everywhere")
-        return work._replace(decode=True)
+        return DeviceWork(augment=True, decode=True)

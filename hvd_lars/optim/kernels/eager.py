@@ -52,8 +52,10 @@ class EagerKernel:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, block in enumerate(blocks):
             kinds.setdefault((id(block.group), block.weight.dtype), []).append(i)
+        of_block = ratios.unbind()  # indexing by a list would wait for the device
         for members in kinds.values():
-            _update_together([blocks[i] for i in members], ratios[members], unscale, live)
+            chosen = torch.stack([of_block[i] for i in members])
+            _update_together([blocks[i] for i in members], chosen, unscale, live)
 
 
 def update_on_host(block: Block, ratio: float, unscale: float) -> None:

@@ -94,18 +94,20 @@ class GpuKernel:
         dtype, language = tensors[0].dtype, self._triton.tl
         sums = tables.new_sums()
         if tables.programs:
-            self._triton.sums_kernel[(tables.programs,)](
-                tables.chunks,
-                tables.layers,
-                tables.partials,
-                tables.arrived,
-                sums,
-                DTYPE=_triton_type(language, dtype),
-                WIDE=language.float64 if dtype == torch.float64 else language.float32,
-                ALIGNED=tables.aligned,
-                CHUNK=self._triton.CHUNK,
-                FOLD=self._triton.FOLD,
-            )
+            # Triton launches on the current device.
+            with torch.cuda.device_of(sums):  # type: ignore[no-untyped-call]
+                self._triton.sums_kernel[(tables.programs,)](
+                    tables.chunks,
+                    tables.layers,
+                    tables.partials,
+                    tables.arrived,
+                    sums,
+                    DTYPE=_triton_type(language, dtype),
+                    WIDE=language.float64 if dtype == torch.float64 else language.float32,
+                    ALIGNED=tables.aligned,
+                    CHUNK=self._triton.CHUNK,
+                    FOLD=self._triton.FOLD,
+                )
         return sums
 
     def update(
@@ -144,24 +146,25 @@ class GpuKernel:
         language, tables, first = self._triton.tl, launch.tables, launch.first
         sums = tables.new_sums()
         if tables.programs:
-            self._triton.update_kernel[(tables.programs,)](
-                tables.chunks,
-                tables.layers,
-                _rules(launch, ratios.device),
-                ratios,
-                *factors,
-                tables.partials,
-                tables.arrived,
-                sums,
-                WEIGHT=_triton_type(language, first.weight.dtype),
-                GRADIENT=_triton_type(language, first.gradient.dtype),
-                HAS_BUFFER=first.buffer is not None,
-                HAS_COPY=first.copy is not None,
-                NESTEROV=launch.nesterov,
-                ALIGNED=tables.aligned,
-                CHUNK=self._triton.CHUNK,
-                FOLD=self._triton.FOLD,
-            )
+            with torch.cuda.device_of(sums):  # type: ignore[no-untyped-call]
+                self._triton.update_kernel[(tables.programs,)](
+                    tables.chunks,
+                    tables.layers,
+                    _rules(launch, ratios.device),
+                    ratios,
+                    *factors,
+                    tables.partials,
+                    tables.arrived,
+                    sums,
+                    WEIGHT=_triton_type(language, first.weight.dtype),
+                    GRADIENT=_triton_type(language, first.gradient.dtype),
+                    HAS_BUFFER=first.buffer is not None,
+                    HAS_COPY=first.copy is not None,
+                    NESTEROV=launch.nesterov,
+                    ALIGNED=tables.aligned,
+                    CHUNK=self._triton.CHUNK,
+                    FOLD=self._triton.FOLD,
+                )
         return sums
 
 
