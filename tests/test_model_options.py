@@ -225,8 +225,8 @@ def test_the_average_follows_the_weights_and_is_saved(tmp_path):
 
 def test_the_average_lies_in_memory_as_the_weights_do(tmp_path):
     """Or torch updates it tensor by tensor."""
-    overrides = ["model.name=mnist_alexnet", "model.ema_decay=0.9", "train.channels_last=true"]
-    overrides += [f"run.dir={tmp_path}"]
+    overrides = ["model.name=resnet18", "model.ema_decay=0.9", "train.channels_last=true"]
+    overrides += [f"run.dir={tmp_path}", "data={name: synthetic, image_size: 32}"]
     loop, _ = build_run(load_config("digits", overrides), LocalCommunicator(), detect_launch({}))
     state = loop.trainer.state
     assert any(weight.stride()[1:2] == (1,) for weight in state.model.parameters())
