@@ -228,6 +228,8 @@ def test_the_average_lies_in_memory_as_the_weights_do(tmp_path):
     overrides = ["model.name=resnet18", "model.ema_decay=0.9", "train.channels_last=true"]
     overrides += [f"run.dir={tmp_path}", "data={name: synthetic, image_size: 32}"]
     loop, _ = build_run(load_config("digits", overrides), LocalCommunicator(), detect_launch({}))
+    for sink in loop.recorder.sinks:
+        sink.close()
     state = loop.trainer.state
     assert any(weight.stride()[1:2] == (1,) for weight in state.model.parameters())
     for name, weight in state.model.named_parameters():
