@@ -94,7 +94,7 @@ def _results(runs: Sequence[Run]) -> str:
         "run", "top-1", "best top-1", "last loss", "last γ", "images/s (median)", "steps",
         "global batch", "ranks", "skipped", "ended",
     ]  # fmt: skip
-    return table(head, [row(run) for run in runs])
+    return table(head, [row(run) for run in runs], figures=True)
 
 
 def _curves(runs: Sequence[Run]) -> str:

@@ -207,7 +207,8 @@ def _plans(runs: Sequence[Run], site: Site) -> str:
         "ranks. Efficiency: the share of a step that its images take on a rank that waits for "
         "nothing, at the site's larger micro-batch."
     )
-    return f"<h3>Plan and run</h3>{told}{table(head, rows)}<p class=none>{escape(note)}</p>"
+    compared = table(head, rows, figures=True)
+    return f"<h3>Plan and run</h3>{told}{compared}<p class=none>{escape(note)}</p>"
 
 
 def _ranks(run: Run) -> str:
