@@ -264,7 +264,7 @@ def section(result: dict[str, Any]) -> str:
 
 HEAD = """# The paper's claim, small
 
-Made by `python benchmarks/plot_large_batch.py`; not to be edited by hand. One network shaped like
+Made by `python benchmarks/plot_large_batch.py`; not to be edited by hand. Networks shaped like
 AlexNet, on three data sets, in `fashion-bn` with BatchNorm; in `fashion-full` warmup and weight
 decay are searched, too, and `fashion-10` is an earlier look in fewer epochs. The same number of
 epochs at every batch, gradual warmup over a quarter of them unless it was searched, poly decay of

@@ -66,7 +66,8 @@ class LAMB(PlacedOptimizer):
         max_grad_norm: gradients are divided by their global norm over this, where that exceeds 1;
             None never; the same in all groups.  NVIDIA's and timm's code use 1, the paper none.
         trust_clip: use min(ratio, 1).
-        max_weight_norm: φ(z) = min(z, this); infinity for φ(z) = z.  The paper's code uses 10.
+        max_weight_norm: φ(z) = min(z, this); infinity for φ(z) = z.
+            cybertronai's pytorch-lamb uses 10.
         placement: sums gradients over ranks; None for one process.
 
     Raises:

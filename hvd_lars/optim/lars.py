@@ -83,9 +83,9 @@ class LARS(PlacedOptimizer):
             is :math:`\lVert g + \beta w\rVert` (optax, SimCLR, VISSL).
         trust_clip: use min(λ/γ, 1) in place of λ, so that no layer's rate exceeds γ (LARC).  The 1
             at a zero norm is not clipped; timm clips it to 1/γ if γ > 1.
-        zero_norm: at a zero norm, ``"unit"`` uses λ = 1 (paper), ``"coast"`` λ = 0, so that the
-            layer moves by its momentum alone (apex, lightly), and ``"skip"`` leaves the layer and
-            its momentum unchanged.
+        zero_norm: at a zero norm, ``"unit"`` uses λ = 1 (timm), ``"coast"`` 1 where ‖w‖ = 0 but
+            0 where ‖g‖ = 0, so that the layer moves by its momentum alone (apex, lightly), and
+            ``"skip"`` leaves the layer and its momentum unchanged.  The paper does not say.
         kernel: implementation of the step: ``"native"`` (C++ on CPU), ``"fused"`` (torch's fused
             SGD on CPU), ``"eager"`` (plain torch) or ``"auto"``, the fastest available.  They
             agree up to rounding; all ranks must use the same one.

@@ -13,15 +13,17 @@ from hvd_lars.runtime.readback import table_of
 
 
 class LayerConstants(NamedTuple):
-    """Every layer's l, the β that is added to its norm, ε, and λ of a zero norm.
+    """Every layer's l, the β that is added to its norm, ε, and λ at zero norms.
 
-    Each is (layers,) float64 on the device; ``eps`` is None if all are 0.
+    Each is (layers,) float64 on the device; ``eps`` is None if all are 0.  ``at_zero`` is λ where
+    ‖g‖ = 0, ``at_zero_weight`` where ‖w‖ = 0; None if they are equal for all layers.
     """
 
     trust: Tensor
     decay: Tensor
     eps: Tensor | None
     at_zero: Tensor
+    at_zero_weight: Tensor | None
 
 
 @final
@@ -40,9 +42,12 @@ class KeptConstants:
         values = list(map(_constants_of, groups))
         if self._constants is None or values != self._values:
             rows = table_of(values, np.float64, group_of.device)[group_of]
-            trust, decay, eps, at_zero = rows.t().contiguous().unbind()
+            trust, decay, eps, at_zero, at_zero_weight = rows.t().contiguous().unbind()
             has_eps = any(value[2] != 0 for value in values)
-            self._constants = LayerConstants(trust, decay, eps if has_eps else None, at_zero)
+            differ = any(value[3] != value[4] for value in values)
+            self._constants = LayerConstants(
+                trust, decay, eps if has_eps else None, at_zero, at_zero_weight if differ else None
+            )
             self._values = values
         return self._constants
 
@@ -70,7 +75,7 @@ def trust_ratios(
     Source:
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1; LARC for the clip.
     """
-    trust, decay, eps, at_zero = kept.of(groups, group_of)
+    trust, decay, eps, at_zero, at_zero_weight = kept.of(groups, group_of)
     denominator = torch.addcmul(gradient_norms, decay, weight_norms)
     if eps is not None:
         denominator += eps
@@ -80,13 +85,15 @@ def trust_ratios(
             lr = group["lr"]
             clipped = (ratio / (lr.reshape(()) if isinstance(lr, Tensor) else lr)).clamp(max=1.0)
             ratio = torch.where(group_of == number, clipped, ratio)
+    if at_zero_weight is not None:
+        at_zero = torch.where(weight_norms == 0, at_zero_weight, at_zero)
     ratio = torch.where(torch.minimum(weight_norms, gradient_norms) == 0, at_zero, ratio)
     # Adds 0 if both norms are finite, and NaN if not: also 0 · ∞ in the denominator is NaN.
     return torch.add(ratio, denominator, alpha=0)
 
 
 def _constants_of(group: dict[str, Any]) -> tuple[float, ...]:
-    """Return l, the β that is added to the norm, ε, and λ of a zero norm."""
+    """Return l, the β that is added to the norm, ε, and λ where ‖g‖ = 0 and where ‖w‖ = 0."""
     decay = group["weight_decay"] if group["denominator"] == "separate" else 0.0
-    at_zero = 1.0 if group["zero_norm"] == "unit" else 0.0
-    return float(group["trust_coefficient"]), float(decay), float(group["eps"]), at_zero
+    at_zero = {"unit": (1.0, 1.0), "coast": (0.0, 1.0), "skip": (0.0, 0.0)}[group["zero_norm"]]
+    return float(group["trust_coefficient"]), float(decay), float(group["eps"]), *at_zero

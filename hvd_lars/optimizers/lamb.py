@@ -45,7 +45,7 @@ class LambSettings(LayerwiseSettings):
     max_weight_norm: Above | None = key(
         binds="run and recipe",
         default=None,
-        description="φ(z) = min(z, this); the paper's code: 10",
+        description="φ(z) = min(z, this); cybertronai's pytorch-lamb: 10",
     )
 
     def build(self, model: nn.Module, lr: float, placement: Placement) -> LAMB:

@@ -51,7 +51,7 @@ class LarsSettings(LayerwiseSettings):
     zero_norm: Literal["unit", "skip", "coast"] = key(
         binds="run and recipe",
         default="unit",
-        description="at a zero norm, unit: λ = 1; skip: no change; coast: momentum only",
+        description="at a zero norm, unit: λ = 1; skip: no change; coast: momentum only if ‖g‖ = 0",
     )
     kernel: Literal["auto", "native", "fused", "eager"] = key(
         binds="nothing",

@@ -9,7 +9,11 @@ from hvd_lars.settings.fields import key
 
 
 class SgdSettings(LarsSettings):
-    """Momentum SGD: the steps of LARS with a trust ratio of 1."""
+    """Momentum SGD: the steps of LARS with a trust ratio of 1.
+
+    Keys of the ratio (``adapt``, ``trust_coefficient``, ``eps``, ``denominator``, ``trust_clip``,
+    ``zero_norm``) change nothing.
+    """
 
     TRUST_RATIOS: ClassVar[bool] = False
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hvd_lars.planning.cost import Compute, step_seconds
 from hvd_lars.planning.site import Site
 
-# Median error of the model where the site was measured (benchmarks/plan_check.py).
+# Median error of the model of a step over published systems (benchmarks/plan_check.py).
 _ERROR = 0.05
 # E(B) = E_min (1 + B / B_crit) over MLPerf's reference points of ResNet-50, batches of 1,632 to
 # 67,840 (mlcommons/logging, rcp_checker, training_1.0.0 to 4.0.0): worst residual 6 %.

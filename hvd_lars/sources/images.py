@@ -38,7 +38,7 @@ IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class AugmentSettings(Section):
-    """Augmentation of training images; see hvd_lars.data.Augment."""
+    """Augmentation of training images; see hvd_lars.data.augment.Augment."""
 
     crop: Literal["resized", "window", "padded"] = key(
         binds="run and recipe",

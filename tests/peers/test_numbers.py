@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from reference import lars_oracle
+from reference import lars_oracle, peers
 
 from hvd_lars import LARS
 from hvd_lars.optim.ratios import KeptConstants, trust_ratios
@@ -59,6 +59,28 @@ def test_at_a_zero_norm_a_layer_stays_coasts_or_takes_the_plain_rate(kernel, tak
     assert weights["skip"][1].tolist() == pytest.approx([first] * 6)
     assert weights["coast"][1].tolist() == pytest.approx([first - v] * 6)
     assert weights["unit"][1].tolist() == pytest.approx([first - v - 0.5 * first] * 6)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_at_a_zero_norm_coasting_is_apexs(kernel, clip, take_kernel):
+    """A layer that starts at zero, and one that has no gradient for some steps."""
+    ends = []
+    for make in (
+        lambda params: peers.LarcSgd(params, 0.4, 0.9, 0.05, 0.02, clip, 1e-8),
+        lambda params: LARS(
+            params, 0.4, 0.9, 0.05, 0.02, 1e-8, lr_position="update", trust_clip=clip,
+            zero_norm="coast", kernel=take_kernel(kernel),
+        ),
+    ):  # fmt: skip
+        params = [torch.nn.Parameter(torch.full((6,), start)) for start in (0.0, 1.0)]
+        optimizer = make(params)
+        for step in range(6):
+            params[0].grad = torch.linspace(0.1, 1.0, 6)
+            params[1].grad = torch.linspace(-1.0, 1.0, 6) * (step not in (2, 3))
+            optimizer.step()
+        ends.append(torch.cat([param.detach() for param in params]))
+    assert ends[1].tolist() == pytest.approx(ends[0].tolist(), rel=1e-5)
 
 
 def test_a_zero_norm_is_not_clipped():
