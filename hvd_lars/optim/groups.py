@@ -34,8 +34,8 @@ def parameter_groups(
             momentum SGD with rate γ (every published recipe for ResNet-50).  ``"layer"``: a bias
             also takes the ratio of the weight in its module, which keeps networks without
             normalisation stable at rates of 16 and more.  ``"all"``: every tensor has its own
-            ratio, as in the Caffe code of 2017; a zero-initialised tensor then moves by the full γ.  ``"none"``:
-            momentum SGD.
+            ratio, as in the Caffe code of 2017; a zero-initialised tensor then moves by the full
+            γ.  ``"none"``: momentum SGD.
         decay: which tensors are decayed.
 
     Returns:
