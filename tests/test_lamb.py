@@ -332,3 +332,37 @@ def test_a_resumed_run_has_the_same_bits(comm, placed, tmp_path):
     tiny_loop(other, folder / "more", {"total": 8}).run()
     wanted, found = ends[0].state.tensors(), other.state.tensors()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_entries_of_others_in_its_state_do_not_hinder_resuming():
+    """Reading ``optimizer.state[param]`` of a frozen parameter makes an empty one."""
+    params = made()
+    optimizer = LAMB(params)
+    optimizer.state["number"] = 4
+    assert optimizer.state[params[0]] == {}
+    for param in params[1:]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    other = LAMB(made())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state["number"] == 4
+    assert other.slot("steps", other.param_groups[0]["params"][1]).item() == 1.0
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+def test_it_steps_inside_a_compiled_function():
+    ends = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend="eager")):
+        params = made()
+        optimizer = LAMB(params, lr=0.1)
+
+        def step():
+            for param, gradient in zip(params, gradients(params, 0), strict=True):  # noqa: B023
+                param.grad = gradient
+            optimizer.step()  # noqa: B023
+
+        take = wrap(step)
+        for _ in range(3):
+            take()
+        ends.append(torch.cat([param.detach().flatten() for param in params]))
+    assert torch.equal(*ends)

@@ -12,8 +12,10 @@ import torch
 from reference import lars_oracle
 from reference.peers import LarcSgd, OptaxLars
 from torch import nn
+from torch.distributed import HashStore
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hvd_lars import LARS, parameter_groups
+from hvd_lars import LAMB, LARS, parameter_groups
 
 SHAPES = [(7, 3, 3, 2), (5, 11), (13,), (4, 1)]
 RATES = [0.1 * 20 ** math.sin(t) for t in range(20)]  # swings over a factor of 400 …
@@ -430,3 +432,71 @@ def test_parameter_groups_by_kind():
         (["1.weight", "1.bias"], "none", 0.0),
     ]
     assert parameter_groups(model, adapt="layer")[1]["ratio_from"] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", [LARS, LAMB])
+@pytest.mark.parametrize("later", [False, True])
+def test_biases_of_a_second_network_take_their_own_weights_ratios(kind, later):
+    """A backbone and a head, in one list or by ``add_param_group`` to unfreeze."""
+    backbone, head = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)), nn.Linear(4, 2)
+    whole = nn.Sequential(backbone, head)
+    groups = [parameter_groups(each, adapt="layer") for each in (backbone, head)]
+    optimizer = kind(groups[0] if later else [*groups[0], *groups[1]], lr=1.0)
+    for group in groups[1] if later else ():
+        optimizer.add_param_group(group)
+    ends = [[param.detach().clone() for param in whole.parameters()]]
+    for each in (optimizer, kind(parameter_groups(whole, adapt="layer"), lr=1.0)):
+        for param, start in zip(whole.parameters(), ends[0], strict=True):
+            param.data.copy_(start)
+            param.grad = torch.linspace(0.1, 1.0, param.numel()).view_as(param)
+        each.step()
+        ends.append([param.detach().clone() for param in whole.parameters()])
+    for found, wanted in zip(ends[1], ends[2], strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_bias_without_its_weights_group_is_refused():
+    model = nn.Linear(3, 4)
+    _, biases = parameter_groups(model, adapt="layer")
+    optimizer = LARS([nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(
+        ValueError, match=r"a bias of shape \(4,\) .* in no group: add the weights'"
+    ):
+        optimizer.add_param_group(biases)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_normalisation_over_several_dimensions_is_no_weight():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 2, 2]), nn.RMSNorm([4, 2, 2]))
+    names = [group["names"] for group in parameter_groups(model)]
+    assert names == [["0.weight"], ["0.bias", "1.weight", "1.bias", "2.weight"]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp_is_refused(original):
+    """Its flat parameters were taken for biases: plain momentum SGD at LARS's rate."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(
+            nn.Linear(3, 2), use_orig_params=original, device_id=torch.device("cpu")
+        )
+        with pytest.raises(ValueError, match="is sharded by FSDP"):
+            parameter_groups(model)
+        if not original:
+            with pytest.raises(ValueError, match="is FSDP's, which joins layers"):
+                LARS(model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_no_momentum_yet_can_be_restored():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = LARS([param])
+    optimizer.set_momentum(param, optimizer.momentum(param))
+    param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.set_momentum(param, None)
+    assert optimizer.momentum(param) is None
+    optimizer.step()
+    assert optimizer.momentum(param).any()

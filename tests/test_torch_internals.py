@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hvd_lars.runtime import torch_internals
+from hvd_lars.runtime.torch_internals import at_end_of_backward, enclosing_node
 
 NO_DYNAMO = """
 import sys, torch
@@ -133,3 +135,20 @@ def test_fused_sgd_is_the_rule_that_the_fused_kernel_folds_lars_into():
     )  # fmt: skip
     torch.testing.assert_close(v, buffer)
     torch.testing.assert_close(w, wanted)
+
+
+def test_a_backward_pass_knows_the_node_that_runs_it():
+    seen, hooked = [], []
+
+    def note(_):
+        at_end_of_backward(lambda: seen.append(enclosing_node()))
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.register_post_accumulate_grad_hook(note)
+    found = checkpoint(model[1], model[0](torch.ones(1, 3)), use_reentrant=True).sum()
+    found.grad_fn.next_functions[0][0].register_hook(lambda *_: hooked.append(len(seen)))
+    found.backward()
+    assert [node is None for node in seen] == [False]
+    assert hooked == [1]  # after the inner pass
+    model(torch.ones(1, 3)).sum().backward()
+    assert seen[1] is None

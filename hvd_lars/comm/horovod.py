@@ -168,7 +168,9 @@ class HorovodCommunicator:
         end_process(reason, self.rank, code)
 
     def close(self) -> None:
-        """Shut Horovod down on all ranks together."""
+        """Shut Horovod down on all ranks together, unless someone has."""
+        if not self._hvd.is_initialized():
+            return
         self._hvd.barrier()
         if self._parts is not None:
             self._parts.close()

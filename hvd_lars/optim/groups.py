@@ -24,8 +24,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for :class:`LARS`: weights apart from biases and normalisation.
 
-    Weights are the tensors of two dimensions or more.  Adaptation and weight decay are separate
-    choices; each group carries its own ``adapt`` and ``weight_decay``, which may be changed.
+    Weights are the tensors of two dimensions or more, but for LayerNorm's.  Adaptation and weight
+    decay are separate choices; each group carries its own ``adapt`` and ``weight_decay``, which may
+    be changed.
 
     Args:
         model: the model, uncompiled; frozen parameters are omitted.
@@ -40,21 +41,29 @@ def parameter_groups(
 
     Returns:
         Up to three groups, each ``{"params", "names", "adapt", "weight_decay"}``, plus
-        ``ratio_from`` if its ``adapt`` is ``"layer"``.
+        ``ratio_from`` if its ``adapt`` is ``"layer"``.  Groups of several models can go into one
+        optimizer.
 
     Raises:
         ValueError: ``adapt`` or ``decay`` is not among its choices, or the model has no trainable
-            parameter.
+            parameter or is sharded by FSDP.
     """
     if adapt not in ("weights", "layer", "all", "none"):
         raise ValueError(f"adapt is {adapt!r}; allowed: weights, layer, all, none")
     if decay not in ("weights", "all"):
         raise ValueError(f"decay is {decay!r}; allowed: weights, all")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is sharded by FSDP, whose parameters are flattened parts: "
+            "shapes, norms and trust ratios of the layers are lost; use a placement (Sharded)"
+        )
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not named:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
-    weights = [(name, param) for name, param in named if param.dim() >= 2]
-    others = [(name, param) for name, param in named if param.dim() < 2]
+    norms = (nn.LayerNorm, nn.RMSNorm)  # which may be over several dimensions
+    flat = {p for m in model.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)}
+    weights = [(name, param) for name, param in named if param.dim() >= 2 and param not in flat]
+    others = [(name, param) for name, param in named if param.dim() < 2 or param in flat]
     position: dict[Tensor, int] = {param: i for i, (_, param) in enumerate(weights)}
     owned = _owned_biases(model)
     owner = {name: position.get(owned[p]) if p in owned else None for name, p in others}
@@ -65,10 +74,35 @@ def parameter_groups(
     groups = [
         _group(weights, "none" if adapt == "none" else "own", weight_decay),
         _group(sharing, "layer", other_decay)
-        | {"ratio_from": [owner[name] for name, _ in sharing]},
+        | {"ratio_from": _Owners(owner[name] for name, _ in sharing)},
         _group(alone, "own" if adapt == "all" else "none", other_decay),
     ]
+    groups[1]["ratio_from"].tensors = [owned[param] for _, param in sharing]
     return [group for group in groups if group["params"]]
+
+
+class _Owners(list[Any]):
+    """Positions among the groups of one model, and the tensors there."""
+
+    tensors: list[Tensor]
+
+
+def resolve_owners(groups: list[dict[str, Any]]) -> None:
+    """Make ``ratio_from`` of the last group positions over all groups.
+
+    Raises ValueError if the weight of a bias is in none of them.
+    """
+    sources = groups[-1].get("ratio_from")
+    if not isinstance(sources, _Owners):
+        return
+    places = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
+    for param, weight in zip(groups[-1]["params"], sources.tensors, strict=False):
+        if weight not in places:
+            raise ValueError(
+                f"a bias of shape {tuple(param.shape)} takes the trust ratio of a weight of shape "
+                f"{tuple(weight.shape)}, which is in no group: add the weights' group first"
+            )
+    groups[-1]["ratio_from"] = [places[weight] for weight in sources.tensors]
 
 
 def _owned_biases(model: nn.Module) -> dict[Tensor, Tensor]:
@@ -124,6 +158,11 @@ def check_group(group: dict[str, Any], count: int) -> None:
             raise ValueError(
                 f"LARS takes plain tensors; a parameter of shape {tuple(param.shape)} is a DTensor "
                 f"(FSDP2, tensor parallel), whose norms would cover this rank's part only"
+            )
+        if hasattr(param, "_is_flat_param"):
+            raise ValueError(
+                f"LARS takes a network's own tensors; a parameter of {tuple(param.shape)} is "
+                f"FSDP's, which joins layers: use a placement (Sharded)"
             )
         if param.is_complex() or param.is_sparse:
             kind = "complex" if param.is_complex() else "sparse"

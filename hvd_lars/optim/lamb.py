@@ -115,6 +115,7 @@ class LAMB(PlacedOptimizer):
         _check_group(group, self.param_groups)
 
     @torch.no_grad()
+    @torch_internals.uncompiled
     def step(self, closure: None = None, loss_scale: Scale | None = None) -> None:  # type: ignore[override]
         """Take one step.
 
@@ -233,7 +234,8 @@ class LAMB(PlacedOptimizer):
         check_ours("LAMB", state_dict, self.defaults)
         torch_internals.load_state_dict(self, state_dict)
         for state in self.state.values():
-            state["steps"] = state["steps"].double()
+            if isinstance(state, dict) and "steps" in state:  # others may keep entries there
+                state["steps"] = state["steps"].double()
         self._known = None
 
     def slot(self, name: str, param: Tensor) -> Tensor | None:

@@ -274,11 +274,15 @@ class LARS(PlacedOptimizer):
             return buffer
         return self.placement.whole(param, buffer)
 
-    def set_momentum(self, param: Tensor, value: Tensor) -> None:
-        """Set a parameter's momentum v; not copied if this rank holds all of it.
+    def set_momentum(self, param: Tensor, value: Tensor | None) -> None:
+        """Set a parameter's momentum v, None as before its first step.
 
-        Raises RuntimeError if ``value`` does not have the parameter's shape.
+        Not copied if this rank holds all of it.  Raises RuntimeError if ``value`` does not have the
+        parameter's shape.
         """
+        if value is None:
+            self.state.get(param, {}).pop("momentum_buffer", None)
+            return
         if value.shape != param.shape:
             raise RuntimeError(
                 f"LARS: momentum of shape {tuple(value.shape)} for a parameter of "

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from hvd_lars.optim.distributed.buckets import placed_already
 from hvd_lars.optim.distributed.placement import Placement
+from hvd_lars.optim.groups import resolve_owners
 from hvd_lars.runtime import torch_internals
 
 
@@ -26,6 +27,7 @@ class PlacedOptimizer(Optimizer):
         """Add a group as torch does, after checking its hyper-parameters and tensors."""
         torch_internals.add_param_group(self, param_group)
         try:
+            resolve_owners(self.param_groups)
             self._check_group(param_group)
             if self.placement is not None:
                 for param in param_group["params"]:

@@ -52,6 +52,14 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def enclosing_node() -> Any:
+    """Return the node of a backward pass that runs the current one inside; None if none does.
+
+    Checkpointing with ``use_reentrant=True`` does.  Its node takes hooks, called when it is done.
+    """
+    return torch._C._current_autograd_node()
+
+
 def uncompiled(method: _Function) -> _Function:
     """Run ``method`` outside the graph when ``torch.compile`` traces the caller.
 

@@ -56,6 +56,13 @@ def test_a_rank_that_takes_more_steps_is_named(placed, backend):
     assert re.search(r"rank 1 .*: 3 steps done, then in communication", result.stdout)
 
 
+@pytest.mark.parametrize("twice", ["comm.close()", "import horovod.torch as hvd; hvd.shutdown()"])
+def test_a_loop_may_end_horovod_itself(twice):
+    program = f"import hvd_lars; comm = hvd_lars.connect('horovod'); {twice}; comm.close()"
+    done = subprocess.run(warm_python("-c", program), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_there_are_three():
     assert list(PROGRAMS) == ["plain.py", "horovod_optimizer.py", "placement.py"]
 

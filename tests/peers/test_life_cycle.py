@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import assert_same_parameters, tiny_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hvd_lars import LAMB, LARS, Replicated, Sharded, parameter_groups
 
@@ -249,3 +250,29 @@ def test_a_second_backward_outside_no_sync(comm, placed):
     backward(comm, model)
     with pytest.raises(RuntimeError, match=r"wrap all but the last .* in .*no_sync\(\)"):
         backward(comm, model)
+
+
+@pytest.mark.parametrize("split", [0, 2, 4])
+@pytest.mark.parametrize("nested", [False, True])
+def test_reentrant_checkpoints_are_one_backward(comm, placed, split, nested):
+    """Each runs a backward pass inside; its end is not the end of the gradients."""
+    model, optimizer = made(comm, placed)
+    head = model[split:]
+
+    def run(images):
+        return checkpoint(head, images, use_reentrant=True) if nested else head(images)
+
+    for step in range(2):
+        optimizer.zero_grad()
+        images = torch.full((1, 3, 6, 6), 1.0 + step, dtype=torch.float64, requires_grad=True)
+        found = checkpoint(run, model[:split](images), use_reentrant=True)
+        (found.square().sum() / comm.size).backward()
+        optimizer.step()
+    assert_same_parameters(model, after(2), 1e-12)
+
+
+def test_a_tensor_that_is_given_twice_is_one(comm, placed):
+    model = tiny_model(torch.float64)
+    placement = placed([*model.parameters(), *model.parameters()], comm, bucket_bytes=500)
+    optimizer = LARS(parameter_groups(model, 5e-3), lr=1.0, placement=placement)
+    assert_two_steps_are_right(comm, model, optimizer)

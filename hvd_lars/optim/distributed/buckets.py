@@ -18,7 +18,7 @@ from hvd_lars.optim.distributed.layout import check_same_layout
 from hvd_lars.optim.distributed.local_norms import LocalNorms
 from hvd_lars.optim.norms import is_dense
 from hvd_lars.runtime.stopwatch import Stopwatch
-from hvd_lars.runtime.torch_internals import at_end_of_backward
+from hvd_lars.runtime.torch_internals import at_end_of_backward, enclosing_node
 
 _LATE = (
     "a gradient arrived after those of its step were summed over the ranks: wrap all but the last "
@@ -82,7 +82,7 @@ class GradientBuckets:
         watch: Stopwatch | None = None,
         on_reduced: Callable[[int, Tensor], None] | None = None,
     ) -> None:
-        trained = [param for param in params if param.requires_grad]
+        trained = list(dict.fromkeys(p for p in params if p.requires_grad))  # tied ones once
         if not trained:
             raise ValueError("no parameter requires a gradient")
         for param in trained:
@@ -307,13 +307,24 @@ class GradientBuckets:
 
     def _start_full(self) -> None:
         """Start the buckets that are full, in order; backward then ends with :meth:`finish`."""
-        if not self._callback_queued:
-            self._callback_queued = True
-            at_end_of_backward(self.finish)
+        self._finish_at_end()
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             with self.watch.part("communication"):
                 self._start_next()
                 self._complete(only_done=True)
+
+    def _finish_at_end(self) -> None:
+        if not self._callback_queued:
+            self._callback_queued = True
+            at_end_of_backward(self._at_end)
+
+    def _at_end(self) -> None:
+        """Finish at the end of the outermost backward: a reentrant checkpoint runs one inside."""
+        if (outer := enclosing_node()) is None:
+            self.finish()
+            return
+        self._callback_queued = False
+        outer.register_hook(lambda *_: self._finish_at_end())
 
     def _check_fresh(self, bucket: Bucket, i: int, param: Tensor) -> None:
         """Raise RuntimeError if ``param.grad`` contains sums of an earlier window."""
