@@ -52,11 +52,7 @@ def parameter_groups(
         raise ValueError(f"adapt is {adapt!r}; allowed: weights, layer, all, none")
     if decay not in ("weights", "all"):
         raise ValueError(f"decay is {decay!r}; allowed: weights, all")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} is sharded by FSDP, whose parameters are flattened parts: "
-            "shapes, norms and trust ratios of the layers are lost; use a placement (Sharded)"
-        )
+    _check_not_fsdp(model)
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not named:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
@@ -103,6 +99,14 @@ def resolve_owners(groups: list[dict[str, Any]]) -> None:
                 f"{tuple(weight.shape)}, which is in no group: add the weights' group first"
             )
     groups[-1]["ratio_from"] = [places[weight] for weight in sources.tensors]
+
+
+def _check_not_fsdp(model: nn.Module) -> None:
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is sharded by FSDP, whose parameters are flattened parts: "
+            "shapes, norms and trust ratios of the layers are lost; use a placement (Sharded)"
+        )
 
 
 def _owned_biases(model: nn.Module) -> dict[Tensor, Tensor]:
