@@ -16,6 +16,8 @@ hosts=() names=() sizes=() nic=${NIC:-} np=${NP:-}
 for host in ${hosts[@]+"${hosts[@]}"}; do
     slots=${host#*:}
     [ "$slots" != "$host" ] || slots=1
+    [[ ${host%%:*} && $slots =~ ^[1-9][0-9]*$ ]] || { echo "mpirun.sh: HOSTS: found '$HOSTS'; write" \
+        "a:4,b:4: hosts with their ranks" >&2; exit 2; }
     names+=("${host%%:*}") sizes+=("$slots")
     [ -n "${NP:-}" ] || np=$((${np:-0} + slots))
 done

@@ -1,13 +1,14 @@
 """Config files: what is read, and how mistakes are told."""
 
 import json
+import math
 import typing
 
 import pytest
 from pydantic import BaseModel
 
 from hvd_lars.config.binding import changes
-from hvd_lars.config.file import bundled_configs, dump_config, find_config, load_config
+from hvd_lars.config.file import bundled_configs, dump_config, find_config, load_config, parse_yaml
 from hvd_lars.config.schema import KINDS, Config, json_schema
 from hvd_lars.errors import UserError
 from hvd_lars.settings.fields import Binds
@@ -118,6 +119,8 @@ extra: 1
         ("comm.backend=nccl", "must be 'auto', 'horovod', 'mpi' or 'local'"),
         ("comm.bucket_mb=x", "comm.bucket_mb: found 'x'; must be a valid number or 'auto'"),
         ("data.name=[a]", "data.name: found \"['a']\"; allowed: digits"),
+        ("run.seed=010", "run.seed: found '010'; must be a valid integer"),
+        ("schedule.base_lr=1:30", "schedule.base_lr: found '1:30'; must be a valid number"),
         ("optimizer.name={a: 1}", "optimizer.name: found \"{'a': 1}\"; allowed: lars"),
     ],
 )
@@ -173,7 +176,7 @@ def test_a_config_that_is_not_there(tmp_path):
         find_config("digit")
     with pytest.raises(UserError, match="cannot be read: File name too long"):
         find_config("x" * 300)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="a path has no null character"):
         find_config("a\0b")
     with pytest.raises(UserError, match="is a folder"):
         find_config(str(tmp_path))
@@ -341,3 +344,17 @@ def test_another_optimizer_is_chosen_by_its_name(write):
         load_config(write(MINIMAL), ["optimizer.name=adam"])
     with pytest.raises(UserError, match="optimizer.momentumm: unknown key; did you mean momentum?"):
         load_config(write(MINIMAL), ["optimizer.momentumm=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E3", 1000.0), (".5", 0.5), ("5.", 5.0), ("+3", 3), ("-0", 0),
+        ("1_000", 1000), ("0x10", 16), ("1_0.5e1", 105.0), ("-.inf", -math.inf),
+        ("010", "010"), ("1:30", "1:30"), ("1:30.5", "1:30.5"), ("0o17", "0o17"), ("1.2.3", "1.2.3"), ("e3", "e3"),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    found = parse_yaml(text, "here")
+    assert found == value
+    assert type(found) is type(value)

@@ -1,6 +1,7 @@
 """Forecasts: exact where the answer is known, and against published runs."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -93,7 +94,13 @@ def test_a_site_is_read_as_it_was_written(tmp_path):
         ("[1]", "must be a file of bench --save"),
         ('{"ranks": 2}', "config: Field required"),
         ({"ranks": "two"}, "ranks: Input should be a valid integer"),
-        ({"compute": [[16, 0.1], [16, 0.2]]}, "compute: two sizes above 0 are needed"),
+        ({"compute": [[16, 0.1], [16, 0.2]]}, "compute: two sizes are needed"),
+        ({"compute": [[16, 0.1], [32, -0.2]]}, "is not above 0"),
+        ({"input_cores": 0}, "is not above 0"),
+        ({"input_rate": math.nan}, "is not above 0"),
+        ({"ranks": 0}, "at least 1 is needed"),
+        ({"ranks": 1}, "all_reduce: sizes must rise, and one rank has none"),
+        ({"all_reduce": [[4, 0.1], [4, 0.2]]}, "all_reduce: sizes must rise"),
         ({"format": 7}, "format 7; this version reads 1"),
     ],
 )

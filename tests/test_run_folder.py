@@ -1,13 +1,17 @@
 """A run folder is one run's alone, and nothing is made before all is checked."""
 
+import errno
 import multiprocessing
 import os
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from hvd_lars.errors import UserError
-from hvd_lars.state.run_folder import create_run_folder
+from hvd_lars.runtime.files import replace_text
+from hvd_lars.state.run_folder import create_run_folder, leave
 
 
 def _claim(place, wanted, gate, found):
@@ -73,3 +77,30 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path):
         patch.chdir(tmp_path)
         with pytest.raises(UserError, match="run.dir: runs/digits-.* cannot be written: File exi"):
             create_run_folder(None, "digits")
+
+
+def test_a_path_with_a_null_character_is_named():
+    with pytest.raises(UserError, match="run.dir: found 'a.x00b'; a path has no null character"):
+        create_run_folder("a\0b", "digits")
+
+
+def test_what_a_full_disk_stopped_leaves_no_file(tmp_path, monkeypatch):
+    path = tmp_path / "page"
+    path.write_text("before")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "replace", mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left") as caught:
+        replace_text(path, "after")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    folder = create_run_folder(str(tmp_path / "mine"), "digits")
+    leave(folder)
+    assert not folder.exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/mine.txt").touch()
+    leave(create_run_folder(str(tmp_path / "notes"), "digits"))
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]

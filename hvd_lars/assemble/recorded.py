@@ -86,6 +86,15 @@ def read_run(folder: Path) -> Run:
     )
 
 
+# What a record of each kind has, beside what was added later.
+_KEYS: dict[object, set[str]] = {
+    "train": {"epoch", "images_per_second"},
+    "eval": {"epoch"},
+    "event": {"event"},
+    "layers": {"trust_ratio"},
+}
+
+
 def _lines(path: Path) -> list[Record]:
     """Return the records of a JSON-lines file, without a last line that is still being written."""
     if not path.exists():
@@ -100,7 +109,9 @@ def _lines(path: Path) -> list[Record]:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError
-        except ValueError:
+            if not record.keys() >= _KEYS.get(record.get("kind"), set()):
+                raise ValueError
+        except (ValueError, TypeError):
             if number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is not a record: {line[:40]!r}") from None

@@ -14,7 +14,8 @@ from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.terminal import warn
 from hvd_lars.state import run_folder
-from hvd_lars.state.checkpoint_files import steps
+from hvd_lars.state.checkpoint_files import is_checkpoint, steps
+from hvd_lars.tuning.study import is_study
 
 
 def as_before(config: Config, stored: Config, given: Collection[str], where: Path) -> Config:
@@ -86,13 +87,16 @@ def config_to_resume(config: Config, resume: Resume) -> Config:
     path = resume.source or expand_user(str(config.run.dir), "run.dir")
     if resume.source is not None and not path.exists():
         raise UserError(f"--resume-from: {path}: no such run folder or checkpoint")
+    if resume.source is None and is_study(path):
+        raise UserError(f"run.dir: {path} holds a study of tune, not a run; name another folder")
     stored = stored_config(path)
     return config if stored is None else as_before(config, stored[0], resume.given, stored[1])
 
 
 def stored_config(path: Path) -> tuple[Config, Path] | None:
     """Return the config and config.yaml of a run folder, or of the one around a checkpoint."""
-    for folder in (path, *path.absolute().parents[:2]):
+    inside = path.name == run_folder.CHECKPOINTS or is_checkpoint(path)
+    for folder in (path, *path.absolute().parents[: 2 if inside else 0]):
         file = folder / run_folder.CONFIG
         if file.is_file() and file.stat().st_size:  # empty if the run died at its start
             return load_config(str(file), run_folder.ANYWHERE), file

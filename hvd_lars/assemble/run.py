@@ -20,6 +20,7 @@ from hvd_lars.health.stop_requests import StopRequests
 from hvd_lars.launchers.environment import ALONE, Launch
 from hvd_lars.metrics import Sink, check_loggers
 from hvd_lars.models import check_model_name
+from hvd_lars.runtime.files import expand_user
 from hvd_lars.state import run_folder
 from hvd_lars.state.checkpoint import Checkpointer
 from hvd_lars.state.snapshots import Snapshots
@@ -64,7 +65,7 @@ def build_run(
     state = built.trainer.state
     start.check_data(built.trainer.feed.source.identity, comm)
     start.load(state, comm, snapshots)
-    folder = _prepare_folder(start, built, comm, launch)
+    folder = _prepare_folder(start, built, comm, launch, elastic=snapshots is not None)
     take_snapshot = None
     if snapshots is not None:
         settings = (built.config, str(folder))
@@ -90,19 +91,25 @@ def build_run(
     return _make_loop(built, folder, stops, take_snapshot, sinks), folder
 
 
-def _prepare_folder(start: Start, built: Built, comm: Communicator, launch: Launch) -> Path:
+def _prepare_folder(
+    start: Start, built: Built, comm: Communicator, launch: Launch, elastic: bool
+) -> Path:
     """Create the run folder, or prepare a resumed run's own; collective."""
     config, trainer = built.config, built.trainer
 
     def prepare() -> str:
+        if start.continues and not elastic:  # whose processes outlive their attempt
+            run_folder.refuse_running(expand_user(str(start.directory), "run.dir"))
         folder = run_folder.create_run_folder(start.directory, config.run.name, start.continues)
         ranks = {"backend": comm.backend, "launcher": launch.launcher, "world_size": comm.size}
-        run_folder.describe_run(
-            folder,
-            dump_config(config),
-            trainer.feed.source.identity.record(),
-            ranks | {"device": str(trainer.feed.device), "threads": torch.get_num_threads()},
-        )
+        machine = {"device": str(trainer.feed.device), "threads": torch.get_num_threads()}
+        data = trainer.feed.source.identity.record()
+        try:
+            run_folder.describe_run(folder, dump_config(config), data, ranks | machine)
+        except OSError:  # such as a full disk
+            if not start.continues:
+                run_folder.leave(folder)
+            raise
         if start.snapshot is None:
             (folder / run_folder.STOP).unlink(missing_ok=True)
         run_folder.forget_after(folder, trainer.state.progress.step)

@@ -14,6 +14,7 @@ from hvd_lars.assemble.forward import make_forward
 from hvd_lars.assemble.network import build_network, check_batch_norm
 from hvd_lars.assemble.placing import place
 from hvd_lars.assemble.plan import Plan, make_plan
+from hvd_lars.assemble.resuming import checkpoints_in
 from hvd_lars.comm.agree import on_root
 from hvd_lars.comm.base import Communicator
 from hvd_lars.config.schema import Config
@@ -26,8 +27,10 @@ from hvd_lars.models.batch_norm import span_ranks
 from hvd_lars.models.moving_average import MovingAverage
 from hvd_lars.optim import Placement, Sharded
 from hvd_lars.runtime.device import choose_device, set_threads
+from hvd_lars.runtime.files import expand_user
 from hvd_lars.runtime.stopwatch import Stopwatch
-from hvd_lars.runtime.terminal import tell
+from hvd_lars.runtime.terminal import tell, warn
+from hvd_lars.state.checkpoint_files import find
 from hvd_lars.state.run_state import RunState
 from hvd_lars.train.feed import Feed
 from hvd_lars.train.trainer import StepOptions, Trainer
@@ -101,7 +104,7 @@ def _build_models(
     check_batch_norm(model, config, plan)
     if (path := config.model.init_from) is not None:
         # On rank 0 only: its weights are broadcast before the first step.
-        taken = on_root(comm, lambda: load_weights(model, path, num_classes))
+        taken = on_root(comm, lambda: load_weights(model, _sound(path), num_classes))
         for line in taken.lines() if comm.rank == 0 else ():
             tell(f"model.init_from: {path}: {line}")
     if config.train.channels_last:  # before the average, whose memory is then like the model's
@@ -110,6 +113,17 @@ def _build_models(
     if config.model.ema_decay is not None:
         average = MovingAverage(model, config.model.ema_decay)
     return model, average
+
+
+def _sound(path: str) -> str:
+    """Return the newest undamaged checkpoint of a run folder; another path as it is."""
+    folder = checkpoints_in(expand_user(path, "model.init_from"))
+    found = find(folder) if folder.is_dir() else None
+    if found is None:
+        return path
+    for line in found.passed_over:
+        warn(f"model.init_from: {line}; using {found.folder}")
+    return str(found.folder)
 
 
 def _join_batch_norms(model: nn.Module, comm: Communicator, ranks: int) -> None:

@@ -132,13 +132,18 @@ def facts(
             entry["cost"] = hours.times(each.ranks * options.gpu_hour)
         found["forecasts"].append(entry)
     found["worth_it_up_to"] = worth_it_up_to(site, work)
-    found["notes"] += _doubts(site, forecasts)
+    found["notes"] += _doubts(site, options.config, forecasts)
     return found
 
 
-def _doubts(site: Site, forecasts: list[Forecast]) -> list[str]:
+def _doubts(site: Site, config: str, forecasts: list[Forecast]) -> list[str]:
     """Return what the measurements do not cover, and an input that is too slow."""
     notes = []
+    if site.config != config:
+        notes.append(
+            f"the site was measured with {site.config}: all times are those of its network of "
+            f"{site.parameters:,} parameters, its images and precision"
+        )
     largest = forecasts[-1].ranks
     if site.ranks == 1 and largest > 1:
         notes.append(

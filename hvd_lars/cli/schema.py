@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from hvd_lars.errors import UserError
+from hvd_lars.runtime.files import replace_text
 
 NAME, HELP = "schema", "write the JSON schema of configs, for editors"
 EPILOG = "Example: hvd-lars schema -o schema.json"
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         print(text, end="")
         return 0
     try:
-        options.output.write_text(text, encoding="utf-8")
+        replace_text(options.output, text)
     except OSError as error:
         raise UserError(f"{options.output}: cannot be written: {error.strerror}") from None
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvd_lars.cli.command import add_config, load_config
+from hvd_lars.errors import UserError
 from hvd_lars.runtime.terminal import tell
 
 if TYPE_CHECKING:
@@ -38,9 +39,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """Read the config with its overrides."""
+    """Read the config with its overrides.
+
+    Raises:
+        UserError: it is wrong, or a run folder's that names another folder, as after a move.
+    """
     quiet = ["run.console=none"] if options.quiet else []
-    return load_config(options.config, [*options.overrides, *quiet])
+    config = load_config(options.config, [*options.overrides, *quiet])
+    folder = Path(options.config).parent
+    if (
+        options.resume
+        and Path(options.config).name == "config.yaml"
+        and (folder / "environment.json").is_file()
+        and config.run.dir is not None
+        and not any(text.startswith("run.dir=") for text in options.overrides)
+        and Path(config.run.dir).expanduser().absolute() != folder.absolute()
+    ):
+        raise UserError(
+            f"run.dir: found {config.run.dir} in {options.config}, whose run is in {folder}: it "
+            f"was moved, or copied; add run.dir={folder} to go on there"
+        )
+    return config
 
 
 def run(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:

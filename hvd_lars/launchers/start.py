@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,12 @@ class Request:
         ranks = self.ranks and str(self.ranks)
         given = (("HOSTS", self.hosts), ("NP", ranks), ("NIC", self.nic))
         return {name: value for name, value in given if value}
+
+    def check_hosts(self) -> None:
+        """Raise UserError if the hosts are not a list of names with slots."""
+        wanted = r"[\w.\-]+(:[1-9][0-9]*)?"
+        if self.hosts is not None and not re.fullmatch(rf"{wanted}(,{wanted})*", self.hosts):
+            raise UserError(f"--hosts: found {self.hosts!r}; write a:4,b:4: hosts with their slots")
 
     def refuse_hosts(self, why: str) -> None:
         """Raise UserError if hosts or an interface are given."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,9 +95,25 @@ def read_site(path: Path, option: str = "--from") -> Site:
         ) from None
     if site.format != FORMAT:
         raise UserError(f"{option}: {path}: format {site.format}; this version reads {FORMAT}")
-    if site.compute[0][0] == site.compute[1][0] or min(map(min, site.compute)) <= 0.0:
-        raise UserError(f"{option}: {path}: compute: two sizes above 0 are needed")
+    if problem := _problem(site):
+        raise UserError(f"{option}: {path}: {problem}; it must be a file of bench --save")
     return site
+
+
+def _problem(site: Site) -> str | None:
+    """Return what no measurement can be."""
+    numbers = [*itertools.chain(*site.compute, *site.all_reduce), site.input_cores]
+    numbers += [] if site.input_rate is None else [site.input_rate]
+    sizes = [size for size, _ in site.all_reduce]
+    if not all(math.isfinite(number) and number > 0.0 for number in numbers):
+        return "a size, time, rate or number of cores is not above 0"
+    if min(site.ranks, site.ranks_per_node, site.parameters) < 1:
+        return "ranks, ranks_per_node and parameters: at least 1 is needed"
+    if site.compute[0][0] == site.compute[1][0]:
+        return "compute: two sizes are needed"
+    if sizes != sorted(set(sizes)) or (site.ranks == 1 and sizes):
+        return "all_reduce: sizes must rise, and one rank has none"
+    return None
 
 
 def _interpolated(curve: tuple[Point, ...], size: float) -> float:

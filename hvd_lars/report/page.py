@@ -19,6 +19,7 @@ from hvd_lars.report.charts import Series, heat_map, line_chart, stacked_chart
 from hvd_lars.report.glance import glance
 from hvd_lars.report.html import figure, page_of, table
 from hvd_lars.report.study import study_page
+from hvd_lars.runtime.files import replace_text
 from hvd_lars.settings.tree import leaves
 from hvd_lars.tuning.study import is_study
 
@@ -46,7 +47,7 @@ def write_report(folders: Sequence[Path], output: Path, site: Site | None = None
         else make_page([read_run(folder) for folder in folders], site)
     )
     try:
-        output.write_text(page, encoding="utf-8")
+        replace_text(output, page)
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
 

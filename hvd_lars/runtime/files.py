@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, final
 
@@ -11,7 +12,9 @@ from hvd_lars.errors import UserError
 
 
 def expand_user(path: str | Path, key: str) -> Path:
-    """Return the path with ``~`` expanded; UserError names the key if there is no home."""
+    """Return the path with ``~`` expanded; UserError names the key if that cannot be."""
+    if "\0" in str(path):
+        raise UserError(f"{key}: found {str(path)!r}; a path has no null character")
     try:
         return Path(path).expanduser()
     except RuntimeError:  # no HOME, and a user unknown to the system
@@ -43,10 +46,18 @@ def let_umask_decide(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file by the whole text, or leave it untouched."""
+    """Replace a file by the whole text, or leave it untouched; an OSError names the file."""
+    if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sync(path: Path) -> None:

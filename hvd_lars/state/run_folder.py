@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,38 @@ def refuse_other_run(wanted: str) -> Path:
             f"run.dir: {folder} holds a run already; name another folder, or --resume it"
         )
     return folder
+
+
+def refuse_running(folder: Path) -> None:
+    """Raise UserError if the run's first rank is another process of this machine, still alive.
+
+    A restart may meet one that is just ending, so it is given ten seconds.  Of another machine
+    nothing can be told here.
+    """
+    for tries in range(21):
+        try:
+            facts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+            pid, begun, host = facts["pid"], facts["process_began"], facts["host"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        alive = begun is not None and _process_began(pid) == begun
+        if host != socket.gethostname() or pid == os.getpid() or not alive:
+            return
+        if tries < 20:
+            time.sleep(0.5)
+    raise UserError(
+        f"run.dir: {folder} is in use: its run is process {pid} of this machine, which has not "
+        f"ended; name another folder, or stop it"
+    )
+
+
+def _process_began(pid: int) -> int | None:
+    """Return when a process began, in the kernel's ticks; None if there is none, or no /proc."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else int(fields[18])
 
 
 def create_run_folder(
@@ -118,6 +151,15 @@ def describe_run(
     replace_text(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 
+def leave(folder: Path) -> None:
+    """Remove what a run that could not begin has made in its folder, and the folder if empty."""
+    for name in (CONFIG, DATA, ENVIRONMENT):
+        (folder / name).unlink(missing_ok=True)
+    for each in (folder / CHECKPOINTS, folder):
+        with suppress(OSError):  # there is something else in it
+            each.rmdir()
+
+
 def forget_after(folder: Path, step: int) -> None:
     """Drop the records of steps after ``step``, and torn lines."""
     for path in (folder / METRICS, folder / LAYERS):
@@ -146,6 +188,8 @@ def environment_facts() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_began": _process_began(os.getpid()),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -147,6 +147,8 @@ def test_a_wrong_mpijob_would_be_refused(place, key, value):
         (["--on", "pbs"], "cannot pass an argument with a blank or a comma"),
         (["--on", "local", "-np", "0"], "-np: found 0; must be 1 or more"),
         (["--on", "openmpi", "train.nothing=1"], "unknown key"),
+        (["--on", "openmpi", "--hosts", "a:np[$(touch pwned)]"], "--hosts: found 'a:np[$(touch"),
+        (["--on", "horovodrun", "--hosts", "a:4 b:4"], "write a:4,b:4: hosts with their slots"),
     ],
 )
 def test_mistakes(options, message):

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import warm_python
@@ -260,3 +262,90 @@ def test_a_rank_that_stops_taking_part_ends_the_job(launcher):
     result = run_here(launcher, 2, program, HANG_GUARD, limits | {"WANTED": "3"})
     assert result.returncode != 0
     assert "Missing ranks:" in result.stdout or "stall" in result.stdout.lower(), result.stdout
+
+
+SHORT = ["train.duration=4 steps", "schedule.warmup_duration=2 steps", "train.global_batch=128"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("done") / "run"
+    code, output = hvd_lars("train", "digits", f"run.dir={folder}", *SHORT)
+    assert code == 0, output
+    return folder
+
+
+def refused(*arguments, cwd=None):
+    code, output = hvd_lars(*arguments, cwd=cwd)
+    assert code == 2, output
+    [line] = output.splitlines()
+    return line
+
+
+def test_a_folder_whose_run_goes_on_is_not_taken_over(done, tmp_path):
+    """The first lost its records to the second, and both ended well."""
+    folder = shutil.copytree(done, tmp_path / "run")
+    path = folder / "environment.json"
+    with subprocess.Popen(["sleep", "600"]) as other:  # as the other run's first rank
+        facts = json.loads(path.read_text())
+        began = int(Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        path.write_text(json.dumps(facts | {"pid": other.pid, "process_began": began}))
+        before = (folder / "metrics.jsonl").read_bytes()
+        again = [
+            "train",
+            "digits",
+            f"run.dir={folder}",
+            *SHORT,
+            "train.duration=6 steps",
+            "--resume",
+        ]
+        line = refused(*again)
+        assert f"run.dir: {folder} is in use: its run is process {other.pid}" in line
+        assert (folder / "metrics.jsonl").read_bytes() == before
+        other.kill()
+    code, output = hvd_lars(*again)
+    assert code == 0, output
+
+
+def test_a_study_is_not_a_run(done, tmp_path):
+    folder = shutil.copytree(done, tmp_path / "study")
+    (folder / "journal.log").touch()
+    line = refused("train", "digits", f"run.dir={folder}", *SHORT, "--resume")
+    assert f"run.dir: {folder} holds a study of tune, not a run" in line
+
+
+def test_a_config_above_the_run_folder_is_another_ones(done, tmp_path):
+    (tmp_path / "config.yaml").write_text("defaults: [db]")
+    code, output = hvd_lars("train", "digits", "run.dir=runs/a", *SHORT, "--resume", cwd=tmp_path)
+    assert code == 0, output
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is(done, tmp_path):
+    folder = shutil.copytree(done, tmp_path / "moved")
+    before = sorted((done / "checkpoints").iterdir())
+    arguments = ["train", str(folder / "config.yaml"), "--resume", "train.duration=6 steps"]
+    line = refused(*arguments)
+    assert f"run.dir: found {done} in {folder / 'config.yaml'}, whose run is in {folder}" in line
+    code, output = hvd_lars(*arguments, f"run.dir={folder}")
+    assert code == 0, output
+    assert f"run folder {folder}, resuming after step 4" in output
+    assert sorted((done / "checkpoints").iterdir()) == before
+
+
+def test_damaged_checkpoints_are_no_weights_to_start_from(done, tmp_path):
+    folder = shutil.copytree(done, tmp_path / "damaged")
+    for file in (folder / "checkpoints").glob("step-*/state.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    options = [f"run.dir={tmp_path / 'new'}", f"model.init_from={folder}", *SHORT]
+    assert "damaged: does not match manifest.json" in refused("train", "digits", *options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("record", ['{"step": 3, "kind": "train"}', '{"step": 3, "kind": "eval"}'])
+def test_a_record_without_its_keys_is_named(done, tmp_path, record):
+    folder = shutil.copytree(done, tmp_path / "odd")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], record, *lines[1:], ""]))
+    line = refused("report", str(folder), "-o", str(tmp_path / "x.html"))
+    assert f"{folder / 'metrics.jsonl'}: line 2 is not a record" in line

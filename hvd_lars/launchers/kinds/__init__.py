@@ -23,5 +23,6 @@ def start_of(request: Request) -> Start:
     Raises:
         UserError: the request's options do not fit its kind.
     """
+    request.check_hosts()
     start: Start = import_module(f"{__name__}.{KINDS[request.kind]}").start(request)
     return start
