@@ -620,3 +620,10 @@ def test_mistakes_of_pack(folder, tmp_path, arguments, message):
     assert code == 2
     assert message in output
     assert len(output.splitlines()) == 1
+
+
+def test_shards_do_not_go_into_their_own_source(own):
+    before = sorted(own.rglob("*"))
+    with pytest.raises(UserError, match="is the data set itself; name another folder"):
+        pack(str(own), own / "." / "train" / "..", 1, 10, lambda *_: None)
+    assert sorted(own.rglob("*")) == before

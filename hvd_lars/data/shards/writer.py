@@ -95,6 +95,8 @@ def pack(
         UserError: no data set is there, or ``target`` holds another one's shards, no longer
             matches its sources or cannot be written.
     """
+    if target.exists() and target.resolve() == Path(source).expanduser().resolve():
+        raise UserError(f"{target}: is the data set itself; name another folder for its shards")
     found = collect(source, shrink)
     jobs = _jobs_of(found, shard_samples)
     identity = _identity(found, jobs, shrink)
