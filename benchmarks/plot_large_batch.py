@@ -273,8 +273,9 @@ those that are shown as mean ± standard deviation, in percent. The scaled rates
 the smallest batch times √k or k, with k how many times larger the batch is; they are not tuned. The
 critical batch is the gradient noise scale of one run of LARS, or else SGD, the median over its
 epochs ([algorithm](algorithm.md#how-large-a-batch-is-worth-it)); the dotted line in the pictures is
-that of SGD at the smallest batch. Not run so far: LAMB and Nesterov on Fashion-MNIST, batches of
-512 and 8,192 there, `fashion-full` beyond 1,024, and `fashion-bn` with the full search.
+that of SGD at the smallest batch. Not run so far: on Fashion-MNIST LAMB, Nesterov and
+scaled rates beyond 1,024 and with BatchNorm, batches of 512 and 8,192, `fashion-full` beyond 1,024,
+and `fashion-bn` with the full search.
 
 """
 

@@ -53,7 +53,7 @@ def read_config(options: argparse.Namespace) -> Config:
         and (folder / "environment.json").is_file()
         and config.run.dir is not None
         and not any(text.startswith("run.dir=") for text in options.overrides)
-        and Path(config.run.dir).expanduser().absolute() != folder.absolute()
+        and Path(config.run.dir).expanduser().resolve() != folder.resolve()
     ):
         raise UserError(
             f"run.dir: found {config.run.dir} in {options.config}, whose run is in {folder}: it "
