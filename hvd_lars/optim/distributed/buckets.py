@@ -307,16 +307,16 @@ class GradientBuckets:
 
     def _start_full(self) -> None:
         """Start the buckets that are full, in order; backward then ends with :meth:`finish`."""
-        self._finish_at_end()
+        if not self._callback_queued:
+            self._finish_at_end()
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             with self.watch.part("communication"):
                 self._start_next()
                 self._complete(only_done=True)
 
     def _finish_at_end(self) -> None:
-        if not self._callback_queued:
-            self._callback_queued = True
-            at_end_of_backward(self._at_end)
+        self._callback_queued = True
+        at_end_of_backward(self._at_end)
 
     def _at_end(self) -> None:
         """Finish at the end of the outermost backward: a reentrant checkpoint runs one inside."""
@@ -324,7 +324,7 @@ class GradientBuckets:
             self.finish()
             return
         self._callback_queued = False
-        outer.register_hook(lambda *_: self._finish_at_end())
+        outer.register_hook(lambda *_: None if self._callback_queued else self._finish_at_end())
 
     def _check_fresh(self, bucket: Bucket, i: int, param: Tensor) -> None:
         """Raise RuntimeError if ``param.grad`` contains sums of an earlier window."""
