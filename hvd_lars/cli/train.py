@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvd_lars.cli.command import add_config, load_config
-from hvd_lars.errors import UserError
 from hvd_lars.runtime.terminal import tell
+from hvd_lars.state.run_folder import refuse_moved
 
 if TYPE_CHECKING:
     from hvd_lars.comm import Communicator, Launch
@@ -46,20 +46,14 @@ def read_config(options: argparse.Namespace) -> Config:
     """
     quiet = ["run.console=none"] if options.quiet else []
     config = load_config(options.config, [*options.overrides, *quiet])
-    folder = Path(options.config).parent
-    if (
-        options.resume
-        and Path(options.config).name == "config.yaml"
-        and (folder / "environment.json").is_file()
-        and config.run.dir is not None
-        and not any(text.startswith("run.dir=") for text in options.overrides)
-        and Path(config.run.dir).expanduser().resolve() != folder.resolve()
-    ):
-        raise UserError(
-            f"run.dir: found {config.run.dir} in {options.config}, whose run is in {folder}: it "
-            f"was moved, or copied; add run.dir={folder} to go on there"
-        )
+    if options.resume and config.run.dir is not None and "run.dir" not in _given(options):
+        refuse_moved(Path(options.config), config.run.dir)
     return config
+
+
+def _given(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the keys that are set on the command line."""
+    return tuple(text.partition("=")[0] for text in options.overrides)
 
 
 def run(options: argparse.Namespace, config: Config, comm: Communicator, launch: Launch) -> int:
@@ -86,8 +80,7 @@ def train(
 
     resume = None
     if options.resume or options.resume_from is not None:
-        keys = tuple(text.partition("=")[0] for text in options.overrides)
-        resume = Resume(options.resume_from, keys, again=options.resume)
+        resume = Resume(options.resume_from, _given(options), again=options.resume)
     loop, folder = build_run(config, comm, launch, resume, snapshots, after_snapshot)
     run = config.run
     elastic = snapshots is not None

@@ -65,6 +65,18 @@ def refuse_running(folder: Path) -> None:
     )
 
 
+def refuse_moved(file: Path, named: str) -> None:
+    """Raise UserError if ``file`` is the config of a run whose ``run.dir`` names another folder."""
+    folder = file.parent
+    if file.name != CONFIG or not (folder / ENVIRONMENT).is_file():
+        return
+    if expand_user(named, "run.dir").resolve() != folder.resolve():
+        raise UserError(
+            f"run.dir: found {named} in {file}, whose run is in {folder}: it was moved, or copied; "
+            f"add run.dir={folder} to go on there"
+        )
+
+
 def _process_began(pid: int) -> int | None:
     """Return when a process began, in the kernel's ticks; None if there is none, or no /proc."""
     try:
@@ -144,10 +156,14 @@ def describe_run(
     data: dict[str, Any],
     machine: dict[str, Any],
 ) -> None:
-    """Write the resolved config, the data's identity, and the environment with ``machine``."""
+    """Write the resolved config, the data's identity, and the environment with ``machine``.
+
+    The environment also tells this process, for :func:`refuse_running`.
+    """
     replace_text(folder / CONFIG, config_yaml)
     replace_text(folder / DATA, json.dumps(data) + "\n")
-    facts = environment_facts() | machine
+    process = {"pid": os.getpid(), "process_began": _process_began(os.getpid())}
+    facts = environment_facts() | process | machine
     replace_text(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 
@@ -188,8 +204,6 @@ def environment_facts() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "process_began": _process_began(os.getpid()),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
