@@ -26,7 +26,8 @@ from triton.compiler import ASTSource
 from hvd_lars.optim.kernels import triton_kernels as kernels
 
 TYPES = dict.fromkeys(["chunks", "layers"], "*i64") | {"arrived": "*i32"}
-TYPES |= dict.fromkeys(["groups", "ratios", "factor", "partials", "sums"], "*fp64")
+TYPES |= dict.fromkeys(["groups", "ratios", "factor", "partials", "sums", "constants"], "*fp64")
+TYPES |= {"sources": "i32"}
 
 def assembly(kernel, generation, checked=False, **constants):
     names = kernel.arg_names
@@ -38,7 +39,11 @@ def assembly(kernel, generation, checked=False, **constants):
             (names.index(name),): value
             for name, value in (constants | SIZES).items()
         },
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in TYPES},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if TYPES.get(name, "").startswith("*")
+        },
     )
     found = triton.compile(source, target=GPUTarget("cuda", generation, 32)).asm
     assert found["cubin"]
@@ -63,6 +68,8 @@ for generation in (80, 90):
                 HAS_BUFFER=True,
                 HAS_COPY=half,
                 NESTEROV=nesterov,
+                HAS_RATIOS=nesterov,
+                IS_SCALED=checked,
                 ALIGNED=aligned,
             )
             counts.append([aligned, update.count("ld.global.v4"), update.count("st.global.v4")])
@@ -120,9 +127,9 @@ def test_a_steps_sums_stay_where_a_captured_step_reads_them(take_kernel):
     device, memory = DeviceStep(layers), []
     for _ in range(2):
         device.begin(optimizer.state, None, same_states=True)
-        measured = device.measure(device.sums_of_squares(None, 1.0), 1.0)
+        norms = device.norms(device.sums_of_squares(None, 1.0), 1.0)
         with torch.no_grad():
-            device.update(measured.ratios, 1.0, None)
+            device.update(norms, 1.0, None)
         device.end()
         memory.append(device.weight_sums.data_ptr())
     assert memory[0] == memory[1]

@@ -17,7 +17,7 @@ from torch import nn
 
 from hvd_lars import LARS
 from hvd_lars.optim import device_step
-from hvd_lars.optim.kernels import Block, choose_kernel
+from hvd_lars.optim.kernels import Block, KnownRatios, choose_kernel
 from hvd_lars.optim.norms import sums_of_squares
 
 PACKAGE = Path(__file__).parents[1] / "hvd_lars"
@@ -191,7 +191,7 @@ def test_the_updates_sums_have_the_bits_of_sums_of_squares(name, dtype, part, ta
     begin, end = part
     block = Block(weight, gradient, buffer, None, group, {}, part)
     wanted = kernel.sums_of_squares([weight[begin:end]])
-    before, after = kernel.update([block], torch.full((1,), 0.3, dtype=torch.float64), 1.0)
+    before, after = kernel.update([block], KnownRatios(torch.full((1,), 0.3).double()), 1.0)
     assert before is None or torch.equal(before, wanted)
     assert torch.equal(after, kernel.sums_of_squares([weight[begin:end]]))
 
@@ -214,7 +214,7 @@ def test_native_reads_every_half_number_and_rounds_as_torch_does(dtype):
     group |= {"lr_position": "momentum", "zero_norm": "unit"}
     part = (0, len(masters))
     block = Block(masters.clone(), torch.zeros_like(copied), None, copied, group, {}, part)
-    kernel.update([block], torch.ones(1, dtype=torch.float64), 1.0)
+    kernel.update([block], KnownRatios(torch.ones(1).double()), 1.0)
     assert torch.equal(copied.nan_to_num(3.0), masters.to(dtype).nan_to_num(3.0))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from operator import is_
 from typing import Any, NamedTuple, final
 
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from hvd_lars.optim.blocks import Blocks, States
 from hvd_lars.optim.distributed.placement import Placement
-from hvd_lars.optim.kernels import Block, Kernel, Scale, choose_kernel
+from hvd_lars.optim.kernels import Block, Kernel, RatioInputs, Scale, choose_kernel
 from hvd_lars.optim.kernels.block import Tabled
 from hvd_lars.optim.kernels.fused import unfold_all
 from hvd_lars.optim.layers import DeviceLayers
 from hvd_lars.optim.norms import all_finite
-from hvd_lars.optim.ratios import KeptConstants, trust_ratios
+from hvd_lars.optim.ratios import KeptConstants, LayerConstants, trust_ratios
 from hvd_lars.runtime.readback import Constant
 from hvd_lars.runtime.torch_internals import versions_of
 
@@ -37,10 +38,80 @@ class Measured(NamedTuple):
 
 
 @final
+class Norms:
+    """The norms of a step on one device, and λ from them, computed when they are read.
+
+    Triton's kernel computes λ itself: then nothing here runs before somebody asks.
+
+    Args:
+        layers: the layers.
+        sums: (2 × sources,) float64, sums of squares of the weights, then of the gradients.
+        factor: of the gradients' norms; 1.0 if the sums include it.
+        constants: of the sources.
+        one: (1,) float64, 1.
+    """
+
+    def __init__(
+        self,
+        layers: DeviceLayers,
+        sums: Tensor,
+        factor: Scale,
+        constants: LayerConstants,
+        one: Tensor,
+    ) -> None:
+        self._layers, self._sums, self._one = layers, sums, one
+        self._factor, self._constants = factor, constants
+        self._is_scaled = not (isinstance(factor, float) and factor == 1.0)
+        self.inputs: RatioInputs | None = None
+        if any(group["trust_clip"] for group in layers.groups):
+            _ = self.measured  # now, of this step's γ
+        else:
+            self.inputs = RatioInputs(sums, constants.rows, layers.source_of, self._is_scaled)
+
+    @property
+    def values(self) -> Tensor:
+        """λ of every layer, (layers,) float64."""
+        return self.measured.ratios
+
+    @property
+    def reported(self) -> tuple[DeviceLayers, Callable[[], Measured]]:
+        """What :class:`StepReport` takes."""
+        return self._layers, lambda: self.measured
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all gradients' norms are finite, a 0-dim bool on the device."""
+        squares = self._sums[len(self._layers.sources) :]
+        return all_finite(squares * self._factor if self._is_scaled else squares)
+
+    @cached_property
+    def measured(self) -> Measured:
+        """The values."""
+        layers, one = self._layers, self._one
+        if not layers.sources:
+            return Measured(one.expand(len(layers.layers)), one[:0], one[:0])
+        weights, gradients = self._sums.sqrt().chunk(2)
+        if self._is_scaled:
+            gradients = gradients * self._factor
+        own = trust_ratios(layers.groups, layers.group_of, weights, gradients, self._constants)
+        if layers.own is not None:
+            return Measured(torch.where(layers.own, own, one), weights, gradients)
+        return Measured(torch.cat([own, one])[layers.ratio_of], weights, gradients)
+
+
+def all_live(devices: Sequence[Norms]) -> Tensor:
+    """Return whether the gradients' norms of all devices are finite, a 0-dim bool."""
+    first, *others = (norms.finite for norms in devices)
+    for each in others:
+        first = first.to(each.device) & each
+    return first
+
+
+@final
 class DeviceStep:
     """The step on one device; keeps the weights' sums of squares from step to step.
 
-    Call ``begin``, ``sums_of_squares``, ``measure``, ``update`` and ``end`` in that order.
+    Call ``begin``, ``sums_of_squares``, ``norms``, ``update`` and ``end`` in that order.
     """
 
     def __init__(self, layers: DeviceLayers) -> None:
@@ -115,24 +186,16 @@ class DeviceStep:
             self._gradients = Tabled(now)
         return self._gradients
 
-    def measure(self, sums: Tensor, unscale: Scale) -> Measured:
-        """Compute norms and every layer's λ from the sums over all ranks."""
-        layers = self.layers
-        one = self._one.of((1.0,), layers.device)
-        if not layers.sources:
-            return Measured(one.expand(len(self._current)), one[:0], one[:0])
-        weights, gradients = sums.sqrt().chunk(2)
-        if not self._is_combined() and not (isinstance(unscale, float) and unscale == 1.0):
-            gradients = gradients * unscale
-        own = trust_ratios(layers.groups, layers.group_of, weights, gradients, self._constants)
-        if layers.own is not None:
-            return Measured(torch.where(layers.own, own, one), weights, gradients)
-        return Measured(torch.cat([own, one])[layers.ratio_of], weights, gradients)
+    def norms(self, sums: Tensor, unscale: Scale) -> Norms:
+        """Return norms and every layer's λ from the sums over all ranks."""
+        layers, factor = self.layers, 1.0 if self._is_combined() else unscale
+        constants = self._constants.of(layers.groups, layers.group_of)
+        return Norms(layers, sums, factor, constants, self._one.of((1.0,), layers.device))
 
-    def update(self, ratios: Tensor, unscale: Scale, live: Tensor | None) -> None:
+    def update(self, norms: Norms, unscale: Scale, live: Tensor | None) -> None:
         """Update every layer in place, or none if ``live``, a 0-dim bool, is False."""
         assert self._kernel is not None
-        sums = self._kernel.update(self._current, ratios, unscale, live)
+        sums = self._kernel.update(self._current, norms, unscale, live)
         self.weight_sums = _kept_sums(self.weight_sums, sums, self._known)
 
     def end(self) -> None:
@@ -203,18 +266,16 @@ class StepReport:
     """A step's norms and whether it was skipped; stays on the device until read.
 
     Args:
-        found: layers and their norms, by device.
-        checked: the step is skipped if a gradient norm is not finite.
+        found: layers and what computes their norms, by device.
+        finite: 0-dim bool, False if the step was skipped; None if it was not checked.
     """
 
     def __init__(
-        self, found: Sequence[tuple[DeviceLayers, Measured]] = (), checked: bool = False
+        self,
+        found: Sequence[tuple[DeviceLayers, Callable[[], Measured]]] = (),
+        finite: Tensor | None = None,
     ) -> None:
-        self._found = found
-        self.finite: Tensor | None = None  # 0-dim bool; None if not checked
-        for _, measured in found if checked else ():
-            finite = all_finite(measured.gradients)
-            self.finite = finite if self.finite is None else self.finite.to(finite.device) & finite
+        self._found, self.finite = found, finite
 
     @property
     def skipped(self) -> bool:
@@ -227,8 +288,8 @@ class StepReport:
 
     def first_nonfinite(self) -> Tensor | None:
         """Return the first parameter with a non-finite gradient norm; waits for the device."""
-        for layers, measured in self._found:
-            bad = measured.gradients.isfinite().logical_not().nonzero()
+        for layers, measure in self._found:
+            bad = measure().gradients.isfinite().logical_not().nonzero()
             if len(bad):
                 return layers.adapted[int(bad[0])]
         return None
@@ -240,8 +301,8 @@ class StepReport:
         and cost no pass over memory.
         """
         rows = []
-        for layers, measured in self._found:
-            ratios, weights, gradients = (each.tolist() for each in measured)
+        for layers, measure in self._found:
+            ratios, weights, gradients = (each.tolist() for each in measure())
             for i, source in enumerate(layers.sources):
                 layer, ratio = layers.layers[source], ratios[source]
                 rate = ratio * float(layer.group["lr"])

@@ -149,7 +149,7 @@ class LAMB(PlacedOptimizer):
         weight_norms, update_norms = self._summed(sums_of_squares(ours)).sqrt().chunk(2)
         ratios = _ratios(layers, weight_norms, update_norms)
         measured = Measured(ratios, weight_norms, gradient_norms)
-        self.report = StepReport([(layers, measured)], loss_scale is not None)
+        self.report = StepReport([(layers, lambda: measured)], live)
         rates = [float(layer.group["lr"]) for layer in layers.layers]
         for members in by_kind(updates):
             moved, dtype = [updates[i] for i in members], updates[members[0]].dtype

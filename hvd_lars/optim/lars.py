@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hvd_lars.optim.blocks import is_half
-from hvd_lars.optim.device_step import DeviceStep, StepReport
+from hvd_lars.optim.device_step import DeviceStep, StepReport, all_live
 from hvd_lars.optim.distributed.placement import Placement
 from hvd_lars.optim.groups import check_group, check_ours
 from hvd_lars.optim.kernels import KernelName, Scale
@@ -187,11 +187,11 @@ class LARS(PlacedOptimizer):
         if placement is not None:  # 3. Complete the sums in one all-reduce.
             sums = [placement.scalars.sum(part) if len(part) else part for part in sums]
         # 4. Compute trust ratios and update every layer.
-        found = [device.measure(part, unscale) for device, part in zip(devices, sums, strict=True)]
-        layers = [device.layers for device in devices]
-        self.report = StepReport(list(zip(layers, found, strict=True)), loss_scale is not None)
-        for device, measured in zip(devices, found, strict=True):
-            device.update(measured.ratios, unscale, self.report.finite)
+        found = [device.norms(part, unscale) for device, part in zip(devices, sums, strict=True)]
+        live = None if loss_scale is None or not found else all_live(found)
+        self.report = StepReport([norms.reported for norms in found], live)
+        for device, norms in zip(devices, found, strict=True):
+            device.update(norms, unscale, live)
         if placement is not None:
             placement.publish_parameters()
         for device in devices:

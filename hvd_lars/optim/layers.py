@@ -39,6 +39,7 @@ class DeviceLayers:
         group_of: (sources,) int64, each source's index into ``groups``.
         places: ``sources`` as an int64 tensor (sources,) on the device; None if they are all
             layers, in order.
+        source_of: each layer's index into ``sources``; -1 for none.
         ratio_of: (layers,), each layer's index into the sources' ratios followed by a 1.
         own: (layers,) bool, whether a layer's ratio is its own; None if any is another's, or if
             the sources are not all layers.
@@ -50,6 +51,7 @@ class DeviceLayers:
     groups: list[dict[str, Any]]
     group_of: Tensor
     places: Tensor | None
+    source_of: list[int]
     ratio_of: Tensor
     own: Tensor | None
 
@@ -125,7 +127,7 @@ def _on_device(layers: list[Layer], device: torch.device, all_norms: bool) -> De
     if all_norms:
         sources = list(range(len(layers)))
     place = {source: i for i, source in enumerate(sources)}
-    index = [place.get(layer.source, len(sources)) for layer in layers]
+    source_of = [place.get(layer.source, -1) for layer in layers]
     adapted = [layers[i].param for i in sources]
     places = own = None
     if len(sources) < len(layers):
@@ -135,8 +137,10 @@ def _on_device(layers: list[Layer], device: torch.device, all_norms: bool) -> De
     groups = {id(layer.group): layer.group for layer in (layers[i] for i in sources)}
     numbers = {key: number for number, key in enumerate(groups)}
     group_of = [numbers[id(layers[i].group)] for i in sources]
-    ratio_of = torch.tensor(index, device=device)
+    # An index of -1 is the 1 at the end.
+    ratio_of = torch.tensor([i % (len(sources) + 1) for i in source_of], device=device)
     of_groups = torch.tensor(group_of, dtype=torch.int64, device=device)
+    distinct = list(groups.values())
     return DeviceLayers(
-        layers, sources, adapted, list(groups.values()), of_groups, places, ratio_of, own
+        layers, sources, adapted, distinct, of_groups, places, source_of, ratio_of, own
     )

@@ -16,9 +16,11 @@ class LayerConstants(NamedTuple):
     """Every layer's l, the β that is added to its norm, ε, and λ at zero norms.
 
     Each is (layers,) float64 on the device; ``eps`` is None if all are 0.  ``at_zero`` is λ where
-    ‖g‖ = 0, ``at_zero_weight`` where ‖w‖ = 0; None if they are equal for all layers.
+    ‖g‖ = 0, ``at_zero_weight`` where ‖w‖ = 0; None if they are equal for all layers.  ``rows`` has
+    all five, (layers, 5).
     """
 
+    rows: Tensor
     trust: Tensor
     decay: Tensor
     eps: Tensor | None
@@ -41,12 +43,17 @@ class KeptConstants:
         """Return the constants; ``group_of`` is each layer's index in ``groups``."""
         values = list(map(_constants_of, groups))
         if self._constants is None or values != self._values:
-            rows = table_of(values, np.float64, group_of.device)[group_of]
+            rows = table_of(values, np.float64, group_of.device).reshape(-1, 5)[group_of]
             trust, decay, eps, at_zero, at_zero_weight = rows.t().contiguous().unbind()
             has_eps = any(value[2] != 0 for value in values)
             differ = any(value[3] != value[4] for value in values)
             self._constants = LayerConstants(
-                trust, decay, eps if has_eps else None, at_zero, at_zero_weight if differ else None
+                rows,
+                trust,
+                decay,
+                eps if has_eps else None,
+                at_zero,
+                at_zero_weight if differ else None,
             )
             self._values = values
         return self._constants
@@ -57,7 +64,7 @@ def trust_ratios(
     group_of: Tensor,
     weight_norms: Tensor,
     gradient_norms: Tensor,
-    kept: KeptConstants,
+    constants: LayerConstants,
 ) -> Tensor:
     """Return λ of every layer that has its own, (layers,) float64.
 
@@ -70,12 +77,12 @@ def trust_ratios(
         group_of: index of each layer's group, (layers,) int64.
         weight_norms: (layers,) float64, all on one device.
         gradient_norms: of the same layers.
-        kept: the constants of these layers, from step to step.
+        constants: of these layers.
 
     Source:
         You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1; LARC for the clip.
     """
-    trust, decay, eps, at_zero, at_zero_weight = kept.of(groups, group_of)
+    _, trust, decay, eps, at_zero, at_zero_weight = constants
     denominator = torch.addcmul(gradient_norms, decay, weight_norms)
     if eps is not None:
         denominator += eps

@@ -89,7 +89,8 @@ def test_a_zero_norm_is_not_clipped():
         "trust_clip": True, "lr": 4.0, "zero_norm": "unit",
     }  # fmt: skip
     norms = torch.tensor([1.0, 0.0, 50.0]).double(), torch.tensor([1.0, 1.0, 1.0]).double()
-    found = trust_ratios([group], torch.zeros(3, dtype=torch.int64), *norms, KeptConstants())
+    group_of = torch.zeros(3, dtype=torch.int64)
+    found = trust_ratios([group], group_of, *norms, KeptConstants().of([group], group_of))
     assert found.tolist() == pytest.approx([0.1 / 4.0, 1.0, 1.0])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
-from hvd_lars.optim.kernels.block import Block, Kernel, Scale
+from hvd_lars.optim.kernels.block import Block, Kernel, KnownRatios, RatioInputs, Ratios, Scale
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.kernels.fused import FusedKernel
 from hvd_lars.optim.kernels.gpu import GpuKernel, why_not_gpu
@@ -18,7 +18,17 @@ from hvd_lars.optim.kernels.native import NativeKernel, why_not_loaded
 
 KernelName = Literal["auto", "native", "fused", "eager"]
 
-__all__ = ["Block", "Kernel", "KernelName", "Scale", "choose_kernel", "why_not_native"]
+__all__ = [
+    "Block",
+    "Kernel",
+    "KernelName",
+    "KnownRatios",
+    "RatioInputs",
+    "Ratios",
+    "Scale",
+    "choose_kernel",
+    "why_not_native",
+]
 
 
 @functools.cache

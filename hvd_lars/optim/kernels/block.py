@@ -67,6 +67,47 @@ class Tabled(list[T]):
     tables: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class RatioInputs:
+    """What a kernel computes the blocks' λ from, as ``optim.ratios.trust_ratios`` does.
+
+    Sources are the layers whose norms are known.
+
+    Attributes:
+        sums: (2 × sources,) float64, squares of the sources' weights, then of their gradients.
+        constants: (sources, 5) float64: l, β, ε, λ where ‖g‖ = 0, λ where ‖w‖ = 0.
+        source_of: each block's index among the sources; -1 for λ = 1.
+        is_scaled: ``unscale`` is a factor of ‖g‖ that the sums do not include.
+    """
+
+    sums: Tensor
+    constants: Tensor
+    source_of: Sequence[int]
+    is_scaled: bool
+
+
+class Ratios(Protocol):
+    """The blocks' λ, which may be computed when they are read."""
+
+    @property
+    def values(self) -> Tensor:
+        """λ of every block, (blocks,) float64."""
+        ...
+
+    @property
+    def inputs(self) -> RatioInputs | None:
+        """For a kernel that computes λ itself; None if it must take the values."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRatios:
+    """λ of every block, (blocks,) float64."""
+
+    values: Tensor
+    inputs: None = None
+
+
 class Kernel(Protocol):
     """Sums of squares and the LARS update, over many tensors of one device."""
 
@@ -79,11 +120,11 @@ class Kernel(Protocol):
     def update(
         self,
         blocks: Sequence[Block],
-        ratios: Tensor,
+        ratios: Ratios,
         unscale: Scale,
         live: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor] | None:
-        """Apply the momentum rule in place; ``ratios`` are the blocks' λ, (n,) float64.
+        """Apply the momentum rule in place; ``ratios`` are the blocks' λ.
 
         g is the blocks' gradient times ``unscale``.  If ``live``, a 0-dim bool on their device, is
         False, nothing changes.

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block, Scale, is_skipped, rates
+from hvd_lars.optim.kernels.block import Block, Ratios, Scale, is_skipped, rates
 from hvd_lars.optim.norms import sums_of_squares
 
 
@@ -36,7 +36,7 @@ class EagerKernel:
     def update(
         self,
         blocks: Sequence[Block],
-        ratios: Tensor,
+        ratios: Ratios,
         unscale: Scale,
         live: Tensor | None = None,
     ) -> None:
@@ -45,14 +45,14 @@ class EagerKernel:
             if live is not None and not live:
                 return
             unscale = float(unscale)
-            for block, ratio in zip(blocks, ratios.tolist(), strict=True):
+            for block, ratio in zip(blocks, ratios.values.tolist(), strict=True):
                 if not is_skipped(block, ratio):
                     update_on_host(block, ratio, unscale)
             return
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, block in enumerate(blocks):
             kinds.setdefault((id(block.group), block.weight.dtype), []).append(i)
-        of_block = ratios.unbind()  # indexing by a list would wait for the device
+        of_block = ratios.values.unbind()  # indexing by a list would wait for the device
         for members in kinds.values():
             chosen = torch.stack([of_block[i] for i in members])
             _update_together([blocks[i] for i in members], chosen, unscale, live)

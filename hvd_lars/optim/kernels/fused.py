@@ -20,7 +20,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block, Scale, is_skipped, rates
+from hvd_lars.optim.kernels.block import Block, Ratios, Scale, is_skipped, rates
 from hvd_lars.optim.kernels.eager import update_on_host
 from hvd_lars.optim.norms import sums_of_squares
 from hvd_lars.runtime import torch_internals
@@ -69,7 +69,7 @@ class FusedKernel:
     def update(
         self,
         blocks: Sequence[Block],
-        ratios: Tensor,
+        ratios: Ratios,
         unscale: Scale,
         live: Tensor | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ class FusedKernel:
         if live is not None and not live:
             return
         unscale = float(unscale)
-        for block, ratio in zip(blocks, ratios.tolist(), strict=True):
+        for block, ratio in zip(blocks, ratios.values.tolist(), strict=True):
             if is_skipped(block, ratio) or not block.weight.numel():
                 continue
             if _fits(block):

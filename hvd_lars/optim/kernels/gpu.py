@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block, Scale, Tabled
+from hvd_lars.optim.kernels.block import Block, KnownRatios, RatioInputs, Ratios, Scale, Tabled
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.norms import sums_of_squares
 from hvd_lars.runtime.readback import Constant, send, table_of
@@ -51,7 +51,8 @@ def try_on(device: torch.device) -> str:
                 Block(w, g, v, None, group, {}, (0, len(w)))
                 for w, g, v in zip(weights, gradients, buffers, strict=True)
             ]
-            each.update(blocks, torch.full((3,), 0.1, dtype=torch.float64, device=device), 1.0)
+            ratios = torch.full((3,), 0.1, dtype=torch.float64, device=device)
+            each.update(blocks, KnownRatios(ratios), 1.0)
             ends.append(torch.cat([*weights, *buffers, each.sums_of_squares(weights).float()]))
         same = torch.allclose(ends[0], ends[1], rtol=1e-5, atol=1e-6)
     except Exception as error:  # whatever Triton, its compiler or the driver may raise
@@ -113,15 +114,16 @@ class GpuKernel:
     def update(
         self,
         blocks: Sequence[Block],
-        ratios: Tensor,
+        ratios: Ratios,
         unscale: Scale,
         live: Tensor | None = None,
     ) -> tuple[None, Tensor] | None:
         """Update in place; return no sums if a block was updated eagerly."""
-        device = ratios.device
+        inputs = ratios.inputs
+        device = ratios.values.device if inputs is None else inputs.sums.device
         plan = blocks.tables if isinstance(blocks, Tabled) else None
-        if not isinstance(plan, _Plan) or not plan.renewed_for(blocks):
-            plan = _Plan(blocks, self._triton.CHUNK, device)
+        if not isinstance(plan, _Plan) or not plan.renewed_for(blocks, inputs):
+            plan = _Plan(blocks, inputs, self._triton.CHUNK, device)
             if isinstance(blocks, Tabled):
                 blocks.tables = plan
         factors = (
@@ -130,28 +132,32 @@ class GpuKernel:
             plan.one.of((1.0,), device) if live is None else live.to(device),
         )  # fmt: skip
         if len(plan.launches) == 1 and not plan.eager:
-            after = self._launch(plan.launches[0], ratios.contiguous(), factors)
+            after = self._launch(plan.launches[0], ratios, factors)
         else:
-            after = torch.zeros_like(ratios)
+            after = torch.zeros(len(blocks), dtype=torch.float64, device=device)
             for launch in plan.launches:
-                after[launch.places] = self._launch(launch, ratios[launch.places], factors)
+                after[launch.places] = self._launch(launch, ratios, factors)
         if plan.eager and (live is None or live):  # the latter waits for the device
             chosen = [blocks[i] for i in plan.eager]
-            EagerKernel(on_host=False).update(chosen, ratios[plan.eager], float(unscale))
+            of_chosen = KnownRatios(ratios.values[plan.eager])
+            EagerKernel(on_host=False).update(chosen, of_chosen, float(unscale))
         torch.autograd.graph.increment_version(plan.written)  # autograd does not see Triton
         return None if plan.eager else (None, after)
 
-    def _launch(self, launch: _Launch, ratios: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+    def _launch(self, launch: _Launch, ratios: Ratios, factors: tuple[Tensor, Tensor]) -> Tensor:
         """Update blocks of one kind and return the new weights' sums of squares."""
         language, tables, first = self._triton.tl, launch.tables, launch.first
-        sums = tables.new_sums()
+        sums, inputs = tables.new_sums(), ratios.inputs
+        given = ratios.values[launch.places] if inputs is None else inputs.sums
         if tables.programs:
             with torch.cuda.device_of(sums):  # type: ignore[no-untyped-call]
                 self._triton.update_kernel[(tables.programs,)](
                     tables.chunks,
                     tables.layers,
-                    _rules(launch, ratios.device),
-                    ratios,
+                    _rules(launch, sums.device),
+                    given,
+                    given if inputs is None else inputs.constants,
+                    0 if inputs is None else len(inputs.constants),
                     *factors,
                     tables.partials,
                     tables.arrived,
@@ -161,6 +167,8 @@ class GpuKernel:
                     HAS_BUFFER=first.buffer is not None,
                     HAS_COPY=first.copy is not None,
                     NESTEROV=launch.nesterov,
+                    HAS_RATIOS=inputs is None,
+                    IS_SCALED=inputs is not None and inputs.is_scaled,
                     ALIGNED=tables.aligned,
                     CHUNK=self._triton.CHUNK,
                     FOLD=self._triton.FOLD,
@@ -176,14 +184,14 @@ class _Tables:
         self,
         rows: Sequence[tuple[int, ...]],
         parts: tuple[tuple[int, Part], ...],
-        members: Sequence[int],
+        members: Sequence[tuple[int, int]],
         size: int,
         device: torch.device,
     ) -> None:
         self.chunks, slots, num_slots = _chunks(parts, size, device)
         self.programs = len(self.chunks)
         table = [
-            (*row, *slot, member, 0) for row, slot, member in zip(rows, slots, members, strict=True)
+            (*row, *slot, *member) for row, slot, member in zip(rows, slots, members, strict=True)
         ]
         self.layers = table_of(table, np.int64, device)
         self.partials = torch.empty(num_slots, dtype=torch.float64, device=device)
@@ -205,7 +213,7 @@ def _sums_tables(place: _Place, size: int) -> _Tables:
     addresses, sizes, device = place
     rows = [(address, 0, 0, 0) for address in addresses]
     parts = tuple((numel, (0, numel)) for numel in sizes)
-    return _Tables(rows, parts, (0,) * len(rows), size, device)
+    return _Tables(rows, parts, [(0, 0)] * len(rows), size, device)
 
 
 @final
@@ -213,7 +221,12 @@ class _Launch:
     """Blocks of one kind, which share a launch."""
 
     def __init__(
-        self, blocks: Sequence[Block], members: list[int], size: int, device: torch.device
+        self,
+        blocks: Sequence[Block],
+        members: list[int],
+        source_of: Sequence[int],
+        size: int,
+        device: torch.device,
     ) -> None:
         self.members = members
         self.places = table_of(members, np.int64, device)
@@ -225,24 +238,32 @@ class _Launch:
         self.rules = Constant()
         self._size, self._device = size, device
         self._parts = tuple((block.weight.numel(), block.norm_part) for block in chosen)
-        self._numbers = [numbers[id(block.group)] for block in chosen]
+        self._of = [(numbers[id(blocks[i].group)], source_of[i]) for i in members]
         self.renew([block.addresses() for block in chosen])
 
     def renew(self, addresses: Sequence[tuple[int, ...]]) -> None:
         """Take other addresses of the same blocks."""
-        self.tables = _Tables(addresses, self._parts, self._numbers, self._size, self._device)
+        self.tables = _Tables(addresses, self._parts, self._of, self._size, self._device)
 
 
 @final
 class _Plan:
     """The launches that update a list of blocks."""
 
-    def __init__(self, blocks: Sequence[Block], size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        inputs: RatioInputs | None,
+        size: int,
+        device: torch.device,
+    ) -> None:
+        self._source_of = None if inputs is None else inputs.source_of
+        sources = [-1] * len(blocks) if inputs is None else inputs.source_of
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, block in enumerate(blocks):
             kinds.setdefault(_kind(block), []).append(i)
         self.eager = kinds.pop((), [])
-        self.launches = [_Launch(blocks, each, size, device) for each in kinds.values()]
+        self.launches = [_Launch(blocks, each, sources, size, device) for each in kinds.values()]
         self.one, self.unscale = Constant(), Constant()
         taken = [blocks[i] for launch in self.launches for i in launch.members]
         for block in taken:
@@ -252,11 +273,13 @@ class _Plan:
         self.written = [tensor for tensor in written if tensor is not None]
         self._rows = list(map(_row, blocks))
 
-    def renewed_for(self, blocks: Sequence[Block]) -> bool:
+    def renewed_for(self, blocks: Sequence[Block], inputs: RatioInputs | None) -> bool:
         """Take moved gradients of the same blocks; return whether the plan holds for these blocks.
 
         Blocks that changed otherwise have lost their row.
         """
+        if self._source_of is not (None if inputs is None else inputs.source_of):
+            return False
         rows = list(map(_row, blocks))
         if rows != self._rows:
             if not all(map(_differ_in_gradient, rows, self._rows)):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_lars.optim.kernels.block import Block, Scale, is_skipped, rates
+from hvd_lars.optim.kernels.block import Block, Ratios, Scale, is_skipped, rates
 from hvd_lars.optim.kernels.eager import update_on_host
 from hvd_lars.optim.norms import sums_of_squares
 
@@ -83,7 +83,7 @@ class NativeKernel:
     def update(
         self,
         blocks: Sequence[Block],
-        ratios: Tensor,
+        ratios: Ratios,
         unscale: Scale,
         live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
@@ -93,7 +93,7 @@ class NativeKernel:
         rules = {id(block.group): block.group for block in blocks}
         skips = any(group["zero_norm"] == "skip" for group in rules.values())
         unscale = float(unscale)
-        taken, scales = _taken(blocks, ratios.numpy(), unscale, skips)
+        taken, scales = _taken(blocks, ratios.values.numpy(), unscale, skips)
         if not taken:
             return None
         table = np.array([block.row for block in taken], dtype=np.int64)

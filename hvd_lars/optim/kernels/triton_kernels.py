@@ -84,11 +84,36 @@ def sums_kernel(
 
 
 @triton.jit
+def _ratio(source, sums, constants, sources, factor, IS_SCALED: tl.constexpr):
+    """Return λ as optim.ratios.trust_ratios does; 1 for the source -1."""
+    has = source >= 0
+    weight = tl.sqrt(tl.load(sums + source, mask=has, other=1.0))
+    gradient = tl.sqrt(tl.load(sums + sources + source, mask=has, other=1.0))
+    if IS_SCALED:
+        gradient *= factor
+    finite = (weight < float("inf")) & (gradient < float("inf"))
+    weight, gradient = tl.where(finite, weight, 1.0), tl.where(finite, gradient, 1.0)
+    row = constants + source * 5
+    trust, decay = tl.load(row, mask=has, other=1.0), tl.load(row + 1, mask=has, other=0.0)
+    eps = tl.load(row + 2, mask=has, other=0.0)
+    at_zero = tl.load(row + 3, mask=has, other=1.0)
+    at_zero_weight = tl.load(row + 4, mask=has, other=1.0)
+    denominator = gradient + decay * weight + eps
+    ratio = trust * weight / tl.where(denominator == 0.0, 1.0, denominator)
+    ratio = tl.where(gradient == 0.0, at_zero, ratio)
+    ratio = tl.where(weight == 0.0, at_zero_weight, ratio)
+    ratio = tl.where(finite, ratio, float("nan"))
+    return tl.where(has, ratio, 1.0)
+
+
+@triton.jit(do_not_specialize=["sources"])
 def update_kernel(
     chunks,  # as above; slot -1 outside the norm part
-    layers,  # (layers, 8) int64: weight, gradient, buffer, copy, first slot, slots, group
+    layers,  # (layers, 8) int64: weight, gradient, buffer, copy, first slot, slots, group, source
     groups,  # (groups, 5) float64: μ, β, a / λ, b, 1 if λ = 0 skips a layer
-    ratios,  # (layers,) float64: λ
+    ratios,  # (layers,) float64: λ; if not HAS_RATIOS, sums of squares (2 * sources,)
+    constants,  # (sources, 5) float64: l, β, ε, λ where the gradient is 0, and where the weight is
+    sources,
     factor,  # one number, of the gradients
     alive,  # one bool or float64: 0 to skip every layer
     partials,
@@ -99,6 +124,8 @@ def update_kernel(
     HAS_BUFFER: tl.constexpr,
     HAS_COPY: tl.constexpr,
     NESTEROV: tl.constexpr,
+    HAS_RATIOS: tl.constexpr,
+    IS_SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     FOLD: tl.constexpr,
@@ -108,11 +135,16 @@ def update_kernel(
     layer, slot = tl.load(row), tl.load(row + 3)
     begin, end = _range(row, ALIGNED)
     rule = groups + tl.load(layers + layer * 8 + 6) * 5
-    ratio = tl.load(ratios + layer)
+    unscale = tl.load(factor)
+    if HAS_RATIOS:
+        ratio = tl.load(ratios + layer)
+    else:
+        source = tl.load(layers + layer * 8 + 7)
+        ratio = _ratio(source, ratios, constants, sources, unscale, IS_SCALED)
     live = (tl.load(alive) != 0) & ((ratio != 0.0) | (tl.load(rule + 4) == 0.0))
     momentum, decay = tl.load(rule).to(WEIGHT), tl.load(rule + 1).to(WEIGHT)
     scale = (ratio * tl.load(rule + 2)).to(WEIGHT)
-    outside, unscale = tl.load(rule + 3).to(WEIGHT), tl.load(factor).to(WEIGHT)
+    outside, unscale = tl.load(rule + 3).to(WEIGHT), unscale.to(WEIGHT)
 
     at = begin + tl.arange(0, CHUNK)
     inside, written = at < end, at < tl.where(live, end, begin)
