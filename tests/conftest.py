@@ -61,6 +61,9 @@ def pytest_collection_modifyitems(config, items):
             item.user_properties.append(("part", name))
             if (missing := PARTS[name].missing()) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"{name}: {missing}"))
+    # The longest first: their ranks poll, and are quickest beside what runs in one process, which
+    # is the other half of the tests.
+    kept.sort(key=lambda item: item.path.name != "test_rank_suites.py")
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 
