@@ -113,6 +113,7 @@ extra: 1
         ("schedule.warmup=gradual", "needs a warmup_duration above 0"),
         ("schedule.warmup_duration=5 epochs", "warmup is none; allowed: gradual, constant"),
         ("schedule.policy=multistep", "policy multistep needs milestones"),
+        ("schedule.milestones=[5 epochs]", "no effect with policy poly; allowed: []"),
         ("optimizer.nesterov=yes please", "must be a valid boolean"),
         ("run.name=../up", "run.name: found '../up'"),
         ("train.eval_every=0 epochs", "eval_every is 0 epochs; it must be above 0"),

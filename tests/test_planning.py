@@ -80,10 +80,8 @@ def test_a_sample_at_the_critical_batch_is_worth_half():
 
 
 def test_a_site_is_read_as_it_was_written(tmp_path):
-    SITE.write(tmp_path / "site.json")
+    (tmp_path / "site.json").write_text(SITE.text())
     assert read_site(tmp_path / "site.json") == SITE
-    with pytest.raises(UserError, match=r"^--save: .*: cannot be written: No such file"):
-        SITE.write(tmp_path / "no/site.json")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,7 @@ def test_a_site_is_read_as_it_was_written(tmp_path):
 def test_what_is_no_site_is_one_line(tmp_path, text, message):
     path = tmp_path / "site.json"
     if isinstance(text, dict):
-        SITE.write(path)
+        path.write_text(SITE.text())
         text = json.dumps(json.loads(path.read_text()) | text)
     if text is not None:
         path.write_text(text)
@@ -131,7 +129,7 @@ def test_the_command(tmp_path):
     code, output = hvd_lars("plan", "digits")
     assert code == 0
     assert "note: no time is predicted without a site's measurements" in output
-    SITE.write(tmp_path / "site.json")
+    (tmp_path / "site.json").write_text(SITE.text())
     options = ["--from", tmp_path / "site.json", "--gpu-hour", "2.5", "--critical-batch", "400"]
     code, output = hvd_lars("plan", "digits", *options, "--ranks", "1,8,64")
     assert code == 0, output

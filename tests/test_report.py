@@ -301,7 +301,7 @@ def test_a_run_is_compared_with_a_sites_plan(tmp_path):
     assert "faster than planned" in page
     more = read_run(make_run(tmp_path / "more", ranks=5))  # no record of five ranks
     assert "more: no step to compare is recorded yet." in make_page([more], site)
-    site.write(tmp_path / "site.json")
+    (tmp_path / "site.json").write_text(site.text())
     code, output = hvd_lars("report", str(tmp_path / "a"), "--site", str(tmp_path / "a"), "-o",
                             str(tmp_path / "page.html"))  # fmt: skip
     assert (code, "--site: " in output) == (2, True)

@@ -85,6 +85,11 @@ class Schedule(Section):
             raise ValueError(
                 "policy multistep needs milestones, such as ['30 epochs', '60 epochs']"
             )
+        if self.policy != "multistep" and self.milestones:
+            raise ValueError(
+                f"milestones has no effect with policy {self.policy}; "
+                f"allowed: [], or policy multistep"
+            )
         if self.warmup != "none" and self.warmup_duration.value == 0:
             raise ValueError(f"warmup {self.warmup} needs a warmup_duration above 0")
         if self.warmup == "none" and self.warmup_duration.value > 0:

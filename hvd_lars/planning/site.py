@@ -56,12 +56,9 @@ class Site:
             return Compute(0.0, seconds / images)
         return found
 
-    def write(self, path: Path) -> None:
-        """Write JSON; raises UserError if that fails."""
-        try:
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--save: {path}: cannot be written: {error.strerror}") from None
+    def text(self) -> str:
+        """Return the file's contents, JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
 
     def all_reduce_seconds(self, size: float, ranks: int) -> tuple[float, float]:
         """Return latency and transfer of ``size`` bytes over ``ranks``, in seconds.
