@@ -51,6 +51,7 @@ from hvd_lars.state.run_folder import environment_facts
 Row = dict[str, Any]  # of the table
 FIRST_HELD_OUT = 101  # tuning uses the seeds from 0 on
 HELD_OUT_IMAGES = 0.15  # of the training set, for tuning
+WARMUP = 0.25  # share of a run
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class Bench:
         epochs = self.options.epochs
         return [
             *self.case.overrides,
-            f"schedule.warmup_duration={0.25 * epochs:g} epochs",
+            f"schedule.warmup_duration={self.options.warmup * epochs:g} epochs",
             f"train.duration={epochs} epochs",
             f"train.eval_every={0.1 * epochs:g} epochs",  # each takes a twentieth of an epoch
             "train.micro_batch=512",
@@ -304,6 +305,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--trials", type=int)
     parser.add_argument("--trial-epochs", type=float, help="of a trial; half of --epochs if absent")
+    parser.add_argument(
+        "--warmup", type=float, default=WARMUP, metavar="SHARE", help="of a run, for all methods"
+    )
     parser.add_argument("--search-seeds", type=int, help="runs of a trial that finishes")
     parser.add_argument("--seeds", type=int, help="held-out runs of each method")
     parser.add_argument("--vary", type=int, metavar="BATCH", help="one of --batches")
@@ -402,6 +406,8 @@ def main() -> None:
     folder = options.folder / f"{options.case}-{form}-{options.epochs}"
     if options.trial_epochs is not None:
         folder = folder.with_name(f"{folder.name}-{options.trial_epochs:g}")
+    if options.warmup != WARMUP:
+        folder = folder.with_name(f"{folder.name}-warmup-{options.warmup:g}")
     bench = Bench(comm, CASES[options.case], folder, options)
     study = {
         "case": options.case, "epochs": options.epochs, "search": search_of(options),

@@ -273,9 +273,10 @@ those that are shown as mean ± standard deviation, in percent. The scaled rates
 the smallest batch times √k or k, with k how many times larger the batch is; they are not tuned. The
 critical batch is the gradient noise scale of one run of LARS, or else SGD, the median over its
 epochs ([algorithm](algorithm.md#how-large-a-batch-is-worth-it)); the dotted line in the pictures is
-that of SGD at the smallest batch. Not run so far: on Fashion-MNIST LAMB, Nesterov and
-scaled rates beyond 1,024 and with BatchNorm, batches of 512 and 8,192, `fashion-full` beyond 1,024,
-and `fashion-bn` with the full search.
+that of SGD at the smallest batch. Not run so far: on Fashion-MNIST LAMB and Nesterov at other
+batches than 1,024 and with BatchNorm, scaled rates at 2,048 and 4,096 (times k at 512, too) and
+with BatchNorm, `fashion-bn` at 512 and 8,192, `fashion-full` beyond 1,024, and `fashion-bn` with
+the full search.
 
 """
 
