@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import struct
 import zipfile
+import zlib
 
 import forms
 import numpy as np
@@ -152,6 +154,85 @@ def test_a_missing_parquet_file_is_named(folder, tmp_path):
               root / "data/train-00002-of-00003-0a1b2c.parquet")  # fmt: skip
     with pytest.raises(UserError, match="no train-00000-of-00003 in it"):
         collect(str(root))
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "copy", "message"),
+    [
+        (forms.parquet, "data/train-00000-of-00001.parquet", "data/train-00000-of-00001-ab.parquet",
+         "are the same part of two data sets"),
+        (forms.tfrecords, "train-00000-of-00002", "train-00000-of-00001",
+         "train-NNNNN-of-00001 and train-NNNNN-of-00002 in it: two data sets"),
+        (forms.recordio, "train.rec", "train_480.rec", "train.rec, train_480.rec: one file of all"),
+    ],
+)  # fmt: skip
+def test_two_versions_of_the_same_images_are_not_mixed(
+    folder, tmp_path, write, name, copy, message
+):
+    root = write(folder, tmp_path / "form")
+    shutil.copy(root / name, root / copy)
+    with pytest.raises(UserError, match=message):
+        collect(str(root))
+
+
+def test_classes_of_other_files_are_in_the_same_order(folder, tmp_path):
+    root = forms.parquet(folder, tmp_path / "parquet")
+    path = next(root.glob("data/validation*"))
+    table = pyarrow.parquet.read_table(path)
+    text = table.schema.metadata[b"huggingface"]
+    turned = text.replace(b'"ant", "bee", "cat"', b'"cat", "bee", "ant"')
+    assert turned != text
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": turned}), path)
+    with pytest.raises(UserError, match=r"its classes .*: label 0 is cat here, ant there"):
+        collect(str(root))
+
+
+def test_a_label_that_hugging_face_calls_a_value_is_taken(folder, tmp_path):
+    root = forms.parquet(folder, tmp_path / "parquet")
+    features = {"image": {"_type": "Image"}, "label": {"_type": "Value", "dtype": "int64"}}
+    text = json.dumps({"info": {"features": features}}).encode()
+    for path in root.glob("data/*"):
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": text}), path)
+    assert collect(str(root)).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("field", [True, False])
+def test_names_in_a_zip_of_info_zip_are_utf8(folder, tmp_path, field, monkeypatch):
+    """It writes them without the flag, and perhaps once more in a field of their own."""
+    root = shutil.copytree(folder, tmp_path / "images")
+    for split in ("train", "val"):
+        os.rename(root / split / "ant", root / split / "猫")
+
+    def encode(info):
+        return info.filename.encode(), info.flag_bits
+
+    monkeypatch.setattr(zipfile.ZipInfo, "_encodeFilenameFlags", encode)
+    write = zipfile.ZipFile.write
+
+    def named(archive, path, name):
+        info = zipfile.ZipInfo(name)
+        unicode = struct.pack("<BI", 1, zlib.crc32(name.encode())) + name.encode()
+        info.extra = struct.pack("<HH", 0x7075, len(unicode)) + unicode if field else b""
+        archive.writestr(info, path.read_bytes())
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", named)
+    target = forms.zipped(root, tmp_path / "zip")
+    monkeypatch.setattr(zipfile.ZipFile, "write", write)
+    monkeypatch.undo()
+    assert zipfile.ZipFile(target / "images.zip").infolist()[-1].flag_bits == 0
+    found, wanted = built(target), source_of(root)
+    assert found.identity == wanted.identity
+    check_same(found, wanted)
+
+
+@pytest.mark.parametrize("form", ["zip", "tensorflow", "recordio", "parquet"])
+def test_what_macos_leaves_beside_files_is_no_data(folder, tmp_path, form):
+    root = (WRITERS | {"parquet": (forms.parquet, {})})[form][0](folder, tmp_path / "form")
+    before = list(collect(str(root)).train.labels)
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert list(collect(str(root)).train.labels) == before
 
 
 def test_columns_that_do_not_fit_are_named_with_their_types(folder, tmp_path):
@@ -366,6 +447,14 @@ def test_classes_without_test_images_are_named(folder, tmp_path, capfd):
     assert "no test images of 1 of 3 classes: bee" in capfd.readouterr().err
 
 
+def test_labels_that_count_from_1_are_noticed(folder, tmp_path, capfd, monkeypatch):
+    names = forms.classes_of(folder)
+    monkeypatch.setattr(forms, "classes_of", lambda _: ["", *names])
+    assert built(forms.recordio(folder, tmp_path / "form")).num_classes == 4
+    error = capfd.readouterr().err
+    assert "no training images of 1 of 4 classes: 0; labels count from 0" in error
+
+
 @pytest.mark.parametrize("form", ["folder", "zip", "tensorflow", "classes"])
 def test_a_share_of_training_is_held_out_where_there_is_no_val(folder, tmp_path, form):
     """Nobody's labels change, no image is in both sets, and every run holds the same ones out."""
@@ -508,7 +597,8 @@ def add_again(root):
         ),
         (forms.recordio, {}, damaged("train.rec", lambda d: d[:-9]), "truncated"),
         (forms.recordio, {}, damaged("train.rec", lambda d: b"?" + d[1:]), "not MXNet's RecordIO"),
-        (forms.recordio, {}, damaged("train.rec", lambda d: b""), "no image in it"),
+        (forms.recordio, {}, damaged("train.rec", lambda d: b""), r"train\.rec: empty"),
+        (forms.tfrecords, {}, damaged("train-00001-of-00002", lambda d: b""), "00002: empty"),
         (
             forms.recordio,
             {},

@@ -40,6 +40,27 @@ def source_of(root, **keys):
     return config.data.build(BuildContext(LocalCommunicator(), config.run.seed))
 
 
+def test_one_of_several_data_sets_in_a_folder_is_chosen_by_name(tmp_path):
+    write(tmp_path, "emnist-letters-", first=1)
+    write(tmp_path, "emnist-digits-")
+    names = f"{tmp_path}/emnist-digits, {tmp_path}/emnist-letters"
+    with pytest.raises(UserError, match=f"several data sets in it: {names}; name one"):
+        source_of(tmp_path)
+    _, labels = source_of(tmp_path / "emnist-digits").eval_batch(np.arange(4))
+    assert labels.min() == 0
+    (tmp_path / "emnist-digits-t10k-labels-idx1-ubyte").unlink()
+    (tmp_path / "emnist-letters-train-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match="no val labels beside"):
+        source_of(tmp_path)
+
+
+def test_the_names_of_kaggles_files_are_read(tmp_path):
+    for path in list(write(tmp_path).iterdir()):
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+        path.mkdir()
+    assert source_of(tmp_path).num_train == 40
+
+
 @pytest.mark.parametrize(
     ("below", "options"),
     [

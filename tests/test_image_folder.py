@@ -299,11 +299,13 @@ def test_whatever_pillow_reads_is_an_image_in_sub_folders_too(tmp_path):
     for name in ("notes.txt", "boxes.txt", "sound.mpg", "table.h5", "program.eps", "README"):
         (root / "train/bee" / name).write_text("no image")
     (root / "train/bee/deep/up").symlink_to(root / "train/bee")  # a circle
+    (root / "train/bee/deep/top").symlink_to("../..")  # and a larger one
     cache = tmp_path / "cache"
     listing = list_folder(str(root), cache)
     assert listing.train.labels.tolist() == [0, *[1] * 9, 2]
     assert listing.left_out == "2 .txt, 1 .eps, 1 .h5, 1 .mpg, 1 without an extension"
     (root / "train/bee/deep/up").unlink()
+    (root / "train/bee/deep/top").unlink()
     theirs = ImageFolder(str(root / "train"), is_valid_file=lambda path: "." in path[-5:])
     odd = (".txt", ".mpg", ".h5", ".eps")
     wanted = [path for path, _ in theirs.samples if not path.endswith(odd)]

@@ -63,7 +63,8 @@ def images_in(
 
 def _walk(folder: Path, top: str, times: dict[bytes, int]) -> Iterator[tuple[str, list[str]]]:
     """Yield folders from ``folder / top`` down with their files' names; follows each link once."""
-    seen: set[tuple[int, int]] = set()
+    above = [os.stat(path) for path in (folder / top).absolute().parents]
+    seen = {(info.st_dev, info.st_ino) for info in above}
     waiting = [top]
     while waiting:
         path = waiting.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hvd_lars.data.hold_out import choose
 from hvd_lars.data.identity import DataIdentity, SplitIdentity
+from hvd_lars.data.naming import is_litter
 from hvd_lars.data.randomness import uniforms
 from hvd_lars.data.source import Batch, Indices, Request, Unreadable
 from hvd_lars.errors import UserError
@@ -38,20 +40,23 @@ def find_idx(root: str) -> IdxFiles:
     """Find the four files in ``root``, in its folder ``raw``, or in one ``*/raw`` (torchvision's).
 
     They end in ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the same of ``t10k``
-    or ``test``, and may be gzipped.
+    or ``test``, and may be gzipped.  Where a folder holds several data sets, as EMNIST's archive
+    does, ``root`` is the folder and what their names begin with: ``FOLDER/emnist-letters``.
 
     Raises:
         UserError: a file is missing, or several data sets are there.
     """
-    base = expand_user(root, "data.root")
+    base, beginning = expand_user(root, "data.root"), ""
     if not base.is_dir():
-        raise UserError(f"data.root: {base}: no such folder")
+        if not _sets_in(base.parent, base.name):
+            raise UserError(f"data.root: {base}: no such folder")
+        base, beginning = base.parent, base.name
     wrong = ""
     for folders in ([base], [base / "raw"], sorted(base.glob("*/raw"))):
-        found = [files for folder in folders if (files := _files_in(folder))]
+        found = [files for folder in folders for files in _sets_in(folder, beginning)]
         whole = [files for files in found if len(files) == 4]
         if len(whole) > 1:
-            names = ", ".join(str(files["train images"].parent) for files in whole)
+            names = ", ".join(map(_name_of, whole))
             raise UserError(f"data.root: {base}: several data sets in it: {names}; name one")
         if whole:
             return IdxFiles(*(whole[0][f"{p} {k}"] for p in _PARTS for k in ("images", "labels")))
@@ -66,18 +71,29 @@ def find_idx(root: str) -> IdxFiles:
     )
 
 
-def _files_in(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder by part and kind, such as ``train images``."""
-    found: dict[str, Path] = {}
-    for part, names in _PARTS.items():
-        for kind, dimensions in (("images", 3), ("labels", 1)):
-            for name in names:
-                # torchvision keeps the archive beside the file: the plain one sorts first.
-                paths = sorted(folder.glob(f"*{name}-{kind}-idx{dimensions}-ubyte*"))
-                for path in paths:
-                    if path.name.endswith(("-ubyte", "-ubyte.gz")):
-                        found.setdefault(f"{part} {kind}", path)
-    return found
+def _sets_in(folder: Path, beginning: str = "") -> list[dict[str, Path]]:
+    """Return the files of a folder by part and kind, such as ``train images``, one dict a data set.
+
+    Data sets of one folder differ in what precedes ``train``, as EMNIST's six do.
+    """
+    sets: dict[str, dict[str, Path]] = {}
+    # torchvision keeps the archive beside the file: the plain one sorts first.
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_litter(path.name) or not path.name.startswith(beginning) or not path.is_file():
+            continue
+        for part, names in _PARTS.items():
+            for kind, dimensions in (("images", 3), ("labels", 1)):
+                pattern = rf"(.*)(?:{'|'.join(names)})-{kind}[-.]idx{dimensions}-ubyte(?:\.gz)?"
+                if match := re.fullmatch(pattern, path.name):
+                    sets.setdefault(match[1], {}).setdefault(f"{part} {kind}", path)
+    return list(sets.values())
+
+
+def _name_of(files: dict[str, Path]) -> str:
+    """Return the path that chooses one of several data sets."""
+    path = files["train images"]
+    beginning = path.name.partition("train-images")[0].rstrip("-_.")
+    return str(path.with_name(beginning) if beginning else path.parent)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

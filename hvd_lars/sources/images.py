@@ -164,8 +164,9 @@ class ImageSettings(SourceSettings):
         if context.comm.rank == 0:
             if left_out:
                 warn(f"data.root: {where}: skipped, not images of a class: {left_out}")
-            absent = classes_without_images(val.labels, identity.classes)
-            if absent:
+            if absent := classes_without_images(train.labels, identity.classes):
+                warn(f"data.root: {where}: no training images of {absent}; labels count from 0")
+            if absent := classes_without_images(val.labels, identity.classes):
                 warn(f"data.root: {where}: no test images of {absent}")
         if self.expect is not None:
             sizes = len(train.labels), len(val.labels), len(identity.classes)

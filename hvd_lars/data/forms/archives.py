@@ -78,7 +78,8 @@ FORM = Archives()
 def class_tars(root: Path) -> list[Path]:
     """Return ImageNet-21K's tar files, one per class (``n00004475.tar``), or one of them all."""
     try:
-        found = sorted(p for p in root.iterdir() if p.suffix == ".tar" and p.is_file())
+        tars = (p for p in root.iterdir() if p.suffix == ".tar" and not is_litter(p.name))
+        found = sorted(path for path in tars if path.is_file())
     except OSError:
         return []
     if len(found) == 1:

@@ -6,6 +6,7 @@ one piece.  Parquet compresses and cuts them: it can be packed, but not read in 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -215,8 +216,21 @@ def _scan(files: Files, each: Each, rows_of: Any) -> Scan:
     for part, paths in (("train", files.train), ("val", files.val)):
         tables = each(rows_of, list(enumerate(paths)))
         found[part] = [row for rows, _ in tables for row in rows]
-        classes = classes or next((names for _, names in tables if names), ())
+        for path, (_, names) in zip(paths, tables, strict=True):
+            classes = classes or names
+            if names and names != classes:
+                raise UserError(
+                    f"{path}: its classes are not those of {(files.train + files.val)[0]}: "
+                    f"{_difference(names, classes)}"
+                )
     return Scan(classes or numbered_classes(found["train"]), found["train"], found["val"])
+
+
+def _difference(names: Sequence[str], others: Sequence[str]) -> str:
+    """Say which is the first label of another name."""
+    pairs = enumerate(itertools.zip_longest(names, others, fillvalue="none"))
+    label, (here, there) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+    return f"label {label} is {shown(here)} here, {shown(there)} there"
 
 
 def _arrow_rows(item: tuple[int, Path]) -> tuple[list[Found], tuple[str, ...]]:
@@ -293,6 +307,7 @@ def _columns(path: Path, schema: Any) -> _Columns:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         plain = {name: value for name, value in features.items() if isinstance(value, dict)}
         kinds = {name: value.get("_type") for name, value in plain.items()}
+        kinds = {name: kind for name, kind in kinds.items() if kind in ("Image", "ClassLabel")}
     except (KeyError, TypeError, ValueError, AttributeError):
         features, kinds = {}, {}
     types = arrow.types

@@ -54,7 +54,9 @@ def recognise(root: Path) -> Recognised:
 
 
 def _has(*patterns: str) -> Callable[[Path], bool]:
-    return lambda root: any(next(root.glob(pattern), None) for pattern in patterns)
+    return lambda root: any(
+        not is_litter(path.name) for pattern in patterns for path in root.glob(pattern)
+    )
 
 
 def _is_archives(root: Path) -> bool:
@@ -74,7 +76,8 @@ def _is_packed(root: Path) -> bool:
 
 
 def _is_tfrecord(root: Path) -> bool:
-    return any(tfrecord.NAME.search(path.name) for path in root.iterdir())
+    names = (path.name for path in root.iterdir())
+    return any(tfrecord.NAME.search(name) and not is_litter(name) for name in names)
 
 
 def _is_folder(root: Path) -> bool:

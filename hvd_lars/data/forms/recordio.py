@@ -46,6 +46,13 @@ class RecordIO:
             for part, names in _SPLITS.items()
         }
         found["val"] = without_test(found["val"])
+        for part, paths in found.items():
+            if len(paths) > 1 and any(path.stem == part for path in paths):
+                names = ", ".join(path.name for path in paths)
+                raise UserError(
+                    f"data.root: {root}: {names}: one file of all images and others of them; "
+                    f"keep one set"
+                )
         if not found["train"]:
             raise UserError(f"data.root: {root}: no train*.rec in it")
         return Files(root, found["train"], found["val"], [])
@@ -66,7 +73,7 @@ def _scan(item: tuple[int, Path]) -> list[Found]:
     number, path = item
     with path.open("rb") as file:
         if not path.stat().st_size:
-            return []
+            raise UserError(f"{path}: empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _rows(number, path, data)
 

@@ -105,16 +105,26 @@ def without_test(val: list[Path]) -> list[Path]:
 
 
 def check_numbered(root: Path, paths: Sequence[Path]) -> None:
-    """Raise UserError if one of the files ``…-NNNNN-of-NNNNN`` is missing."""
-    seen: dict[tuple[str, int], set[int]] = {}  # numbers by what precedes them and their count
+    """Raise UserError if one of the files ``…-NNNNN-of-NNNNN`` is missing, or there twice."""
+    seen: dict[str, dict[int, dict[int, Path]]] = {}  # what precedes, their count, their number
     for path in paths:
         if match := _NUMBERED.search(path.name):
-            key = path.name[: match.start(1)], int(match.group(2))
-            seen.setdefault(key, set()).add(int(match.group(1)))
-    for (stem, count), numbers in seen.items():
-        missing = next((number for number in range(count) if number not in numbers), None)
-        if missing is not None:
-            raise UserError(f"data.root: {root}: no {stem}{missing:05d}-of-{count:05d} in it")
+            stem, number, count = path.name[: match.start(1)], int(match[1]), int(match[2])
+            other = seen.setdefault(stem, {}).setdefault(count, {}).setdefault(number, path)
+            if other is not path:
+                raise UserError(
+                    f"data.root: {root}: {other.name} and {path.name} are the same part of two "
+                    f"data sets; keep one set"
+                )
+    for stem, counts in seen.items():
+        if len(counts) > 1:
+            found = " and ".join(f"{stem}NNNNN-of-{count:05d}" for count in sorted(counts))
+            raise UserError(f"data.root: {root}: {found} in it: two data sets; keep one")
+        for count, numbers in counts.items():
+            missing = next((number for number in range(count) if number not in numbers), None)
+            if missing is not None:
+                name = f"{stem}{missing:05d}-of-{count:05d}"
+                raise UserError(f"data.root: {root}: no {name} in it")
 
 
 def numbered_classes(train: Sequence[Found]) -> list[str]:

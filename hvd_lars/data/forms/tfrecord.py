@@ -29,7 +29,7 @@ from hvd_lars.data.forms.scan import (
     check_numbered,
     numbered_classes,
 )
-from hvd_lars.data.naming import shown
+from hvd_lars.data.naming import is_litter, shown
 from hvd_lars.errors import UserError
 
 NAME = re.compile(r"(?:^|[-_])(train|validation|val)[^/]*?-(\d{5})-of-(\d{5})$")
@@ -53,7 +53,7 @@ class TFRecord:
         parts: dict[str, list[Path]] = {"train": [], "val": []}
         for path in sorted(root.iterdir()) if root.is_dir() else ():
             match = NAME.search(path.name)
-            if match is None or not path.is_file():
+            if match is None or is_litter(path.name) or not path.is_file():
                 continue
             parts["train" if match.group(1) == "train" else "val"].append(path)
         if not parts["train"]:
@@ -96,7 +96,7 @@ class _Example(NamedTuple):
 def _scan(path: Path) -> list[_Example]:
     with path.open("rb") as file:
         if not path.stat().st_size:
-            return []
+            raise UserError(f"{path}: empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return list(_examples(path, data))
 

@@ -37,7 +37,7 @@ class Zipped:
         """Return ``train.zip`` and ``val.zip``, or one zip file, which may be ``root`` itself."""
         if root.is_file():
             return Files(root.parent, [root], [root], [])
-        found = sorted(path for path in root.glob("*.zip") if path.is_file())
+        found = sorted(p for p in root.glob("*.zip") if p.is_file() and not is_litter(p.name))
         named = {_SPLITS[p.stem]: p for p in found if p.stem in _SPLITS}
         if "train" in named:
             return Files(root, [named["train"]], [named["val"]] if "val" in named else [], [])
@@ -75,6 +75,8 @@ class Zipped:
 
 
 FORM = Zipped()
+_UTF8 = 0x800  # flag: the name is in UTF-8
+_UNICODE_PATH = 0x7075
 
 
 def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str]]:
@@ -88,7 +90,7 @@ def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             images = []
             for info in archive.infolist():
-                parts = info.filename.split("/")
+                parts = _unicode_name(info).split("/")
                 hidden = next((part for part in parts if is_litter(part)), None)
                 if not info.is_dir() and (hidden or ending_of(parts[-1]) not in endings):
                     count_left_out(left_out, hidden or parts[-1])
@@ -118,6 +120,26 @@ def _scan(path: Path) -> tuple[list[tuple[str, str, str, int, int]], Counter[str
     except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a zip file, or damaged: {error}") from None
     return rows, left_out
+
+
+def _unicode_name(info: zipfile.ZipInfo) -> str:
+    """Return a member's name, which Info-ZIP's ``zip`` does not mark as UTF-8 where it is.
+
+    Source:
+        PKWARE's APPNOTE 4.6.9: an extra field 0x7075 of version, CRC and the name in UTF-8.
+    """
+    if info.flag_bits & _UTF8:
+        return info.filename
+    extra = info.extra
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        if kind == _UNICODE_PATH and size > 5:
+            return extra[9 : 4 + size].decode()
+        extra = extra[4 + size :]
+    try:
+        return info.filename.encode("cp437").decode()
+    except UnicodeError:  # they are no bytes of UTF-8
+        return info.filename
 
 
 def _place_of_split(parts: list[str], own: str | None) -> int | None:

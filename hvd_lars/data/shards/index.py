@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from hvd_lars.data.identity import DataIdentity, SplitIdentity
 from hvd_lars.data.listing import cache_file, read_arrays, write_arrays
 from hvd_lars.data.located import ARRAYS, Located, LocatedSet
-from hvd_lars.data.naming import describe_left_out, image_endings
+from hvd_lars.data.naming import describe_left_out, image_endings, is_litter
 from hvd_lars.data.shards.samples import scan_tar
 from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user, sha256_of
@@ -199,7 +199,8 @@ def _load_foreign(
         try:
             if ".." in Path(pattern).parts:
                 raise ValueError("leads out of data.root")
-            paths[key] = sorted(path for path in folder.glob(pattern) if path.is_file())
+            found = (path for path in folder.glob(pattern) if not is_litter(path.name))
+            paths[key] = sorted(path for path in found if path.is_file())
         except (OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"data.{key}_shards: {pattern!r}: {error}") from None
         if not paths[key]:
