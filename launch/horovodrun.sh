@@ -11,6 +11,7 @@
 set -euo pipefail
 
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
+unset CDPATH # with it, cd prints
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
 hosts=localhost:$((gpus > 0 ? gpus : 2))

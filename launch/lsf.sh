@@ -27,6 +27,9 @@ nodes=$(tr ' ' '\n' <<<"${LSB_MCPU_HOSTS:-}" | grep -vEc '^[0-9]*$|batch|login')
 jsrun -n $((nodes * ${GPUS_PER_NODE:-6})) -a 1 -g 1 -c "${CORES_PER_GPU:-7}" -b none \
     hvd-lars train "$CONFIG" ${options[@]+"${options[@]}"} "run.dir=$run" --resume &
 step=$!
-trap 'kill -USR1 "$step" 2>/dev/null' USR1 TERM # jsrun hands it on to every rank
+asked=
+trap 'asked=1; kill -USR1 "$step" 2>/dev/null' USR1 TERM # jsrun hands it on to every rank
 while wait "$step"; code=$?; [ "$code" -gt 128 ] && kill -0 "$step" 2>/dev/null; do :; done
+# Ranks that are still starting die of the request.
+[ -z "$asked" ] || [ "$code" -le 128 ] || code=75
 exit "$code"

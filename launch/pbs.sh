@@ -13,6 +13,7 @@
 set -uo pipefail
 
 cd "${PBS_O_WORKDIR:?qsub sets it}" || exit 2
+export PATH="$PATH${PBS_O_PATH:+:$PBS_O_PATH}" # PBS hands on nothing else of where qsub ran
 : "${CONFIG:?is not set: qsub -v CONFIG=my.yaml launch/pbs.sh}"
 scripts=${SCRIPTS:-launch}
 read -r -a setup <<<"${SETUP:-}"
@@ -30,9 +31,12 @@ hours=${hours:-23.8}
 NP=$(wc -l <"$PBS_NODEFILE") bash "$scripts/mpirun.sh" "$CONFIG" ${options[@]+"${options[@]}"} \
     "run.dir=$run" "run.max_hours=$hours" --resume &
 job=$!
-trap 'kill -USR1 "$job" 2>/dev/null' USR1 TERM # mpirun hands SIGUSR1 on to every rank
+asked=
+trap 'asked=1; kill -USR1 "$job" 2>/dev/null' USR1 TERM # mpirun hands SIGUSR1 on to every rank
 while wait "$job"; code=$?; [ "$code" -gt 128 ] && kill -0 "$job" 2>/dev/null; do :; done
 
+# Ranks that are still starting die of the request.
+[ -z "$asked" ] || [ "$code" -le 128 ] || code=75
 if [ "$code" = 75 ]; then # qrerun is for operators only
     export CONFIG SETUP="${SETUP:-}" OPTIONS="${OPTIONS:-}" HOURS="$hours" RUN="$run"
     export QSUB="${QSUB:-}" SCRIPTS="$scripts"

@@ -2,6 +2,7 @@
 # Finds a Python and sets hvd_lars up with it; prints the environment's folder of programs.
 # Options: --torch cuda|cpu|keep, --torch-index URL, --apt, --no-nccl, --dev (see --help).
 set -euo pipefail
+unset CDPATH # with it, cd prints
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }

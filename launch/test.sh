@@ -2,6 +2,7 @@
 # From an empty machine to a passed test suite: the same set-up as quickstart.sh, then style,
 # types and tests.  Options go to launch/setup.sh.
 set -euo pipefail
+unset CDPATH # with it, cd prints
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case " $* " in *" -h "* | *" --help "*) exec bash launch/setup.sh --help ;; esac
 bin=$(bash launch/setup.sh --dev "$@")

@@ -447,6 +447,34 @@ def test_classes_without_test_images_are_named(folder, tmp_path, capfd):
     assert "no test images of 1 of 3 classes: bee" in capfd.readouterr().err
 
 
+def test_an_empty_class_of_test_images_is_as_one_that_is_not_there(folder, tmp_path, capfd):
+    root = shutil.copytree(folder, tmp_path / "images")
+    for path in (root / "val/bee").iterdir():
+        path.unlink()
+    found = built(root)
+    assert (found.num_classes, found.num_eval) == (3, 4)
+    assert "no test images of 1 of 3 classes: bee" in capfd.readouterr().err
+
+
+def test_shards_are_not_written_among_the_images(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "images")
+    for place in ("train", "train/ant", "val/new", "."):
+        with pytest.raises(UserError, match="is the data set itself"):
+            pack(str(root), root / place, 1, 5, QUIET)
+    pack(str(root), root / "shards", 1, 5, QUIET)
+
+
+def test_tfrecords_to_test_on_are_taken_where_there_are_none_to_validate(folder, tmp_path):
+    root = forms.tfrecords(folder, tmp_path / "form")
+    wanted = collect(str(root)).val.labels
+    for path in root.glob("validation-*"):
+        shutil.copy(path, path.with_name(path.name.replace("validation", "mine-test.tfrecord")))
+    assert list(collect(str(root)).val.labels) == list(wanted)
+    for path in root.glob("validation-*"):
+        path.unlink()
+    assert list(collect(str(root)).val.labels) == list(wanted)
+
+
 def test_labels_that_count_from_1_are_noticed(folder, tmp_path, capfd, monkeypatch):
     names = forms.classes_of(folder)
     monkeypatch.setattr(forms, "classes_of", lambda _: ["", *names])

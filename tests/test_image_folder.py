@@ -335,9 +335,9 @@ def break_by(folder, how):
     elif how == "classes differ":
         os.rename(folder / "val/cat", folder / "val/dog")
     elif how == "no images":
-        for path in (folder / "val/bee").iterdir():
+        for path in (folder / "train/bee").iterdir():
             path.unlink()
-        (folder / "val/bee/notes.txt").touch()
+        (folder / "train/bee/notes.txt").touch()
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def break_by(folder, how):
         ("no train", "train: No such file or directory; expected a folder with one folder of"),
         ("no classes", "val: no class folders in it"),
         ("classes differ", "val has classes that train has not: dog"),
-        ("no images", "val/bee: no images in it, only 1 .txt"),
+        ("no images", "train/bee: no images in it, only 1 .txt"),
     ],
 )
 def test_bad_layouts_get_one_line(folder, how, message):

@@ -42,9 +42,12 @@ def class_folders(
 
 
 def images_in(
-    folder: Path, top: str, times: dict[bytes, int], left_out: Counter[str]
+    folder: Path, top: str, times: dict[bytes, int], left_out: Counter[str], needed: bool
 ) -> list[bytes]:
-    """Return the paths of a class's images below ``folder``, sorted by folder and name."""
+    """Return the paths of a class's images below ``folder``, sorted by folder and name.
+
+    Raises UserError if there are none but some are ``needed``.
+    """
     endings = image_endings()
     paths: list[bytes] = []
     others: Counter[str] = Counter()
@@ -54,7 +57,7 @@ def images_in(
                 paths.append(os.fsencode(f"{path}/{name}"))
             else:
                 count_left_out(others, name)
-    if not paths:
+    if not paths and needed:
         found = f", only {describe_left_out(others)}" if others else ""
         raise UserError(f"data.root: {folder / top}: no images in it{found}")
     left_out.update(others)

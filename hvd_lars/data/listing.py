@@ -215,7 +215,8 @@ def _in_class_folders(
     labels = {name: label for label, name in enumerate(classes)}
     part = _Part([], [], [])
     for name in present:
-        found = images_in(scan.folder, f"{top}/{name}", scan.times, scan.left_out)
+        place, needed = f"{top}/{name}", split == "train"
+        found = images_in(scan.folder, place, scan.times, scan.left_out, needed)
         part.paths.extend(found)
         part.labels.extend([labels[name]] * len(found))
     prefix = len(os.fsencode(top))

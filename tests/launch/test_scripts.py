@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -196,6 +197,41 @@ def test_scripts_say_how_they_are_used(name):
     assert found.returncode == 2
     assert "CONFIG" in found.stderr
     assert "set -euo" not in found.stderr
+
+
+@pytest.mark.parametrize(("script", "name", "code"), [("slurm.sbatch", "srun", 0),
+                                                      ("lsf.sh", "jsrun", 75)])  # fmt: skip
+def test_a_request_that_ranks_at_their_start_die_of_is_one_too(tmp_path, script, name, code):
+    program(tmp_path, name, f'touch "{tmp_path}/started"; exec sleep 600')
+    program(tmp_path, "scontrol", 'echo "scontrol $*"')
+    variables = {"CONFIG": "digits", "RUN": str(tmp_path / "run"), "LSB_JOBID": "7"}
+    variables |= {"SLURM_JOB_ID": "7", "LSB_MCPU_HOSTS": "a 42"}
+    process = subprocess.Popen(
+        ["bash", LAUNCH / script, *(["digits"] if script == "slurm.sbatch" else [])],
+        env=launcher_environment()
+        | {"PATH": f"{tmp_path}:{launcher_environment()['PATH']}"}
+        | variables,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=HANG_GUARD)
+    assert process.returncode == code
+    assert ("scontrol requeue 7" in output) == (script == "slurm.sbatch")
+
+
+def test_pbs_sh_finds_the_programs_of_where_qsub_ran(tmp_path):
+    (tmp_path / "nodes").write_text("a\n")
+    variables = {"PBS_NODEFILE": str(tmp_path / "nodes"), "PBS_JOBID": "7", "CONFIG": "digits"}
+    variables |= {"PBS_O_WORKDIR": str(LAUNCH.parent), "PRINT": "1", "PATH": "/usr/bin:/bin"}
+    variables |= {"HOME": str(tmp_path), "PBS_O_PATH": launcher_environment()["PATH"]}
+    found = subprocess.run(
+        ["bash", LAUNCH / "pbs.sh"], env=variables, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "train digits" in found.stdout
 
 
 # A run that lasts; values with blanks do not go through a scheduler's variables.

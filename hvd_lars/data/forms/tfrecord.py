@@ -32,7 +32,7 @@ from hvd_lars.data.forms.scan import (
 from hvd_lars.data.naming import is_litter, shown
 from hvd_lars.errors import UserError
 
-NAME = re.compile(r"(?:^|[-_])(train|validation|val)[^/]*?-(\d{5})-of-(\d{5})$")
+NAME = re.compile(r"(?:^|[-_])(train|validation|val|test)[^/]*?-(\d{5})-of-(\d{5})$")
 _LENGTH = struct.Struct("<QI")
 _FIELD_1, _FIELD_2, _FIELD_3, _NUMBER_1 = 10, 18, 26, 8  # tags: bytes, and a number
 _FOOT = 4  # bytes of the checksum of the data
@@ -55,7 +55,8 @@ class TFRecord:
             match = NAME.search(path.name)
             if match is None or is_litter(path.name) or not path.is_file():
                 continue
-            parts["train" if match.group(1) == "train" else "val"].append(path)
+            parts.setdefault(match.group(1), []).append(path)
+        parts["val"] = parts["val"] + parts.get("validation", []) or parts.get("test", [])
         if not parts["train"]:
             raise UserError(f"data.root: {root}: no train-NNNNN-of-NNNNN in it")
         check_numbered(root, [*parts["train"], *parts["val"]])

@@ -39,6 +39,7 @@ from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import HashingWriter, let_umask_decide, sha256_of, sync
 
 _PACKING, _STAMP = ".packing", "identity"
+_SPLITS = ("train", "val", "validation")  # folders of a data set's images
 _ENTRY = ("name", "bytes", "sha256", "source")  # of a shard in dataset.json
 
 
@@ -95,8 +96,7 @@ def pack(
         UserError: no data set is there, or ``target`` holds another one's shards, no longer
             matches its sources or cannot be written.
     """
-    if target.exists() and target.resolve() == Path(source).expanduser().resolve():
-        raise UserError(f"{target}: is the data set itself; name another folder for its shards")
+    _check_apart(Path(source).expanduser().resolve(), target)
     found = collect(source, shrink)
     jobs = _jobs_of(found, shard_samples)
     identity = _identity(found, jobs, shrink)
@@ -130,6 +130,14 @@ def pack(
     mended = tuple(job.name for job in left if job.name in known)
     written = sum(len(job.samples) for job in left)
     return Packed(total, written, len(done), size, mended, found.left_out, sources)
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Raise UserError if the shards would lie among the images."""
+    place = target.resolve()
+    inside = place.is_relative_to(source) and place.relative_to(source).parts[:1]
+    if place == source or inside and inside[0] in _SPLITS:
+        raise UserError(f"{target}: is the data set itself; name another folder for its shards")
 
 
 def _jobs_of(found: Collection, shard_samples: int) -> dict[str, list[_Job]]:
