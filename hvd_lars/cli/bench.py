@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvd_lars.cli.command import add_config, load_config
 from hvd_lars.errors import UserError
-from hvd_lars.runtime.files import replace_text
+from hvd_lars.runtime.files import write_output
 from hvd_lars.state.run_folder import environment_facts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def save(options: argparse.Namespace, config: Config, comm: Communicator, launch
 
     on_root(comm, lambda: _check_writable(options.save))
     site = measure_site(options.config, config, comm, launch, options.windows, options.steps)
-    on_root(comm, lambda: _write(options.save, site.text()))
+    on_root(comm, lambda: write_output(options.save, site.text(), "--save: "))
     if comm.rank == 0:
         costs = site.costs
         print(f"fixed cost of a micro-batch  {1e3 * costs.fixed:.2f} ms")
@@ -85,13 +85,6 @@ def _check_writable(path: Path) -> None:
     """Raise UserError if the file could not be written after minutes of measuring."""
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"--save: {path}: cannot be written")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        raise UserError(f"--save: {path}: cannot be written: {error.strerror}") from None
 
 
 def facts(found: Bench) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from hvd_lars.errors import UserError
-from hvd_lars.runtime.files import replace_text
+from hvd_lars.runtime.files import write_output
 
 NAME, HELP = "schema", "write the JSON schema of configs, for editors"
 EPILOG = "Example: hvd-lars schema -o schema.json"
@@ -28,8 +27,5 @@ def run(options: argparse.Namespace) -> int:
     if options.output is None:
         print(text, end="")
         return 0
-    try:
-        replace_text(options.output, text)
-    except OSError as error:
-        raise UserError(f"{options.output}: cannot be written: {error.strerror}") from None
+    write_output(options.output, text)
     return 0

@@ -23,7 +23,11 @@ from hvd_lars.errors import UserError
 from hvd_lars.runtime.files import expand_user
 
 _UBYTE = 8  # the type of the elements, in the third byte of a file
-_PARTS = {"train": ("train",), "val": ("t10k", "test")}
+_FILES = {  # in IdxFiles' order; the group is what precedes
+    f"{part} {kind}": re.compile(rf"(.*)(?:{names})-{kind}[-.]idx{dimensions}-ubyte(?:\.gz)?")
+    for part, names in (("train", "train"), ("val", "t10k|test"))
+    for kind, dimensions in (("images", 3), ("labels", 1))
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,9 @@ def find_idx(root: str) -> IdxFiles:
             names = ", ".join(map(_name_of, whole))
             raise UserError(f"data.root: {base}: several data sets in it: {names}; name one")
         if whole:
-            return IdxFiles(*(whole[0][f"{p} {k}"] for p in _PARTS for k in ("images", "labels")))
+            return IdxFiles(*(whole[0][name] for name in _FILES))
         for files in found:
-            lacks = [f"{p} {k}" for p in _PARTS for k in ("images", "labels")]
-            missing = next(part for part in lacks if part not in files)
+            missing = next(name for name in _FILES if name not in files)
             wrong = wrong or f"no {missing} beside {next(iter(files.values()))}"
     raise UserError(
         f"data.root: {base}: {wrong or 'no IDX files in it'}; needed: train-images-idx3-ubyte, "
@@ -81,11 +84,9 @@ def _sets_in(folder: Path, beginning: str = "") -> list[dict[str, Path]]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if is_litter(path.name) or not path.name.startswith(beginning) or not path.is_file():
             continue
-        for part, names in _PARTS.items():
-            for kind, dimensions in (("images", 3), ("labels", 1)):
-                pattern = rf"(.*)(?:{'|'.join(names)})-{kind}[-.]idx{dimensions}-ubyte(?:\.gz)?"
-                if match := re.fullmatch(pattern, path.name):
-                    sets.setdefault(match[1], {}).setdefault(f"{part} {kind}", path)
+        for name, pattern in _FILES.items():
+            if match := pattern.fullmatch(path.name):
+                sets.setdefault(match[1], {}).setdefault(name, path)
     return list(sets.values())
 
 

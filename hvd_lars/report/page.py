@@ -19,7 +19,7 @@ from hvd_lars.report.charts import Series, heat_map, line_chart, stacked_chart
 from hvd_lars.report.glance import glance
 from hvd_lars.report.html import figure, page_of, table
 from hvd_lars.report.study import study_page
-from hvd_lars.runtime.files import replace_text
+from hvd_lars.runtime.files import write_output
 from hvd_lars.settings.tree import leaves
 from hvd_lars.tuning.study import is_study
 
@@ -46,10 +46,7 @@ def write_report(folders: Sequence[Path], output: Path, site: Site | None = None
         if studies
         else make_page([read_run(folder) for folder in folders], site)
     )
-    try:
-        replace_text(output, page)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    write_output(output, page)
 
 
 def make_page(runs: Sequence[Run], site: Site | None = None) -> str:

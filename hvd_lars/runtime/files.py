@@ -60,6 +60,14 @@ def replace_text(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def write_output(path: Path, text: str, option: str = "") -> None:
+    """Replace a file that the user named, as with ``--save: ``; raises UserError."""
+    try:
+        replace_text(path, text)
+    except OSError as error:
+        raise UserError(f"{option}{path}: cannot be written: {error.strerror}") from None
+
+
 def sync(path: Path) -> None:
     """Return when a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

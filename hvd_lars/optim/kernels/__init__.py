@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
-from hvd_lars.optim.kernels.block import Block, Kernel, KnownRatios, RatioInputs, Ratios, Scale
+from hvd_lars.optim.kernels.block import Block, Kernel, KnownRatios, RatioInputs, Scale
 from hvd_lars.optim.kernels.eager import EagerKernel
 from hvd_lars.optim.kernels.fused import FusedKernel
 from hvd_lars.optim.kernels.gpu import GpuKernel, why_not_gpu
@@ -24,7 +24,6 @@ __all__ = [
     "KernelName",
     "KnownRatios",
     "RatioInputs",
-    "Ratios",
     "Scale",
     "choose_kernel",
     "why_not_native",
